@@ -1,0 +1,42 @@
+"""The training criterion: which divergence, how hot, and in what proportion to the cross-entropy."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from todi.criterions.divergences import Divergence
+from todi.criterions.linear import LinearHead, LossSums, linear_distillation_loss
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What a teacher says about N labelled positions.
+
+    Attributes:
+        hidden: (N, H_t) last hidden states.
+        head: the teacher's head.
+    """
+
+    hidden: Tensor
+    head: LinearHead
+
+
+@dataclass(frozen=True)
+class DistillationCriterion:
+    """(1 - kd_rate) cross-entropy + kd_rate divergence; cross-entropy alone (SFT) without a divergence.
+
+    It never runs a model and never divides: the trainer divides its sums once per optimizer step.
+    """
+
+    divergence: Divergence | None = None
+    temperature: float = 1.0
+    kd_rate: float = 0.0
+    label_smoothing: float = 0.0
+    chunk_size: int | None = None
+
+    def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor, teacher: TeacherRows | None) -> LossSums:
+        """Sums over the rows of `hidden` (N, H) with `labels` (N,)."""
+        return linear_distillation_loss(
+            hidden, head, teacher and teacher.hidden, teacher and teacher.head, labels,
+            divergence=self.divergence, temperature=self.temperature, kd_rate=self.kd_rate,
+            label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)

@@ -1,0 +1,1 @@
+"""From JSON lines to batches."""

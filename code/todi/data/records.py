@@ -1,0 +1,90 @@
+"""The schema of the data: JSON lines -> records, with every bad line named."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from todi.options import InputError
+
+MOST_PROBLEMS = 20  # a file of the wrong kind has a problem on every line; nobody reads more than these
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction.
+
+    Attributes:
+        prompt: the filled-in prompt template.
+        references: the acceptable responses; training uses the first.
+    """
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
+    """Reads a JSON-lines file of objects with `prompt` (a string) and `output` (a string or a list of strings).
+
+    Blank lines are passed over; any other field is ignored.
+
+    Raises:
+        InputError: the file is missing, has no record, or has bad lines (all of them, with line numbers).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such data file: {path}")
+    records: list[Record] = []
+    problems: list[str] = []
+    for number, line in _numbered_lines(path):
+        if limit is not None and len(records) == limit:
+            break
+        try:
+            records.append(_parse_record(line))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"{path}: {len(problems) - MOST_PROBLEMS} more bad lines"]
+    if problems:
+        raise InputError(problems)
+    if not records:
+        raise InputError(f"{path} has no record")
+    return records
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    # Bytes, cut at \n alone: str.splitlines() would also cut at U+2028, which JSON strings may hold.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
+
+
+def _parse_record(line: bytes) -> Record:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected an object, got {type(fields).__name__}")
+    missing = [name for name in ("prompt", "output") if name not in fields]
+    if missing:
+        raise ValueError(f"lacks {' and '.join(missing)}; has {', '.join(sorted(fields)) or 'nothing'}")
+    prompt, output = fields["prompt"], fields["output"]
+    references = tuple(output) if isinstance(output, list) else (output,)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("`prompt` must be a non-empty string")
+    if not references or not all(isinstance(text, str) for text in references):
+        raise ValueError("`output` must be a string or a non-empty list of strings")
+    if not references[0].strip():
+        raise ValueError("`output` is empty")
+    return Record(prompt, references)

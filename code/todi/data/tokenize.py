@@ -1,0 +1,56 @@
+"""Records -> token ids, by one rule for training and for evaluation."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from todi.data.records import Record
+from todi.models.families import Family
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised record: prompt, response, and EOS unless it was cut off by the total length.
+
+    Attributes:
+        ids: token ids of prompt and response together.
+        prompt_length: how many of them are the prompt.
+    """
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def response_tokens(self) -> int:
+        """Positions that carry loss."""
+        return len(self.ids) - self.prompt_length
+
+
+def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, family: Family,
+                   max_prompt_length: int) -> list[list[int]]:
+    """Token ids of each prompt, BOS first where the family wants it, cut to its first `max_prompt_length` tokens."""
+    bos = [tokenizer.bos_token_id] if family.prepend_bos else []
+    encoded = tokenizer([record.prompt for record in records], add_special_tokens=False)["input_ids"]
+    prompts = [bos + list(ids) for ids in encoded]
+    _log_cut("prompts", sum(len(ids) > max_prompt_length for ids in prompts), len(prompts), max_prompt_length)
+    return [ids[:max_prompt_length] for ids in prompts]
+
+
+def encode_examples(records: Sequence[Record], tokenizer: Tokenizer, family: Family, max_length: int,
+                    max_prompt_length: int) -> list[Example]:
+    """Prompt and first reference of each record, closed by EOS, cut to `max_length` tokens in all."""
+    prompts = encode_prompts(records, tokenizer, family, max_prompt_length)
+    responses = tokenizer([record.references[0] for record in records], add_special_tokens=False)["input_ids"]
+    whole = [tuple(prompt) + tuple(response) + (tokenizer.eos_token_id,)
+             for prompt, response in zip(prompts, responses, strict=True)]
+    _log_cut("samples", sum(len(ids) > max_length for ids in whole), len(whole), max_length)
+    return [Example(ids[:max_length], len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
+
+
+def _log_cut(what: str, cut: int, of: int, limit: int) -> None:
+    if cut:
+        logger.info("%d of %d %s are longer than %d tokens and were cut", cut, of, what, limit)

@@ -1,0 +1,1 @@
+"""Training: devices, the DeepSpeed engine, the loop, checkpoints and logs."""

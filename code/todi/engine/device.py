@@ -1,0 +1,52 @@
+"""Where to compute and in what precision, each with the reason, for the log."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from todi.options import InputError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A compute precision: its name on the command line, its dtype, and why it was taken."""
+
+    name: str
+    reason: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.name]
+
+
+def choose_device(local_rank: int = 0) -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """The precision called `name`, or under "auto" the fastest that is safe on `device`.
+
+    Raises:
+        InputError: fp16 on a CPU, which neither DeepSpeed nor PyTorch trains in.
+    """
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise InputError("--precision fp16 does not train on a CPU; use bf16, fp32 or auto")
+        return Precision(name, "asked for")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bf16", f"{torch.cuda.get_device_name(device)} has bf16 arithmetic")
+        return Precision("fp16", f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic")
+    if cpu_has_bf16():
+        return Precision("bf16", "this CPU has bf16 arithmetic")
+    return Precision("fp32", "this CPU has no bf16 arithmetic")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX); elsewhere it is slower than fp32."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(info.read_text().split())

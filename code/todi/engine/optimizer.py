@@ -1,0 +1,63 @@
+"""AdamW and the learning-rate schedules."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from todi.registry import Registry
+
+# (step, total steps, warm-up steps, lr_min / lr) -> factor of the peak learning rate, after the warm-up
+SCHEDULES: Registry[Callable[[int, int, int, float], float]] = Registry("schedule")
+
+
+def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
+                    weight_decay: float) -> torch.optim.AdamW:
+    """AdamW on the trainable parameters; one-dimensional ones (norms, biases) do not decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, total_steps: int, warmup_steps: int, lr: float,
+                   lr_min: float) -> LambdaLR:
+    """The schedule called `name`, after a linear warm-up; it is stepped once per optimizer step."""
+    schedule, floor = SCHEDULES[name], min(lr_min / lr, 1.0)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return schedule(step, total_steps, warmup_steps, floor)
+
+    return LambdaLR(optimizer, factor)
+
+
+@SCHEDULES.register("constant")
+def _constant(step: int, total: int, warmup: int, floor: float) -> float:
+    return 1.0
+
+
+@SCHEDULES.register("linear")
+def _linear(step: int, total: int, warmup: int, floor: float) -> float:
+    return floor + (1 - floor) * (1 - _progress(step, total, warmup))
+
+
+@SCHEDULES.register("cosine")
+def _cosine(step: int, total: int, warmup: int, floor: float) -> float:
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * _progress(step, total, warmup)))
+
+
+@SCHEDULES.register("noam")
+def _noam(step: int, total: int, warmup: int, floor: float) -> float:
+    """Inverse square root of the step, 1 at the end of the warm-up (Vaswani et al., 2017, section 5.3)."""
+    return max(floor, math.sqrt(max(warmup, 1) / max(step, 1)))
+
+
+def _progress(step: int, total: int, warmup: int) -> float:
+    """0 at the end of the warm-up, 1 at the last step."""
+    return min(1.0, (step - warmup) / max(1, total - warmup))

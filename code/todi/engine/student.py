@@ -1,0 +1,57 @@
+"""The trained model as DeepSpeed wraps it: everything that touches its parameters is inside one forward."""
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from todi.criterions import DistillationCriterion, LossSums, diagnose
+from todi.criterions.criterion import TeacherRows
+from todi.data.batches import Batch
+from todi.models.loading import backbone_and_head
+
+DIAGNOSED_ROWS = 128  # enough for means to two digits, small beside a micro-batch
+
+
+class Student(nn.Module):
+    """A causal language model whose forward is the training loss of a batch."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, criterion: DistillationCriterion, teacher: TeacherRows | None = None,
+                with_diagnostics: bool = False) -> tuple[LossSums, dict[str, float]]:
+        """The sums over the batch's labelled rows, and the divergence's diagnostics when asked for."""
+        backbone, head = backbone_and_head(self.model)
+        hidden = labelled_rows(backbone, batch)
+        sums = criterion(hidden, head, batch.row_labels, teacher)
+        report = {}
+        if with_diagnostics and teacher is not None and len(hidden):
+            rows = slice(DIAGNOSED_ROWS)
+            with torch.no_grad():
+                report = diagnose(*_common(head(hidden[rows]), teacher.head(teacher.hidden[rows])),
+                                  criterion.divergence, criterion.temperature)
+        return sums, report
+
+    def share_head(self) -> None:
+        """Tells ZeRO-3 that this module's own forward reads the head's parameters, so that it gathers them."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        for parameter in model.get_output_embeddings().parameters(recurse=False):
+            if hasattr(parameter, "ds_id"):
+                deepspeed.zero.register_external_parameter(self, parameter)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has spread the parameters over the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def labelled_rows(backbone: nn.Module, batch: Batch) -> Tensor:
+    """(N, H) last hidden states of the positions that carry a label."""
+    hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return hidden.last_hidden_state.flatten(0, 1)[batch.rows]
+
+
+def _common(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    return student_logits[:, :vocabulary], teacher_logits[:, :vocabulary]

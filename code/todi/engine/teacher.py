@@ -1,0 +1,29 @@
+"""Where the teacher's hidden states come from. Training does not care whether a model or a file answers."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from todi.criterions.criterion import TeacherRows
+from todi.data.batches import Batch
+from todi.engine.student import labelled_rows
+from todi.models.loading import backbone_and_head
+
+
+class TeacherSource(Protocol):
+    """Answers for the labelled rows of a batch of samples."""
+
+    def rows(self, batch: Batch) -> TeacherRows:
+        """The teacher's hidden states at `batch.rows`, and its head."""
+
+
+class LiveTeacher:
+    """A frozen model that is run on every batch."""
+
+    def __init__(self, model: nn.Module):
+        self.backbone, self.head = backbone_and_head(model.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def rows(self, batch: Batch) -> TeacherRows:
+        return TeacherRows(labelled_rows(self.backbone, batch), self.head)

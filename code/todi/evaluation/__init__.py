@@ -1,0 +1,1 @@
+"""Judging a model: generation, ROUGE-L, results."""

@@ -1,0 +1,209 @@
+"""Decoding responses in batches: one prefill for equal prompts, a KV cache, finished rows dropped at once.
+
+    keys = [stream_key("dolly", seed, example) for example in range(len(prompts))]
+    responses = generate(model, prompts, keys, decoding=Decoding(), eos_ids={2}, pad_id=2, batch_size=16)
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a response is written. The defaults are those of the published evaluation.
+
+    Attributes:
+        max_length: most tokens of prompt and response together.
+        max_prompt_length: most tokens of a prompt; `todi.data.tokenize.encode_prompts` cuts to it.
+        do_sample: False takes the most likely token, and the next three do nothing.
+        top_p: 1 is off.
+        top_k: 0 is off.
+        no_repeat_ngram_size: n-grams of this size occur once only, prompt included; 0 is off.
+    """
+
+    max_length: int = 512
+    max_prompt_length: int = 256
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    no_repeat_ngram_size: int = 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """Token ids without the closing EOS, and whether the length limit cut it off before one came."""
+
+    ids: list[int]
+    cut: bool
+
+
+def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """Every token that ends a response: the tokenizer's EOS and those of the model's generation settings."""
+    theirs = model.generation_config.eos_token_id
+    return frozenset([tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])]) - {None}
+
+
+def to_texts(responses: Sequence[Response], tokenizer: Tokenizer) -> list[str]:
+    """The responses as they are scored: without special tokens and surrounding space."""
+    texts = tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()  # not inference_mode: a model that is in training must not be left with inference tensors
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Sequence[int], *,
+             decoding: Decoding, eos_ids: Collection[int], pad_id: int, batch_size: int,
+             progress: Callable[[int], object] | None = None) -> list[Response]:
+    """Continues each prompt; in evaluation mode, which is undone at the end.
+
+    A row is a prompt and the key of its random stream. For several samples of a prompt, give it several times
+    with different keys: equal prompts that meet in a batch share one prefill. The text of a row does not
+    depend on batch size, order or other rows, but for a decision so close that the model's rounding turns it.
+
+    Args:
+        model: a causal language model, LoRA-wrapped or not, on the device where it shall run.
+        prompts: token ids of each row, at least one and fewer than `decoding.max_length`.
+        stream_keys: one a row, from `stream_key`.
+        batch_size: most rows decoded together.
+        progress: called with the number of rows that have been finished since the last call.
+
+    Returns:
+        one response a row, in the order of `prompts`.
+
+    Raises:
+        ValueError: a prompt is empty or leaves no room for a response.
+    """
+    if any(not 0 < len(prompt) < decoding.max_length for prompt in prompts):
+        raise ValueError(f"prompts must have 1 to {decoding.max_length - 1} tokens")
+    rows = [_Row(tuple(prompt), key) for prompt, key in zip(prompts, stream_keys, strict=True)]
+    # By length for little padding; the longest first, so that memory runs out now or never; equal ones together.
+    order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt), reverse=True)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id,
+                          progress or (lambda finished: None))
+    finally:
+        model.train(was_training)
+    return [Response(row.written, cut=not row.ended) for row in rows]
+
+
+@dataclass
+class _Row:
+    prompt: tuple[int, ...]
+    key: int
+    written: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def take(self, token: int, eos_ids: Collection[int], max_length: int) -> bool:
+        """Adds a token; returns whether the row wants another one."""
+        if token in eos_ids:
+            self.ended = True
+            return False
+        self.written.append(token)
+        return len(self.prompt) + len(self.written) < max_length
+
+
+def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],
+                  pad_id: int, progress: Callable[[int], object]) -> None:
+    """Writes all of `rows` to their ends."""
+    text = _Continuation(model, [row.prompt for row in rows], pad_id)
+    ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
+    steps = decoding.max_length - min(len(row.prompt) for row in rows)
+    numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
+    live = list(rows)
+    for step in range(steps):
+        tokens = _choose(ban(text.logits), decoding, None if numbers is None else numbers[:, step])
+        ids = tokens.tolist()
+        ban.append(ids)
+        going = [place for place, (row, token) in enumerate(zip(live, ids, strict=True))
+                 if row.take(token, eos_ids, decoding.max_length)]
+        if len(going) < len(live):
+            progress(len(live) - len(going))
+            if not going:
+                return
+            live, tokens = [live[place] for place in going], tokens[going]
+            numbers = None if numbers is None else numbers[going]
+            text.keep(going)
+            ban.keep(going)
+        text.extend(tokens)
+
+
+def _random_numbers(keys: Sequence[int], steps: int, logits: Tensor) -> Tensor:
+    """(B, steps, levels) on the device of the logits."""
+    return torch.stack([uniforms(key, steps, logits.shape[1]) for key in keys]).to(logits.device)
+
+
+def _choose(logits: Tensor, decoding: Decoding, numbers: Tensor | None) -> Tensor:
+    if numbers is None:
+        return logits.argmax(-1)
+    probabilities = next_token_probabilities(logits, decoding.temperature, decoding.top_k, decoding.top_p)
+    return draw(probabilities, numbers)
+
+
+class _Continuation:
+    """The live rows of a batch, left-padded, with their KV cache.
+
+    Attributes:
+        logits: (B, V) of the next token of each row.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int):
+        self._model = model
+        self._device = next(model.parameters()).device
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._cache = DynamicCache(config=base.config)
+        self._options = self._forward_options(base)
+        distinct = list(dict.fromkeys(prompts))
+        ids, self._mask = (tensor.to(self._device) for tensor in _left_padded(distinct, pad_id))
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        self.logits = self._forward(ids, positions)
+        self._positions = positions[:, -1:]
+        if len(distinct) < len(prompts):
+            place = {prompt: place for place, prompt in enumerate(distinct)}
+            self.keep([place[prompt] for prompt in prompts])
+
+    def _forward_options(self, base: nn.Module) -> dict[str, object]:
+        parameters = inspect.signature(base.forward).parameters
+        # transformers renamed it between 5.17 and 5.24; models that bring their own code keep the old name.
+        cache = "cache" if "cache" in parameters else "past_key_values"
+        options: dict[str, object] = {cache: self._cache, "use_cache": True}
+        if "logits_to_keep" in parameters:
+            options["logits_to_keep"] = 1  # of a prompt, only the last position goes through the head
+        return options
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self._model(input_ids=ids, attention_mask=self._mask, position_ids=positions,
+                           **self._options).logits[:, -1]
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Goes on with the rows at `places`; one may come several times."""
+        index = torch.tensor(places, device=self._device)
+        self._cache.reorder_cache(index)  # selects by index for every kind of layer, sliding windows included
+        self._mask = self._mask[index]
+        self._positions = self._positions[index]
+        self.logits = self.logits[index]
+
+    def extend(self, tokens: Tensor) -> None:
+        """Appends a token (B,) to each row and computes the logits of the one after it."""
+        self._positions = self._positions + 1
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        self.logits = self._forward(tokens[:, None], self._positions)
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, T); every row's last token is in the last column."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask

@@ -1,0 +1,132 @@
+"""What an evaluation leaves behind: eval/<set>/seed<N>.jsonl, eval/results.json, and a table of it.
+
+results.json is {"model", "adapter", "settings", "sets": {name: summary}, "average": {"rouge_l", "rouge_l_std"}};
+a summary has the set's means over all seeds, "rouge_l_std", "examples", and the means of each seed by itself.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from todi.options import InputError
+
+RESULTS_FILE = Path("eval", "results.json")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response with what it was measured against; a line of seed<N>.jsonl.
+
+    Attributes:
+        score: ROUGE-L, 0 to 100.
+        tokens: length of the response.
+        cut: whether the length limit ended it.
+    """
+
+    prompt: str
+    response: str
+    references: tuple[str, ...]
+    score: float
+    exact_match: bool
+    tokens: int
+    cut: bool
+
+
+def is_set_name(name: str) -> bool:
+    """Whether `name` is a relative path, spelled plainly, that stays below the folder it is joined to."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and str(path) == name
+
+
+def write_generations(folder: Path, set_name: str, seed: int, generations: Sequence[Generation]) -> None:
+    """Writes eval/<set>/seed<N>.jsonl in `folder`; it is there in full or not at all."""
+    lines = (json.dumps(dataclasses.asdict(generation), ensure_ascii=False) for generation in generations)
+    _write(folder / "eval" / set_name / f"seed{seed}.jsonl", "\n".join(lines) + "\n")
+
+
+def summarise(by_seed: Mapping[int, Sequence[Generation]]) -> dict[str, Any]:
+    """The entry of a set in results.json."""
+    seeds = {str(seed): _means(generations) for seed, generations in by_seed.items()}
+    means = {name: statistics.fmean(values[name] for values in seeds.values())
+             for name in ("rouge_l", "exact_match", "response_tokens", "cut_share")}
+    deviation = _deviation([values["rouge_l"] for values in seeds.values()])
+    return {"examples": len(next(iter(by_seed.values()))), **means, "rouge_l_std": deviation, "seeds": seeds}
+
+
+def average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """The mean over sets, and its standard deviation over seeds (each seed averaged over the sets first)."""
+    seeds = next(iter(sets.values()))["seeds"]
+    by_seed = [statistics.fmean(summary["seeds"][seed]["rouge_l"] for summary in sets.values())
+               for seed in seeds]
+    return {"rouge_l": statistics.fmean(by_seed), "rouge_l_std": _deviation(by_seed)}
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Writes eval/results.json in `folder`, and its table as eval/results.md."""
+    _write(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    _write(folder / RESULTS_FILE.with_suffix(".md"), markdown_table({folder.name: results}) + "\n")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Reads what `write_results` wrote.
+
+    Raises:
+        InputError: it is not there or not of this form.
+    """
+    path = folder / RESULTS_FILE
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        markdown_table({"": results})
+    except OSError:
+        raise InputError(f"no results in {folder}: python -m todi.evaluate would write {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is not a file of results") from None
+    return results
+
+
+def markdown_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results by name -> a table of ROUGE-L: a row for each, a column for each set that any has, the average."""
+    sets = list(dict.fromkeys(name for results in rows.values() for name in results["sets"]))
+    cells = [["ROUGE-L", *sets, "average"]]
+    for name, results in rows.items():
+        summaries = [results["sets"].get(set_name) for set_name in sets]
+        cells.append([name, *map(_mean_and_deviation, [*summaries, results["average"]])])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+             for row in cells]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)
+
+
+def _means(generations: Sequence[Generation]) -> dict[str, float]:
+    return {
+        "rouge_l": statistics.fmean(generation.score for generation in generations),
+        "exact_match": 100 * statistics.fmean(generation.exact_match for generation in generations),
+        "response_tokens": statistics.fmean(generation.tokens for generation in generations),
+        "cut_share": statistics.fmean(generation.cut for generation in generations),
+    }
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; of a single seed there is none."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _mean_and_deviation(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "–"
+    deviation = summary["rouge_l_std"]
+    return f"{summary['rouge_l']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that is there in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,1 @@
+"""Model families, loading, tokenizers, LoRA, GGUF conversion and depth pruning."""

@@ -1,0 +1,43 @@
+"""Whether a teacher and a student read text as the same token ids: distillation compares them entry by entry."""
+
+import json
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+def tokenizer_difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
+    """What makes two tokenizers encode differently, in words, or None when they encode alike.
+
+    Vocabulary, merges, normalisation, splitting and EOS are compared, names and padding are not. A padded
+    embedding matrix of another size is no difference: the loss crops logits to the common part.
+    """
+    differing = _vocabulary_difference(student.get_vocab(), teacher.get_vocab())
+    if differing:
+        return f"vocabulary ({differing})"
+    ours, theirs = _pipeline(student), _pipeline(teacher)
+    parts = [part for part in ours if ours[part] != theirs.get(part)]
+    if parts:
+        return " and ".join(parts)
+    if student.eos_token_id != teacher.eos_token_id:
+        return f"EOS token (student {student.eos_token!r}, teacher {teacher.eos_token!r})"
+    return None
+
+
+def _vocabulary_difference(student: dict[str, int], teacher: dict[str, int]) -> str | None:
+    if student == teacher:
+        return None
+    differing = sorted(token for token in student.keys() | teacher.keys()
+                       if student.get(token) != teacher.get(token))
+    examples = "; ".join(f"{token!r} is {student.get(token, 'absent')} in the student and "
+                         f"{teacher.get(token, 'absent')} in the teacher" for token in differing[:3])
+    return f"{len(differing)} entries, the first: {examples}"
+
+
+def _pipeline(tokenizer: Tokenizer) -> dict[str, object]:
+    """The steps of a fast tokenizer that decide how text is cut; nothing to compare for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    parts = json.loads(backend.to_str())
+    return {"merges": parts["model"].get("merges"), "normalizer": parts["normalizer"],
+            "pre_tokenizer": parts["pre_tokenizer"]}

@@ -1,0 +1,157 @@
+"""Trains a student by SFT or by distillation.
+
+    python -m todi.train --model-path STUDENT --teacher-model-path TEACHER --kd-objective ToDi --save-dir DIR
+
+or under torchrun for several devices. The launchers in scripts/ fill in the options; --help lists them.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import nn
+
+from todi.config import (
+    ObjectiveConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    parse_kd_params,
+)
+from todi.criterions import DistillationCriterion, build_divergence
+from todi.data.batches import StepPlanner
+from todi.data.tokenize import encode_examples, encode_prompts
+from todi.engine.dev import DevSet
+from todi.engine.device import choose_device
+from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.engine.logs import Metrics, set_up_logging, write_args
+from todi.engine.optimizer import build_optimizer, build_schedule
+from todi.engine.student import Student
+from todi.engine.teacher import LiveTeacher
+from todi.engine.trainer import Trainer
+from todi.evaluation.generation import Decoding
+from todi.inputs import Inputs, read_inputs
+from todi.models.loading import add_lora, attention_for, check_head, load_model, merge_adapter
+from todi.options import parse, run_main
+
+logger = logging.getLogger("todi.train")
+
+
+def main() -> None:
+    """Parse, check, build, run."""
+    config = parse(TrainConfig, prog="python -m todi.train")
+    world = world_from_environment()
+    set_up_logging(world.is_main)
+    device = choose_device(world.local_rank)
+    inputs = read_inputs(config, device)
+    if config.run.check_only:
+        return
+    start_process_group(world, device)
+    try:
+        _train(config, inputs, world, device)
+    finally:
+        stop_process_group()
+
+
+def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.device) -> None:
+    folder = Path(config.run.save_dir)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_args(folder / "args.json", dataclasses.asdict(config), [inputs.train_file, inputs.dev_file])
+    _log_decisions(inputs, world, device)
+    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
+
+    data = config.data
+    planner = StepPlanner(
+        encode_examples(inputs.train, inputs.tokenizer, inputs.family, data.max_length, data.max_prompt_length),
+        config.optim.batch_size, config.optim.gradient_accumulation_steps, config.run.seed, world.rank, world.size)
+    max_steps = min(config.optim.num_epochs * planner.steps_per_epoch, config.optim.max_steps or 2**62)
+    logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
+                len(planner.examples), planner.step_samples, planner.batch_size, planner.accumulation, world.size,
+                max_steps, -(-max_steps // planner.steps_per_epoch))
+
+    student = build_student(config.student, inputs, device)
+    teacher = None
+    if config.objective.distils:
+        teacher = LiveTeacher(build_teacher(config.teacher, config.student.trust_remote_code, inputs, device))
+    engine = build_engine(student, config.optim, inputs, max_steps)
+    trainer = Trainer(
+        engine, planner=planner, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
+        teacher=teacher, tokenizer=inputs.tokenizer, world=world,
+        metrics=Metrics(folder / "metrics.jsonl" if world.is_main else None), folder=folder,
+        keep_best=config.run.keep_best_n_checkpoints, max_steps=max_steps, log_interval=config.run.log_interval,
+        eval_interval=config.run.eval_interval)
+    trainer.train()
+
+
+def build_student(config: StudentConfig, inputs: Inputs, device: torch.device) -> nn.Module:
+    """The model that is trained: all of it, or a LoRA adapter on it."""
+    model = load_model(config.model_path, inputs.precision.dtype, device, config.trust_remote_code)
+    check_head(model, config.model_path)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.peft:
+        model = add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
+                         config.peft_path)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("student %s: %.1f M parameters, %.1f M trained", config.model_path,
+                sum(p.numel() for p in model.parameters()) / 1e6, trainable / 1e6)
+    return model
+
+
+def build_teacher(config: TeacherConfig, trust_remote_code: bool, inputs: Inputs, device: torch.device) -> nn.Module:
+    """The frozen model that is imitated, its LoRA adapter merged."""
+    model = load_model(config.teacher_model_path, inputs.precision.dtype, device, trust_remote_code)
+    if config.teacher_peft_path:
+        model = merge_adapter(model, config.teacher_peft_path)
+    check_head(model, config.teacher_model_path)
+    logger.info("teacher %s%s: %.1f M parameters", config.teacher_model_path,
+                f" with adapter {config.teacher_peft_path}" if config.teacher_peft_path else "",
+                sum(p.numel() for p in model.parameters()) / 1e6)
+    return model
+
+
+def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
+    """The training criterion that the settings name."""
+    if not config.distils:
+        return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size)
+    divergence = build_divergence(config.kd_objective, **parse_kd_params(config.kd_params))
+    return DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
+                                 config.loss_chunk_size)
+
+
+def build_engine(model: nn.Module, config: OptimConfig, inputs: Inputs, max_steps: int) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine around the student, its optimizer and its schedule."""
+    student = Student(model)
+    optimizer = build_optimizer(student, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
+                                eps=config.adam_eps, weight_decay=config.weight_decay)
+    schedule = build_schedule(optimizer, config.lr_scheduler, total_steps=max_steps,
+                              warmup_steps=config.warmup_iters, lr=config.lr, lr_min=config.lr_min)
+    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, lr_scheduler=schedule,
+                                      config=inputs.deepspeed_config)
+    student.share_head()
+    return engine
+
+
+def build_dev_set(config: TrainConfig, inputs: Inputs) -> DevSet:
+    """The dev records, encoded for the loss and for generation."""
+    data = config.data
+    return DevSet(
+        inputs.dev,
+        encode_examples(inputs.dev, inputs.tokenizer, inputs.family, data.max_length, data.max_prompt_length),
+        encode_prompts(inputs.dev, inputs.tokenizer, inputs.family, data.max_prompt_length),
+        Decoding(data.max_length) if config.run.eval_gen else None,
+        config.run.eval_batch_size, config.run.seed)
+
+
+def _log_decisions(inputs: Inputs, world: World, device: torch.device) -> None:
+    logger.info("device: %s x %d; precision: %s (%s); attention: %s; ZeRO stage %d", device.type, world.size,
+                inputs.precision.name, inputs.precision.reason, attention_for(device, inputs.precision.dtype),
+                inputs.deepspeed_config["zero_optimization"]["stage"])
+
+
+if __name__ == "__main__":
+    run_main(main)

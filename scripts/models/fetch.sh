@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Brings a model into model_hub/:  bash scripts/models/fetch.sh NAME [--source hub]
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
+
+cd "$ROOT"
+exec "$PYTHON" -m todi.models.fetch "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lints and tests on the CPU:  bash scripts/test.sh [--all] [PYTEST OPTION...]
+# --all adds the long tests. Sets up what it needs in .venv by itself.
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+source "$ROOT/scripts/lib/setup.sh"
+
+which=(-m "not slow")
+if [[ ${1:-} == --all ]]; then which=(); shift; fi
+set_up pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6
+cd "$ROOT"
+export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
+"$PYTHON" -m ruff check code tests benchmarks
+exec "$PYTHON" -m pytest "${which[@]}" "$@"

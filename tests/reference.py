@@ -1,0 +1,131 @@
+"""The objective once more, as slow and as plain as it can be: one row at a time, full logits, float64.
+
+Written from the definitions alone, it shares no code with `todi`: what both agree on is unlikely to be wrong in both.
+A row's `p` and `q` are the probabilities (V,) of teacher and student. Where a weight is a constant of the objective
+(detached), `weight` may be given, so that a test can hold it still while it moves the student.
+"""
+
+import torch
+from torch import Tensor
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p.log() - q.log())).sum()
+
+
+def forward_kl(p, q):
+    return kl(p, q)
+
+
+def reverse_kl(p, q):
+    return kl(q, p)
+
+
+def js_divergence(p, q):
+    return kl(p, (p + q) / 2) / 2 + kl(q, (p + q) / 2) / 2
+
+
+def tvd(p, q):
+    return (p - q).abs().sum() / 2
+
+
+def skewed_forward_kl(p, q, skew_lambda=0.1):
+    return kl(p, skew_lambda * p + (1 - skew_lambda) * q)
+
+
+def skewed_reverse_kl(p, q, skew_lambda=0.1):
+    return kl(q, (1 - skew_lambda) * p + skew_lambda * q)
+
+
+def adaptive_kl_weight(p, q, alpha=0.5):
+    order = p.argsort()
+    tail = p[order].cumsum(0) <= alpha
+    gap = (p - q).abs()[order]
+    return gap[~tail].sum() / (gap[~tail].sum() + gap[tail].sum())
+
+
+def adaptive_kl(p, q, alpha=0.5, weight=None):
+    w = adaptive_kl_weight(p, q, alpha).detach() if weight is None else weight
+    return w * kl(p, q) + (1 - w) * kl(q, p)
+
+
+def todi_weight(p, q, beta=1.0):
+    return 1 / (1 + (p / q) ** -beta)
+
+
+def todi(p, q, beta=1.0, weight=None):
+    w = todi_weight(p, q, beta).detach() if weight is None else weight
+    return (w * p * (p / q).log() + (1 - w) * q * (q / p).log()).sum()
+
+
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergence": js_divergence, "tvd": tvd,
+               "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
+               "adaptive_kl": adaptive_kl, "ToDi": todi}
+WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight}
+
+
+def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
+               weights: list[Tensor] | None = None, **params: float) -> Tensor:
+    """(N, V), (N, V) -> (N,); entries of -inf in either are left out of both."""
+    assert name in DIVERGENCES, f"the divergence {name!r} has no independent reference: add one to tests/reference.py"
+    values = []
+    for row, (p, q) in enumerate(probabilities(student_logits, teacher_logits, temperature)):
+        frozen = {} if weights is None else {"weight": weights[row]}
+        values.append(DIVERGENCES[name](p, q, **params, **frozen))
+    return torch.stack(values)
+
+
+def weights(name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
+            **params: float) -> list[Tensor] | None:
+    """The detached weight of each row; None for a divergence without one."""
+    if name not in WEIGHTS:
+        return None
+    return [WEIGHTS[name](p, q, **params).detach()
+            for p, q in probabilities(student_logits, teacher_logits, temperature)]
+
+
+def probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float):
+    """(p, q) of each row over the entries that both models have."""
+    for z, t in zip(student_logits.double(), teacher_logits.detach().double(), strict=True):
+        common = (z > -torch.inf) & (t > -torch.inf)
+        yield (t[common] / temperature).softmax(0), (z[common] / temperature).softmax(0)
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None,
+                scale: float = 1.0) -> Tensor:
+    """(N, H) -> (N, V); a bias of -inf is a logit of -inf."""
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits * scale
+    if softcap is not None:
+        logits = (softcap * (logits / softcap).tanh()).masked_fill(logits == -torch.inf, -torch.inf)
+    return logits
+
+
+def cross_entropy(logits: Tensor, label: int, smoothing: float) -> Tensor:
+    """Of one row (V,); the target is 1 - smoothing on the label plus smoothing / V on each of the V entries."""
+    allowed = logits > -torch.inf
+    target = allowed.double() * smoothing / allowed.sum()
+    target[label] += 1 - smoothing
+    return -(target[allowed] * logits[allowed].softmax(0).log()).sum()
+
+
+def loss_sums(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, name: str | None = None,
+              params: dict[str, float] | None = None, temperature: float = 1.0, kd_rate: float = 0.5,
+              label_smoothing: float = 0.0) -> dict[str, Tensor]:
+    """loss, kd, ce, correct and tokens over the labelled rows of (N, V_s) and (N, V_t) logits."""
+    labelled = [row for row, label in enumerate(labels.tolist()) if label != -100]
+    z, zero = student_logits[labelled], student_logits.new_zeros((), dtype=torch.float64)
+    kd = zero
+    if teacher_logits is not None:
+        vocabulary = min(z.shape[1], teacher_logits.shape[1])
+        z, t = z[:, :vocabulary], teacher_logits[labelled, :vocabulary]
+        z = z.masked_fill(t == -torch.inf, -torch.inf)
+        kd = divergence(name, z, t, temperature, **params or {}).sum() if labelled else zero
+    targets = [labels[row].item() for row in labelled]
+    ce = sum((cross_entropy(row, label, label_smoothing) for row, label in zip(z, targets, strict=True)), zero)
+    correct = sum(row.argmax().item() == label for row, label in zip(z, targets, strict=True))
+    kd_rate = 0.0 if teacher_logits is None else kd_rate
+    return {"loss": (1 - kd_rate) * ce + kd_rate * kd, "kd": kd, "ce": ce,
+            "correct": torch.tensor(correct), "tokens": torch.tensor(len(labelled))}

@@ -1,0 +1,251 @@
+"""Every registered divergence against an independent reference in float64, and at the edges of float32."""
+
+import inspect
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from todi.criterions import DIVERGENCES, build_divergence, diagnose, linear_distillation_loss
+from todi.criterions import LinearHead as Head
+from todi.criterions.divergences import CLOSED_FORMS, log_probabilities
+from torch.testing import assert_close
+
+NAMES = list(DIVERGENCES)
+PUBLISHED = {"skewed_forward_kl": {"skew_lambda": 0.1}, "skewed_reverse_kl": {"skew_lambda": 0.1},
+             "adaptive_kl": {"alpha": 0.5}, "ToDi": {"beta": 1.0}}
+OTHERS = [("skewed_forward_kl", {"skew_lambda": 0.7}), ("skewed_reverse_kl", {"skew_lambda": 0.7}),
+          ("adaptive_kl", {"alpha": 0.0}), ("adaptive_kl", {"alpha": 0.2}), ("adaptive_kl", {"alpha": 0.8}),
+          ("ToDi", {"beta": 0.0}), ("ToDi", {"beta": 3.5})]
+INF = float("inf")
+
+every_divergence = pytest.mark.parametrize("name", NAMES)
+every_setting = pytest.mark.parametrize("name, params", [(name, {}) for name in NAMES] + OTHERS)
+
+
+def logits(*shape: int, seed: int = 0, spread: float = 2.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread).to(dtype)
+
+
+def extreme_logits() -> tuple[torch.Tensor, torch.Tensor]:
+    """(9, 6) float32 of student and teacher: what has made losses and gradients infinite before."""
+    far, lone = torch.tensor([1e4, -1e4, 0., 1e4, -1e4, 5.]), torch.tensor([-INF, -INF, 1., -INF, -INF, -INF])
+    mild, other = (logits(6, seed=seed, dtype=torch.float32) for seed in (2, 3))
+    hole, other_hole = mild.clone(), other.clone()
+    hole[[0, 3]], other_hole[[3, 5]] = -INF, -INF
+    pairs = [(far, -far), (far, far.roll(1)), (far, mild), (mild, far), (hole, other), (mild, other_hole),
+             (hole, other_hole), (lone, far), (torch.full((6,), -1e4), torch.full((6,), 1e4))]
+    student, teacher = zip(*pairs, strict=True)
+    return torch.stack(student), torch.stack(teacher)
+
+
+class OursBehindReference(torch.autograd.Function):
+    """The reference's value with its weights held still, and our gradient: gradcheck compares the two."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, divergence, temperature, weights):
+        ctx.divergence, ctx.temperature = divergence, temperature
+        ctx.save_for_backward(student, teacher)
+        return reference.divergence(divergence.name, student, teacher, temperature, weights, **divergence.params)
+
+    @staticmethod
+    def backward(ctx, grad):
+        student, teacher = ctx.saved_tensors
+        with torch.enable_grad():
+            student = student.detach().requires_grad_()
+            value = ctx.divergence(student, teacher, temperature=ctx.temperature)
+            gradient, = torch.autograd.grad(value, student, grad)
+        return gradient, None, None, None, None
+
+
+def test_every_divergence_has_a_reference():
+    missing = set(DIVERGENCES) - set(reference.DIVERGENCES)
+    assert not missing, f"no independent reference for {missing}: add one to tests/reference.py"
+
+
+def test_parameters_have_their_published_defaults():
+    defaults = {name: {p.name: p.default for p in inspect.signature(DIVERGENCES[name]).parameters.values()
+                       if p.kind is p.KEYWORD_ONLY} for name in PUBLISHED}
+    assert defaults == PUBLISHED
+
+
+@every_setting
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_value(name, params, temperature):
+    student, teacher = logits(7, 13), logits(7, 13, seed=1)
+    value = build_divergence(name, **params)(student, teacher, temperature=temperature)
+    assert value.shape == (7,) and value.dtype == torch.float64
+    assert_close(value, reference.divergence(name, student, teacher, temperature, **params))
+
+
+@every_setting
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradient(name, params, temperature):
+    student, teacher = logits(3, 7).requires_grad_(), logits(3, 7, seed=1)
+    weights = reference.weights(name, student, teacher, temperature, **params)
+    divergence = build_divergence(name, **params)
+    assert torch.autograd.gradcheck(OursBehindReference.apply, (student, teacher, divergence, temperature, weights))
+
+
+@pytest.mark.parametrize("name", reference.WEIGHTS)
+def test_gradient_leaves_the_weight_still(name):
+    """The check above must tell a detached weight from one that moves with the student."""
+    args = logits(3, 7).requires_grad_(), logits(3, 7, seed=1), build_divergence(name), 1.0, None
+    assert not torch.autograd.gradcheck(OursBehindReference.apply, args, raise_exception=False)
+
+
+@pytest.mark.parametrize("name, params", [(name, {}) for name in CLOSED_FORMS] +
+                         [(name, params) for name, params in OTHERS if name in CLOSED_FORMS])
+@pytest.mark.parametrize("pair", [(logits(5, 11), logits(5, 11, seed=1)), extreme_logits()], ids=["mild", "extreme"])
+def test_closed_form_is_what_autograd_gives(name, params, pair):
+    divergence = build_divergence(name, **params)
+    log_p, log_q = log_probabilities(*(side.double() for side in pair), 1.0)
+    given = log_p.clone(), log_q.clone()
+    assert_close(divergence.value_and_gradient(log_p, log_q), divergence.value_and_autograd(log_p, log_q))
+    assert_close((log_p, log_q), given, rtol=0, atol=0)  # in-place work must not reach the arguments
+
+
+@every_divergence
+def test_extreme_and_masked_logits(name):
+    student, teacher = extreme_logits()
+    student.requires_grad_()
+    value = build_divergence(name)(student, teacher)
+    value.sum().backward()
+    assert value.isfinite().all() and (value >= 0).all()
+    assert student.grad.isfinite().all()
+    assert (student.grad[student.isneginf() | teacher.isneginf()] == 0).all()
+
+
+@every_divergence
+def test_masked_entries_carry_no_probability_in_either_model(name):
+    student, teacher = (side[4:7].double() for side in extreme_logits())  # the rows with holes and nothing extreme
+    assert_close(build_divergence(name)(student, teacher), reference.divergence(name, student, teacher))
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_equal_distributions_are_exactly_zero_apart(name, dtype, temperature):
+    student = torch.cat([logits(4, 501, spread=spread, dtype=dtype) for spread in (0, 1, 10, 1000)])
+    student[::2, 17] = -INF
+    teacher = student.clone()
+    value = build_divergence(name)(student.requires_grad_(), teacher, temperature=temperature)
+    assert value.dtype == torch.float32
+    assert (value == 0).all()
+    value.sum().backward()
+    assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), spread=st.floats(0.01, 30), noise=st.floats(-8, 1), size=st.integers(1, 400))
+def test_never_negative(seed, spread, noise, size):
+    teacher = logits(3, size, seed=seed, spread=spread, dtype=torch.float32)
+    student = teacher + logits(3, size, seed=seed + 1, spread=10**noise, dtype=torch.float32)
+    for name in NAMES:
+        assert (build_divergence(name)(student, teacher) >= 0).all(), name
+
+
+@every_divergence
+def test_half_precision_logits_are_reduced_in_float32(name):
+    student, teacher = logits(4, 301, dtype=torch.bfloat16), logits(4, 301, seed=1, dtype=torch.bfloat16)
+    value = build_divergence(name)(student, teacher)
+    assert_close(value.double(), reference.divergence(name, student, teacher), rtol=1e-5, atol=1e-6)
+
+
+@every_divergence
+def test_one_row_and_no_gradient_for_the_teacher(name):
+    student, teacher = logits(5, 11).requires_grad_(), logits(5, 11, seed=1).requires_grad_()
+    divergence = build_divergence(name)
+    values = divergence(student, teacher)
+    assert_close(divergence(student[:1], teacher[:1]), values[:1])
+    values.sum().backward()
+    assert student.grad.any() and teacher.grad is None
+
+
+@every_divergence
+def test_names_are_case_insensitive(name):
+    assert build_divergence(name.upper()) == build_divergence(name.lower()) == build_divergence(name)
+    assert build_divergence(name.upper()).name == name
+
+
+def test_unknown_name_lists_the_allowed_and_suggests():
+    with pytest.raises(ValueError, match="'foward_kl'; did you mean forward_kl") as error:
+        build_divergence("foward_kl")
+    assert all(name in str(error.value) for name in NAMES) and len(NAMES) >= 8
+
+
+def test_unknown_parameter_lists_the_allowed_and_suggests():
+    with pytest.raises(ValueError, match="ToDi has no parameter 'betta'; did you mean beta.*allowed: beta"):
+        build_divergence("ToDi", betta=1.0)
+    with pytest.raises(ValueError, match="forward_kl has no parameter 'beta'; allowed: none"):
+        build_divergence("forward_kl", beta=1.0)
+
+
+@pytest.mark.parametrize("name, parameter, values", [
+    ("skewed_forward_kl", "skew_lambda", [0, 1, -0.1, 1e-9, float("nan")]),
+    ("skewed_reverse_kl", "skew_lambda", [0, 1, 1.1, 1 - 1e-9, float("nan")]),
+    ("adaptive_kl", "alpha", [-0.1, 1.1, float("nan")]),
+    ("ToDi", "beta", [-1, INF, float("nan")])])
+def test_parameter_out_of_range(name, parameter, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{parameter} must be .*got {value}"):
+            build_divergence(name, **{parameter: value})
+
+
+@pytest.mark.parametrize("name", ["skewed_forward_kl", "skewed_reverse_kl"])
+@pytest.mark.parametrize("skew", [1e-6, 1 - 1e-6])
+def test_skew_at_its_limits_is_finite(name, skew):
+    student, teacher = extreme_logits()
+    value = build_divergence(name, skew_lambda=skew)(student.requires_grad_(), teacher)
+    value.sum().backward()
+    assert value.isfinite().all() and student.grad.isfinite().all()
+
+
+def test_registry_refuses_a_name_twice():
+    with pytest.raises(ValueError, match="'todi' is registered twice"):
+        DIVERGENCES.register("todi")(lambda log_p, log_q: None)
+
+
+def test_a_ninth_divergence_is_one_function_and_one_decorator(monkeypatch):
+    monkeypatch.setattr(DIVERGENCES, "_entries", dict(DIVERGENCES._entries))
+
+    @DIVERGENCES.register("squared_hellinger")
+    def squared_hellinger(log_p, log_q, *, factor=1.0):
+        return factor * ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1)
+
+    ninth = build_divergence("Squared_Hellinger", factor=0.5)
+    student, teacher, identity = logits(5, 11).requires_grad_(), logits(5, 11, seed=1), Head(torch.eye(11).double())
+    expected = 1 - (student.softmax(-1) * teacher.softmax(-1)).sqrt().sum(-1)
+    assert_close(ninth(student, teacher), expected)
+    sums = linear_distillation_loss(student, identity, teacher, identity, torch.arange(5), divergence=ninth, kd_rate=1)
+    assert_close(sums.loss, expected.sum())
+    assert_close(torch.autograd.grad(sums.loss, student), torch.autograd.grad(expected.sum(), student))
+
+
+def test_diagnose():
+    student, teacher = logits(6, 9), logits(6, 9, seed=1)
+    rows = list(reference.probabilities(student, teacher, 2.0))
+    weights = reference.weights("ToDi", student, teacher, 2.0, beta=0.7)
+    forward = sum((w * p * (p / q).log()).sum() for w, (p, q) in zip(weights, rows, strict=True))
+    reverse = sum(((1 - w) * q * (q / p).log()).sum() for w, (p, q) in zip(weights, rows, strict=True))
+    mean = {"teacher_entropy": [-(p * p.log()).sum() for p, _ in rows],
+            "student_entropy": [-(q * q.log()).sum() for _, q in rows],
+            "top1_agreement": [(p.argmax() == q.argmax()).double() for p, q in rows],
+            "forward_kl": [reference.kl(p, q) for p, q in rows],
+            "reverse_kl": [reference.kl(q, p) for p, q in rows],
+            "weight_under_p": [(w * p).sum() for w, (p, _) in zip(weights, rows, strict=True)],
+            "weight_under_q": [(w * q).sum() for w, (_, q) in zip(weights, rows, strict=True)]}
+    expected = {name: torch.stack(values).mean().item() for name, values in mean.items()}
+    expected["forward_share"] = (forward / (forward + reverse)).item()
+    expected["reverse_share"] = (reverse / (forward + reverse)).item()
+    assert diagnose(student, teacher, build_divergence("ToDi", beta=0.7), 2.0) == pytest.approx(expected)
+
+
+def test_diagnose_without_an_entry_weight_and_without_a_loss():
+    same = logits(4, 9)
+    plain = diagnose(same, same, build_divergence("forward_kl"))
+    assert set(plain) == {"teacher_entropy", "student_entropy", "top1_agreement", "forward_kl", "reverse_kl"}
+    report = diagnose(same, same, build_divergence("ToDi"))
+    assert report["forward_share"] == report["reverse_share"] == 0.5 == pytest.approx(report["weight_under_p"])
+    assert report["top1_agreement"] == 1 and report["forward_kl"] == 0
