@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +44,9 @@ from todi.models.loading import (
     load_tokenizer,
     merge_adapter,
 )
-from todi.options import InputError, option, parse, run_main
+from todi.options import InputError, gathered, option, parse, run_main
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("todi.evaluate")
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,10 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
     """
     problems = list(config.problems())
     model_path = family = tokenizer = precision = sets = None
-    with _gathered(problems):
+    with gathered(problems):
         precision = choose_precision(config.precision, device)
     if config.model_path or config.peft_path:
-        with _gathered(problems):
+        with gathered(problems):
             model_path = config.model_path or _base_model(config.peft_path)
             if config.peft_path:
                 find_adapter(config.peft_path)
@@ -164,7 +163,7 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
             family = family_of("auto", model_config.model_type)
             tokenizer = load_tokenizer(model_path, config.trust_remote_code)
             _check_positions(model_config, config.max_length)
-    with _gathered(problems):
+    with gathered(problems):
         sets = _read_sets(Path(config.data_dir), list(filter(is_set_name, config.sets)), config.limit)
     if problems:
         raise InputError(problems)
@@ -202,15 +201,6 @@ def evaluate(model: PreTrainedModel, inputs: Inputs, seeds: Sequence[int], decod
     return summaries
 
 
-@contextmanager
-def _gathered(problems: list[str]) -> Iterator[None]:
-    """Adds what a check raises to `problems`, so that the user sees all of it at once."""
-    try:
-        yield
-    except InputError as error:
-        problems.extend(error.problems)
-
-
 def _base_model(adapter: str) -> str:
     """The model that a LoRA adapter was trained on. Raises InputError when the adapter does not say."""
     file = find_adapter(adapter) / "adapter_config.json"
@@ -241,7 +231,7 @@ def _read_sets(data_dir: Path, names: Sequence[str], limit: int | None) -> dict[
     problems: list[str] = []
     sets = {}
     for name, file in found.items():
-        with _gathered(problems):
+        with gathered(problems):
             sets[name] = load_records(file, limit)
     if problems:
         raise InputError(problems)

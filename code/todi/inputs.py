@@ -1,7 +1,5 @@
 """Reads and checks everything that a training run needs, before any weights are loaded."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from todi.engine.device import Precision, choose_precision
 from todi.models.families import Family, family_of
 from todi.models.loading import find_adapter, load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
-from todi.options import InputError
+from todi.options import InputError, gathered
 
 
 @dataclass(frozen=True)
@@ -33,44 +31,31 @@ class Inputs:
     dev_file: Path
 
 
-class _Problems(list[str]):
-    """Gathers what independent checks raise, so that the user sees all of it at once."""
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        try:
-            yield
-        except InputError as error:
-            self.extend(error.problems)
-        except ValueError as error:  # of a registry
-            self.append(str(error))
-
-
 def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     """Everything that `config` names, short of weights.
 
     Raises:
         InputError: with every problem of settings, paths, data and tokenizers.
     """
-    problems = _Problems(config.problems())
+    problems = config.problems()
     train_file, dev_file = (Path(config.data.data_dir) / f"{split}.jsonl" for split in ("train", "dev"))
     family = tokenizer = precision = deepspeed_config = train = dev = None
-    with problems.gathered():
+    with gathered(problems):
         train = load_records(train_file, config.data.train_num)
-    with problems.gathered():
+    with gathered(problems):
         dev = load_records(dev_file, config.data.dev_num)
-    with problems.gathered():
+    with gathered(problems):
         precision = choose_precision(config.run.precision, device)
         deepspeed_config = build_deepspeed_config(
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
             accumulation=config.optim.gradient_accumulation_steps, clip_grad=config.optim.clip_grad,
             override_file=config.run.deepspeed_config)
     if config.student.model_path:
-        with problems.gathered():
+        with gathered(problems):
             family, tokenizer = _read_model(config.student.model_path, config.student.model_type,
                                             config.student.trust_remote_code, config.student.peft_path)
     if config.objective.distils and config.teacher.teacher_model_path:
-        with problems.gathered():
+        with gathered(problems):
             _, teacher_tokenizer = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
                                                config.student.trust_remote_code, config.teacher.teacher_peft_path)
             _check_tokenizers(tokenizer, teacher_tokenizer)
@@ -81,7 +66,11 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
 
 def _read_model(path: str, model_type: str, trust_remote_code: bool,
                 adapter: str | None) -> tuple[Family, Tokenizer]:
-    family = family_of(model_type, load_config(path, trust_remote_code).get_text_config().model_type)
+    architecture = load_config(path, trust_remote_code).get_text_config().model_type
+    try:
+        family = family_of(model_type, architecture)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if adapter:
         find_adapter(adapter)
     return family, load_tokenizer(path, trust_remote_code)

@@ -12,7 +12,8 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from todi.registry import did_you_mean
@@ -26,6 +27,15 @@ class InputError(Exception):
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(f"error: {problem}" for problem in self.problems))
+
+
+@contextmanager
+def gathered(problems: list[str]) -> Iterator[None]:
+    """Adds what a check raises to `problems` and goes on, so that the user sees all of it at once."""
+    try:
+        yield
+    except InputError as error:
+        problems.extend(error.problems)
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None, flag: str | None = None) -> Any:

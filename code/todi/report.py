@@ -14,7 +14,7 @@ from todi.engine.logs import set_up_logging
 from todi.evaluation.results import markdown_table, read_results
 from todi.options import InputError, option, parse, run_main
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("todi.report")
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ training_defaults() {
   choose_devices
   default NNODES 1
   config=${PEFT:+${PEFT}-rank=${LORA_RANK}-alpha=${LORA_ALPHA}-dropout=${LORA_DROPOUT}}
-  config=${config:-full}-$PRECISION
+  config=${config:-default}-$PRECISION
   batch=${BATCH_SIZE}x${GRAD_ACC}x$((NPROC * NNODES))
   options=(
     --model-path "$MODEL_PATH" --model-type "$MODEL_TYPE" --data-dir "$DATA_DIR"

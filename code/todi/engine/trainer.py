@@ -104,7 +104,8 @@ class Trainer:
                   "gradient_norm": None if gradient_norm is None else float(gradient_norm),
                   "samples_per_second": progress.samples / progress.seconds(),
                   "peak_memory_gib": peak_memory_gib(self.engine.device)}
-        self.metrics.write(kind="train", step=self.step, epoch=epoch, seconds=progress.seconds(), **values, **diagnostics)
+        self.metrics.write(kind="train", step=self.step, epoch=epoch, seconds=progress.seconds(), **values,
+                           **diagnostics)
         losses = " ".join(f"{name} {values[name]:.4f}" for name in ("loss", *kd, "ce"))
         logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %.1f GiB, %s left",
                     epoch, self.step, self.max_steps, losses, mean.correct, lr,
@@ -120,7 +121,8 @@ class Trainer:
         self.metrics.write(kind="dev", step=self.step, epoch=epoch, loss=score.loss, accuracy=mean.correct,
                            rouge_l=score.rouge_l, seconds=seconds)
         rouge = "" if score.rouge_l is None else f" rouge-l {score.rouge_l:.2f}"
-        logger.info("dev after epoch %d: loss %.4f acc %.3f%s (%.0f s)", epoch, score.loss, mean.correct, rouge, seconds)
+        logger.info("dev after epoch %d: loss %.4f acc %.3f%s (%.0f s)",
+                    epoch, score.loss, mean.correct, rouge, seconds)
         self.best.offer(score, epoch, self.step, self._save)
 
     def _save(self, folder: Path) -> None:

