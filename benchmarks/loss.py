@@ -207,9 +207,9 @@ def comparison(name: str, case: Case, losses: list[str], device: str, rounds: in
     error = in_fresh_process(errors, case, device) if "plain" in losses else {}
     lines = []
     for loss, (best, peak) in measured.items():
-        shown = list(error.values()) if loss == "todi" and error else []
-        lines.append(f"| {name} | {case.vocabulary:,} | {case.hidden} | {loss} | {best:.2f} s | {peak / MEGABYTE:,.0f} MB | "
-                     + " | ".join([f"{value:.0e}" for value in shown] or ["–"] * 3) + " |")
+        shown = [f"{value:.0e}" for value in error.values()] if loss == "todi" and error else ["–"] * 3
+        lines.append(" | ".join(["", name, f"{case.vocabulary:,}", str(case.hidden), loss, f"{best:.2f} s",
+                                 f"{peak / MEGABYTE:,.0f} MB", *shown, ""]).strip())
     if "plain" in losses:
         faster, leaner = (a / b for a, b in zip(measured["plain"], measured["todi"], strict=True))
         lines.append(f"| | | | plain / todi | **{faster:.1f}×** | **{leaner:.1f}×** | | | |")

@@ -27,8 +27,8 @@ def write_data(folder: Path, **splits: int) -> Path:
     """Writes <split>.jsonl files of so many records that a tiny tokenizer cuts into few tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in splits.items():
-        lines = (json.dumps({"prompt": f"Write a response. {'the ' * (i % 4)}Number {i}:", "output": f" The number is {i}."})
-                 for i in range(count))
+        lines = (json.dumps({"prompt": f"Write a response. {'the ' * (i % 4)}Number {i}:",
+                             "output": f" The number is {i}."}) for i in range(count))
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
     return folder
 

@@ -132,7 +132,8 @@ class TestPlan:
     def planners(self, batch_size: int, accumulation: int, world: int = 1, seed: int = 1) -> list[StepPlanner]:
         return [StepPlanner(self.data, batch_size, accumulation, seed, rank, world) for rank in range(world)]
 
-    @pytest.mark.parametrize(("batch_size", "accumulation", "world"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (3, 2, 4), (64, 1, 2)])
+    @pytest.mark.parametrize(("batch_size", "accumulation", "world"),
+                             [(8, 1, 1), (1, 8, 1), (2, 2, 2), (3, 2, 4), (64, 1, 2)])
     def test_every_sample_once_an_epoch_and_the_last_window_too(self, batch_size, accumulation, world):
         seen, tokens = Counter(), 0
         for planner in self.planners(batch_size, accumulation, world):

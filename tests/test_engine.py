@@ -35,7 +35,8 @@ def rates(name: str, steps: int, warmup: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "middle", "end"), [
-    ("constant", 2.0, 2.0), ("linear", 1.1, 0.2), ("cosine", 1.1, 0.2), ("noam", 2 * (1 / 5) ** 0.5, 2 * (1 / 10) ** 0.5)])
+    ("constant", 2.0, 2.0), ("linear", 1.1, 0.2), ("cosine", 1.1, 0.2),
+    ("noam", 2 * (1 / 5) ** 0.5, 2 * (1 / 10) ** 0.5)])
 def test_schedules(name, middle, end):
     values = rates(name, 10)
     assert values[0] == pytest.approx(2.0)

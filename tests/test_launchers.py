@@ -95,8 +95,8 @@ def test_only_the_best_checkpoints_stay(workshop, models):
     done = workshop.train("gpt2/sft_gpt2_base", "best", MODEL_PATH=models["gpt2-student"], EPOCH=4,
                           SAVE_BEST_N_CKPTS=2, EVAL_GEN=0).result()
     losses = sorted(line["loss"] for line in done.metrics("dev"))
-    assert [float(path.name.split("_loss")[1]) for path in sorted(done.checkpoints, key=lambda p: p.name.split("_loss")[1])
-            ] == pytest.approx(losses[:2], abs=1e-4)
+    kept = sorted(float(path.name.split("_loss")[1]) for path in done.checkpoints)
+    assert kept == pytest.approx(losses[:2], abs=1e-4)
 
 
 class TestSeveralRanks:
@@ -133,7 +133,7 @@ class TestSeveralRanks:
 class TestEvaluation:
     def test_a_model(self, runs, workshop):
         checkpoint = runs["ToDi"].result().checkpoint
-        done = run("eval/run_eval.sh"[:-3], str(checkpoint), "3", DATA_DIR=workshop.data.parent, SETS="tiny absent",
+        done = run("eval/run_eval", str(checkpoint), "3", DATA_DIR=workshop.data.parent, SETS="tiny absent",
                    SEEDS="1 2", MAX_LENGTH=64, MAX_PROMPT_LENGTH=48, PRECISION="fp32")
         assert done.returncode == 0, done.stdout
         results = json.loads((checkpoint / "eval" / "results.json").read_text())
@@ -173,7 +173,7 @@ class TestBadInput:
         done = run(KD[0], **workshop.settings | {"MODEL_PATH": models["gpt2-student"], "TEACHER_MODEL_PATH": other,
                                                  "SAVE_DIR": tmp_path / "run", "NPROC": 2})
         assert done.returncode == 2
-        assert "different tokenizers: vocabulary (1 entries, the first: 'a new one' is absent in the student" in done.stdout
+        assert "different tokenizers: vocabulary (1 entries, the first: 'a new one' is absent in the " in done.stdout
 
     def test_fp16_on_a_cpu(self, workshop, models):
         done = run(KD[0], **workshop.settings | {"MODEL_PATH": models["gpt2-student"], "PRECISION": "fp16",

@@ -24,8 +24,9 @@ def test_defaults_are_the_published_ones():
     config = parse(TrainConfig, [])
     assert (config.optim.lr, config.optim.batch_size, config.optim.gradient_accumulation_steps) == (5e-4, 4, 2)
     assert (config.optim.num_epochs, config.optim.lr_min, config.optim.weight_decay) == (20, 1e-7, 0.01)
-    assert (config.objective.kd_objective, config.objective.kd_rate, config.objective.kd_temperature) == ("ToDi", 0.5, 2.0)
-    assert (config.student.peft_lora_r, config.student.peft_lora_alpha, config.student.peft_lora_dropout) == (256, 8, 0.1)
+    objective, student = config.objective, config.student
+    assert (objective.kd_objective, objective.kd_rate, objective.kd_temperature) == ("ToDi", 0.5, 2.0)
+    assert (student.peft_lora_r, student.peft_lora_alpha, student.peft_lora_dropout) == (256, 8, 0.1)
     assert (config.data.max_length, config.data.max_prompt_length, config.run.seed) == (512, 256, 10)
 
 

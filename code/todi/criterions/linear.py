@@ -20,7 +20,7 @@ from todi.criterions.divergences import MASKED_LOGIT, Divergence, compute_dtype
 IGNORE_INDEX = -100
 
 # Bytes of one (chunk, V) tensor. Larger chunks make larger matrix products; past these the gain is below the noise.
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # Bytes of one (block, V) tensor. Everything but the matrix products goes through a chunk in blocks, so that the
 # passes over the vocabulary stay in the cache of a CPU, and the temporaries are small.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -92,7 +92,7 @@ def linear_distillation_loss(student_hidden: Tensor, student_head: LinearHead,
         temperature: of both softmaxes of the divergence, > 0; the cross-entropy is at 1.
         kd_rate: share of the divergence in `loss`, in [0, 1]; there is no temperature^2 factor.
         label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1).
-        chunk_size: rows at a time; by default as many as keep a (chunk, V) tensor at 32 MiB (CPU), 256 MiB (GPU).
+        chunk_size: rows at a time; by default as many as keep a (chunk, V) tensor at 64 MiB (CPU), 256 MiB (GPU).
 
     Raises:
         ValueError: arguments out of range, or a teacher without divergence or the reverse.
