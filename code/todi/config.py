@@ -16,6 +16,8 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class StudentConfig:
+    """The model that is trained, and how much of it."""
+
     model_path: str = option("", "the student: a model folder, a GGUF file, or a Hugging Face Hub name")
     model_type: str = option("auto", "model family (todi/models/families.py); auto reads it from the config")
     peft: str | None = option(None, "how to fine-tune: lora, or every weight when not given", choices=("lora",))
@@ -27,6 +29,7 @@ class StudentConfig:
     trust_remote_code: bool = option(False, "run Python code that comes with a model; only for models you trust")
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         if not self.model_path:
             yield "--model-path is required"
         if self.peft_path and not self.peft:
@@ -39,17 +42,22 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
+    """The model that is imitated."""
+
     teacher_model_path: str | None = option(None, "the teacher: a model folder, a GGUF file, or a Hub name")
     teacher_model_type: str = option("auto", "model family of the teacher")
     teacher_peft_path: str | None = option(None, "a LoRA adapter that is merged into the teacher")
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         if self.teacher_peft_path and not self.teacher_model_path:
             yield "--teacher-peft-path needs --teacher-model-path"
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and how much of it."""
+
     data_dir: str = option("data/demo", "folder with train.jsonl and dev.jsonl")
     train_num: int | None = option(None, "use only the first so many training records")
     dev_num: int | None = option(None, "use only the first so many dev records")
@@ -57,6 +65,7 @@ class DataConfig:
     max_prompt_length: int = option(256, "longest prompt, in tokens")
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         for name in ("train_num", "dev_num"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
@@ -69,6 +78,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    """What the student is trained on."""
+
     criterion: str = option("vanilla_kd", "cross_entropy (SFT) or vanilla_kd (distillation)", choices=CRITERIA)
     kd_objective: str = option("ToDi", "the divergence (todi/criterions/divergences.py)")
     kd_params: tuple[str, ...] = option((), "parameters of the divergence as name=value, e.g. beta=0.5")
@@ -79,9 +90,11 @@ class ObjectiveConfig:
 
     @property
     def distils(self) -> bool:
+        """Whether there is a teacher."""
         return self.criterion != CROSS_ENTROPY
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         from todi.criterions import build_divergence  # imports torch; --help stays instant without it
 
         try:
@@ -100,6 +113,8 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Optimizer, schedule, and the shape of a step."""
+
     lr: float = option(5e-4, "peak learning rate")
     lr_min: float = option(1e-7, "learning rate at the end of the cosine schedule")
     lr_scheduler: str = option("cosine", "schedule after the warm-up", choices=SCHEDULES)
@@ -115,6 +130,7 @@ class OptimConfig:
     max_steps: int | None = option(None, "stop after so many optimizer steps")
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         for name in ("batch_size", "gradient_accumulation_steps", "num_epochs"):
             if getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
@@ -133,6 +149,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Where a run goes, in what precision, and how it is judged."""
+
     save_dir: str = option("outputs/run", "folder for checkpoints, args.json, train.log, metrics.jsonl")
     keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)")
     precision: str = option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
@@ -147,6 +165,7 @@ class RunConfig:
     check_only: bool = option(False, "check all input, then stop before any weights are loaded")
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         for name in ("keep_best_n_checkpoints", "log_interval", "eval_interval", "eval_batch_size"):
             if getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"

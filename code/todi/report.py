@@ -4,7 +4,6 @@
 """
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,13 @@ logger = logging.getLogger("todi.report")
 class ReportConfig:
     """Puts the results of several checkpoints (folders with eval/results.json) side by side."""
 
-    dirs: tuple[str, ...] = option((), "the folders; --dirs itself may be left out in front of them")
+    dirs: tuple[str, ...] = option((), "the folders", flag="dirs")
     names: tuple[str, ...] = option((), "what to call them in the table; the folders' paths when not given")
 
 
 def main() -> None:
     """Reads, compares, prints."""
-    config = parse(ReportConfig, ["--dirs", *sys.argv[1:]], prog="python -m todi.report")
+    config = parse(ReportConfig, prog="python -m todi.report")
     set_up_logging(is_main=True)
     print(report(config.dirs, config.names))
 
