@@ -25,10 +25,10 @@ stage "teacher: SmolLM2-135M-Instruct" "$teacher/config.json" \
 stage "student: its 12 most needed layers" "$student/config.json" \
   bash scripts/smollm2/prune_smollm2.sh
 stage "fine-tuning the teacher on data/demo" "$out/teacher/epoch*" \
-  env MAX_STEPS=40 LR=3e-4 SAVE_DIR=$out/teacher bash scripts/smollm2/sft_teacher_smollm2.sh
+  env MAX_STEPS=32 LR=3e-4 SAVE_DIR=$out/teacher bash scripts/smollm2/sft_teacher_smollm2.sh
 tuned=$(compgen -G "$out/teacher/epoch*" | head -n 1)
 stage "distilling it into the student by ${KD_OBJ:=ToDi}" "$out/$KD_OBJ/epoch*" \
-  env KD_OBJ="$KD_OBJ" MAX_STEPS=100 LR=1e-3 TEACHER_MODEL_PATH="$tuned" SAVE_DIR="$out/$KD_OBJ" bash scripts/smollm2/vanilla_kd_smollm2.sh
+  env KD_OBJ="$KD_OBJ" MAX_STEPS=80 LR=1e-3 TEACHER_MODEL_PATH="$tuned" SAVE_DIR="$out/$KD_OBJ" bash scripts/smollm2/vanilla_kd_smollm2.sh
 distilled=$(compgen -G "$out/$KD_OBJ/epoch*" | head -n 1)
 
 export DATA_DIR=data SETS=demo SEEDS=10

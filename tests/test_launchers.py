@@ -166,6 +166,7 @@ class TestBadInput:
                      "train.jsonl:5: expected an object", "no such data file", f"no model at {tmp_path}/nowhere"):
             assert said in done.stdout
         assert all(line.startswith("error: ") for line in done.stdout.splitlines())
+        assert not (tmp_path / "run").exists()
 
     def test_different_tokenizers(self, tmp_path, workshop, models):
         other = workshop.model("other", family="gpt2")

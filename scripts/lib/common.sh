@@ -19,6 +19,7 @@ if [[ -z ${PYTHON:-} ]]; then
   if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=$(command -v python3 || echo python); fi
 fi
 export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # ---- devices
 
@@ -144,7 +145,13 @@ run_training() {
     return
   fi
   mkdir -p "$SAVE_DIR"
-  "${command[@]}" 2>&1 | tee -a "$SAVE_DIR/train.log"
+  local status=0
+  "${command[@]}" 2>&1 | tee -a "$SAVE_DIR/train.log" || status=$?
+  if ((status == 2)) && [[ ! -e $SAVE_DIR/args.json ]]; then  # refused input leaves no run behind
+    rm "$SAVE_DIR/train.log"
+    rmdir --ignore-fail-on-non-empty "$SAVE_DIR"
+  fi
+  return "$status"
 }
 
 # ---- evaluation

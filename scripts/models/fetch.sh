@@ -3,4 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 
 cd "$ROOT"
+export DS_ACCELERATOR=cpu
 exec "$PYTHON" -m todi.models.fetch "$@"
