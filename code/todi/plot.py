@@ -68,10 +68,11 @@ def draw(runs: dict[str, Sequence[dict[str, Any]]], output: Path) -> None:
     shown = {title: by_run for title, by_run in curves.items() if any(by_run.values())}
     figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.6), squeeze=False, layout="constrained")
     for axis, (title, by_run) in zip(axes[0], shown.items(), strict=True):
-        for name, curve in by_run.items():
+        for index, (name, curve) in enumerate(by_run.items()):
             if not curve:  # an SFT run among distillations has no divergence
                 continue
-            axis.plot(*zip(*curve, strict=True), label=name, marker="o" if len(curve) < 12 else None, markersize=3)
+            axis.plot(*zip(*curve, strict=True), label=name, color=f"C{index % 10}",
+                      marker="o" if len(curve) < 12 else None, markersize=3)
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     if len(runs) > 1:
