@@ -82,6 +82,7 @@ class EvalConfig:
         return Path(self.save_dir or self.peft_path or self.model_path)
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         if not (self.model_path or self.peft_path):
             yield "--model-path or --peft-path is required"
         elif not (self.save_dir or self.peft_path or Path(self.model_path).is_dir()):

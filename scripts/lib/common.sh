@@ -19,7 +19,6 @@ if [[ -z ${PYTHON:-} ]]; then
   if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=$(command -v python3 || echo python); fi
 fi
 export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
-export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # ---- devices
 

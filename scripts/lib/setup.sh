@@ -12,6 +12,6 @@ set_up() {
   echo "== installing into .venv (once; a few minutes)"
   "$base" -m venv "$venv"
   # DeepSpeed compiles nothing here: what it would need is compiled at run time where it is used
-  DS_BUILD_OPS=0 "$PYTHON" -m pip install --progress-bar off --quiet -r "$ROOT/requirements.txt" "$@"
+  DS_BUILD_OPS=0 "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off --quiet -r "$ROOT/requirements.txt" "$@"
   printf '%s' "$wanted" >"$stamp"
 }

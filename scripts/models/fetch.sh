@@ -3,5 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 
 cd "$ROOT"
-export DS_ACCELERATOR=cpu
+export DS_ACCELERATOR=cpu  # works on the CPU; DeepSpeed need not look for a GPU and warn
 exec "$PYTHON" -m todi.models.fetch "$@"

@@ -7,6 +7,6 @@ default MODEL_PATH model_hub/smollm2/smollm2-135m-instruct
 default SAVE_DIR model_hub/smollm2/smollm2-12-layers
 
 cd "$ROOT"
-export DS_ACCELERATOR=cpu
+export DS_ACCELERATOR=cpu  # works on the CPU; DeepSpeed need not look for a GPU and warn
 read -ra layers <<<"$KEEP_LAYERS"
 "$PYTHON" -m todi.models.prune --model-path "$MODEL_PATH" --keep-layers "${layers[@]}" --save-dir "$SAVE_DIR" "$@"

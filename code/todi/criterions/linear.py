@@ -172,6 +172,7 @@ class _Job:
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
+        """The five sums of `LossSums`, chunk by chunk, and with them the gradients that `backward` only scales."""
         sums = hidden.new_zeros(5, dtype=job.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight, bias, job)

