@@ -1,11 +1,16 @@
 """Generation, scores, results, and the command lines of todi.evaluate and todi.report."""
 
 import json
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,7 +23,13 @@ from todi.evaluation.rouge import exact_match, rouge_l
 from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, stream_key, uniforms
 from todi.models.loading import merge_adapter
 from todi.options import run_main
-from transformers import AutoModelForCausalLM, NoRepeatNGramLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    NoRepeatNGramLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 VOCABULARY = 300
 DECODING = Decoding(max_length=60)
@@ -263,6 +274,9 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
+SETTINGS = {"PRECISION": "fp32", "MAX_LENGTH": 40, "MAX_PROMPT_LENGTH": 16}  # what run_evaluate gives, for a launcher
+
+
 def run(monkeypatch, module, *words):
     """Runs an entry point as the command line does; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["prog", *map(str, words)])
@@ -274,6 +288,11 @@ def run(monkeypatch, module, *words):
 def run_evaluate(monkeypatch, checkpoint, data, save_dir, *words):
     return run(monkeypatch, evaluate, "--model-path", checkpoint, "--data-dir", data, "--save-dir", save_dir,
                "--precision", "fp32", "--max-length", 40, "--max-prompt-length", 16, *words)
+
+
+def responses(folder):
+    """The files of responses, to the byte."""
+    return {str(path.relative_to(folder / "eval")): path.read_bytes() for path in sorted(folder.rglob("seed*.jsonl"))}
 
 
 def generations(folder):
@@ -308,18 +327,87 @@ class TestEvaluate:
             assert summary["cut_share"] == pytest.approx(sum(line["cut"] for line in lines) / len(lines))
         assert results["settings"] == {
             "max_length": 40, "max_prompt_length": 16, "do_sample": True, "temperature": 1.0, "top_p": 1.0,
-            "top_k": 0, "no_repeat_ngram_size": 0, "seeds": [1, 2], "limit": None, "precision": "fp32"}
+            "top_k": 0, "no_repeat_ngram_size": 6, "seeds": [1, 2], "limit": None, "precision": "fp32"}
         table = markdown_table({"out": results})
         assert table in screen
         assert (tmp_path / "out/eval/results.md").read_text() == table + "\n"
         assert not list((tmp_path / "out").rglob("*.unfinished"))
 
-    def test_responses_do_not_depend_on_batch_size_or_other_seeds(self, monkeypatch, checkpoint, data, tmp_path):
-        for name, words in {"a": ["--batch-size", 1, "--seeds", 1, 2], "b": ["--batch-size", 64, "--seeds", 2]}.items():
-            assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / name, *words) == 0
-        first, second = generations(tmp_path / "a"), generations(tmp_path / "b")
-        assert list(second) == ["dolly/seed2.jsonl", "sinst/11_/seed2.jsonl"]
-        assert all(first[path] == second[path] for path in second)
+    def test_responses_depend_on_neither_batch_size_nor_ranks_nor_other_seeds(self, monkeypatch, checkpoint, data,
+                                                                              tmp_path):
+        for batch_size, seeds in ((1, [1, 2]), (7, [2, 1]), (64, [2])):
+            words = ["--batch-size", batch_size, "--seeds", *seeds]
+            assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / f"batch {batch_size}", *words) == 0
+        done = launching.run("eval/run_eval", str(checkpoint), "3", "--save-dir", str(tmp_path / "2 ranks"), NPROC=2,
+                             DATA_DIR=data, SETS="dolly sinst/11_", SEEDS="1 2", **SETTINGS)
+        assert done.returncode == 0, done.stdout
+        assert "device: cpu x 2" in done.stdout
+        assert done.stdout.count("results are in") == 1
+        alone = responses(tmp_path / "batch 1")
+        assert list(alone) == ["dolly/seed1.jsonl", "dolly/seed2.jsonl", "sinst/11_/seed1.jsonl",
+                               "sinst/11_/seed2.jsonl"]
+        assert responses(tmp_path / "batch 7") == responses(tmp_path / "2 ranks") == alone
+        assert responses(tmp_path / "batch 64") == {path: alone[path] for path in alone if "seed2" in path}
+
+    def test_the_loss_is_a_mean_over_tokens_of_first_references(self, monkeypatch, checkpoint, data, tmp_path):
+        assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "out", "--batch-size", 2, "--seeds", 1) == 0
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+        losses = []
+        for index in range(3):
+            prompt = tokenizer(f"Write the number {index}." * (index + 1))["input_ids"][:16]
+            ids = [*prompt, *tokenizer("The number")["input_ids"], tokenizer.eos_token_id]
+            log_probabilities = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            losses += [-log_probabilities[at - 1, ids[at]].item() for at in range(len(prompt), len(ids))]
+        results = json.loads((tmp_path / "out/eval/results.json").read_text())
+        assert results["sets"]["dolly"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+    def test_a_killed_run_goes_on_where_it_was(self, monkeypatch, checkpoint, data, tmp_path):
+        words = ["--save-dir", str(tmp_path / "killed"), "--max-length", "200"]
+        settings = {"DATA_DIR": data, "SETS": "dolly sinst/11_", "SEEDS": "1 2 3 4", **SETTINGS}
+        half = launching.start("eval/run_eval", str(checkpoint), "1", *words, **settings)
+        unfinished = tmp_path / "killed/eval/sinst/11_/.unfinished.jsonl"
+        while half.poll() is None and not (unfinished.is_file() and len(unfinished.read_text().splitlines()) > 3):
+            time.sleep(0.002)
+        os.killpg(half.pid, signal.SIGKILL)
+        said = half.communicate()[0]
+        assert unfinished.is_file(), said
+        unfinished.write_text(unfinished.read_text() + "\n[[1, 0, [3")  # as a kill in the middle of a line leaves it
+        assert not (tmp_path / "killed/eval/results.json").exists()
+
+        done = launching.run("eval/run_eval", str(checkpoint), "1", *words, **settings)
+        assert done.returncode == 0, done.stdout
+        assert re.search(r"\d+%.*<", done.stdout), "progress with the time left"
+        assert " dolly: rouge-l" not in done.stdout, "the set that was finished"
+        assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "whole", "--sets", "dolly", "sinst/11_",
+                            "--seeds", 1, 2, 3, 4, "--batch-size", 1, "--max-length", 200) == 0
+        for name in ("results.json", "dolly/seed4.jsonl", "sinst/11_/seed1.jsonl", "sinst/11_/made_with.json"):
+            assert (tmp_path / "killed/eval" / name).read_bytes() == (tmp_path / "whole/eval" / name).read_bytes()
+        assert not unfinished.exists()
+
+    def test_what_is_there_is_not_done_again_unless_made_otherwise(self, monkeypatch, checkpoint, data, tmp_path,
+                                                                  capsys):
+        def run(*words):
+            capsys.readouterr()
+            code = run_evaluate(monkeypatch, checkpoint, data, tmp_path / "out", "--sets", "dolly", *words)
+            return code, capsys.readouterr().out
+        first = tmp_path / "out/eval/dolly/seed1.jsonl"
+        assert run("--seeds", 1)[0] == 0
+        made, text = first.stat().st_mtime_ns, first.read_bytes()
+        assert run("--seeds", 1, 2)[0] == 0
+        assert first.stat().st_mtime_ns == made
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+            code, screen = run("--seeds", 1, 2, "--batch-size", 3)
+        assert code == 0
+        assert "is there already" in screen
+        assert "| out " in screen
+
+        first.write_bytes(text + b"\n")  # touched since
+        assert run("--seeds", 1, 2)[0] == 0
+        assert first.read_bytes() == text
+        code, screen = run("--seeds", 1, "--temperature", 0.5, "--limit", 2)
+        assert "dolly: what is there was made with other data, temperature and is done again" in screen
+        assert first.read_bytes() != text
 
     def test_greedy_needs_one_seed(self, monkeypatch, checkpoint, data, tmp_path):
         words = ["--no-do-sample", "--seeds", 5, 6, "--limit", 1, "--sets", "dolly"]

@@ -1,243 +1,141 @@
-"""Scores a checkpoint on every set with every seed, in one process that loads the model once.
+"""Scores a checkpoint on every set with every seed, in one process a device that loads the model once.
 
     python -m todi.evaluate --model-path CKPT --data-dir data --sets dolly self-inst vicuna --seeds 10 20 30
     python -m todi.evaluate --peft-path ADAPTER
 
-A set is <data-dir>/<set>/valid.jsonl. Results go to eval/ beside the checkpoint or in --save-dir.
+A set is <data-dir>/<set>/valid.jsonl. Results go to eval/ beside the checkpoint or in --save-dir. What is finished
+there is not done again and what was interrupted goes on, as long as settings, model and data are the same.
 """
 
 import dataclasses
-import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel
 
-from todi.config import PRECISIONS
-from todi.data.records import Record, load_records
-from todi.engine.device import Precision, choose_device, choose_precision
+from todi.data.tokenize import encode_examples
+from todi.engine.device import choose_device
+from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.engine.logs import set_up_logging
-from todi.evaluation.generation import Decoding
-from todi.evaluation.results import (
-    average,
-    is_set_name,
-    markdown_table,
-    summarise,
-    write_generations,
-    write_results,
-)
-from todi.evaluation.scoring import score_set
-from todi.models.families import Family, family_of
-from todi.models.loading import (
-    attention_for,
-    find_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    merge_adapter,
-)
-from todi.options import InputError, gathered, option, parse, run_main
+from todi.evaluation.inputs import EvalConfig, Inputs, read_inputs
+from todi.evaluation.results import average, markdown_table, summarise, write_results
+from todi.evaluation.scoring import Writer, score
+from todi.evaluation.store import Done, SetStore, files_checksum, records_checksum
+from todi.models.loading import attention_for, check_head, load_model, merge_adapter
+from todi.options import parse, run_main
 
 logger = logging.getLogger("todi.evaluate")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Scores a checkpoint by ROUGE-L on instruction sets, over several sampling seeds."""
-
-    model_path: str | None = option(None, "a model folder, a GGUF file, or a Hub name; an adapter names its own")
-    peft_path: str | None = option(None, "a LoRA adapter, merged into --model-path or into the base that it names")
-    trust_remote_code: bool = option(False, "run code that comes with a model; only for models you trust")
-    data_dir: str = option("data", "folder with a folder for each set")
-    sets: tuple[str, ...] = option(("dolly", "self-inst", "vicuna", "sinst/11_", "uinst/11_"),
-                                   "sets to score; one that is not there is named and skipped")
-    limit: int | None = option(None, "use only the first so many records of each set")
-    seeds: tuple[int, ...] = option((10, 20, 30, 40, 50), "sampling seeds; greedy takes the first alone")
-    batch_size: int = option(16, "responses written together")
-    max_length: int = option(512, "longest prompt + response, in tokens")
-    max_prompt_length: int = option(256, "longest prompt, in tokens; the rest of it is cut off")
-    do_sample: bool = option(True, "sample; else greedy")
-    temperature: float = option(1.0, "sampling temperature")
-    top_p: float = option(1.0, "sample from the smallest set of tokens with this mass; 1 is off")
-    top_k: int = option(0, "sample from the k most likely tokens; 0 is off")
-    no_repeat_ngram_size: int = option(0, "n-grams of this size may occur once only; 0 is off")
-    precision: str = option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
-    save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given")
-
-    @property
-    def decoding(self) -> Decoding:
-        return Decoding(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Decoding)})
-
-    @property
-    def folder(self) -> Path:
-        """Where eval/ goes."""
-        return Path(self.save_dir or self.peft_path or self.model_path)
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
-        if not (self.model_path or self.peft_path):
-            yield "--model-path or --peft-path is required"
-        elif not (self.save_dir or self.peft_path or Path(self.model_path).is_dir()):
-            yield f"--save-dir is required: {self.model_path} is no folder that results could go to"
-        for name in ("sets", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                yield f"--{name} needs at least one"
-            repeated = sorted({str(value) for value in values if values.count(value) > 1})
-            if repeated:
-                yield f"--{name}: {', '.join(repeated)} given more than once"
-        for name in self.sets:
-            if not is_set_name(name):
-                yield f"--sets: {name!r} is not the plain name of a folder below --data-dir"
-        yield from self._bad_numbers()
-
-    def _bad_numbers(self) -> Iterator[str]:
-        for name, least in (("limit", 1), ("batch_size", 1), ("max_prompt_length", 1), ("top_k", 0),
-                            ("no_repeat_ngram_size", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                yield f"--{name.replace('_', '-')} must be at least {least}, got {value}"
-        if self.max_prompt_length >= self.max_length:
-            yield (f"--max-prompt-length ({self.max_prompt_length}) must be below --max-length "
-                   f"({self.max_length}), or no room is left for a response")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            yield f"--temperature must be above 0, got {self.temperature}"
-        if not 0 < self.top_p <= 1:
-            yield f"--top-p must be in (0, 1], got {self.top_p}"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What was read, short of weights. `model_path` is --model-path or the adapter's own base."""
-
-    model_path: str
-    family: Family
-    tokenizer: Tokenizer
-    precision: Precision
-    sets: dict[str, list[Record]]
 
 
 def main() -> None:
     """Parse, check, build, run."""
     config = parse(EvalConfig, prog="python -m todi.evaluate")
-    set_up_logging(is_main=True)
-    device = choose_device()
+    world = world_from_environment()
+    set_up_logging(world.is_main)
+    device = choose_device(world.local_rank)
     inputs = read_inputs(config, device)
-    model = build_model(inputs, config.peft_path, config.trust_remote_code, device)
-    seeds = config.seeds if config.do_sample else config.seeds[:1]
-    sets = evaluate(model, inputs, seeds, config.decoding, config.batch_size, config.folder)
+    if config.check_only:
+        return
+    if world.size > 1:
+        start_process_group(world, device)
+    try:
+        evaluate(config, inputs, world, device)
+    finally:
+        stop_process_group()
+
+
+def evaluate(config: EvalConfig, inputs: Inputs, world: World, device: torch.device) -> None:
+    """Does what is left of every set; the first rank keeps the files and prints the table."""
+    stores = open_stores(config, inputs, device) if world.is_main else {}
+    done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
+    left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
+    if any(left.values()):
+        write_sets(config, inputs, {name: seeds for name, seeds in left.items() if seeds}, done, stores, world, device)
+    else:
+        logger.info("every set and seed is there already, made with the same settings")
+    if world.is_main:
+        report(config, inputs, stores)
+
+
+def open_stores(config: EvalConfig, inputs: Inputs, device: torch.device) -> dict[str, SetStore]:
+    """What there is of each set, with a word on what does not count."""
+    made_with = {**dataclasses.asdict(config.decoding), "precision": inputs.precision.name, "device": device.type,
+                 "model": files_checksum(inputs.model_path, config.trust_remote_code),
+                 "adapter": config.peft_path and files_checksum(config.peft_path)}
+    stores = {}
+    for name, records in inputs.sets.items():
+        store = stores[name] = SetStore(config.folder, name, made_with | {"data": records_checksum(records)})
+        if store.differences:
+            logger.info("%s: what is there was made with other %s and is done again", name,
+                        ", ".join(store.differences))
+    return stores
+
+
+def write_sets(config: EvalConfig, inputs: Inputs, left: Mapping[str, Sequence[int]], done: Mapping[str, Done],
+               stores: Mapping[str, SetStore], world: World, device: torch.device) -> None:
+    """Writes and scores what is left, by set name and seeds."""
+    writer = Writer(build_model(inputs, config, world, device), inputs.tokenizer, config.decoding, config.batch_size,
+                    world)
+    total = sum(len(seeds) * len(inputs.sets[name]) for name, seeds in left.items())
+    written = sum(seed in seeds for name, seeds in left.items() for seed, _ in done[name].rows)
+    with tqdm(total=total, initial=written, unit="response", disable=not world.is_main,
+              mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        for name, seeds in left.items():
+            write_set(writer, inputs, name, seeds, done[name], stores.get(name), bar.update)
+
+
+def write_set(writer: Writer, inputs: Inputs, name: str, seeds: Sequence[int], done: Done, store: SetStore | None,
+              progress: Callable[[int], object]) -> None:
+    """Writes and scores one set with `seeds`; `store` is that of the first rank."""
+    started = time.perf_counter()
+    records = inputs.sets[name]
+    examples = encode_examples(records, inputs.tokenizer, inputs.family, writer.decoding.max_length,
+                               writer.decoding.max_prompt_length)
+    loss = writer.loss(examples) if done.loss is None else done.loss
+    responses = dict(done.rows)
+    for part in writer.rounds(name, [example.prompt for example in examples], seeds, done.rows, progress):
+        responses |= part
+        if store:
+            store.add(part)
+    if store:
+        by_seed = score(records, seeds, responses, inputs.tokenizer)
+        store.finish(by_seed, loss)
+        summary = summarise(by_seed, loss)
+        logger.info("%s: rouge-l %.2f, exact match %.1f %%, %.0f tokens a response, %.0f %% cut, loss %.3f (%.0f s)",
+                    name, summary["rouge_l"], summary["exact_match"], summary["response_tokens"],
+                    100 * summary["cut_share"], loss, time.perf_counter() - started)
+
+
+def build_model(inputs: Inputs, config: EvalConfig, world: World, device: torch.device) -> PreTrainedModel:
+    """The model that is scored, its LoRA adapter merged."""
+    logger.info("device: %s x %d; precision: %s (%s); attention: %s", device.type, world.size, inputs.precision.name,
+                inputs.precision.reason, attention_for(device, inputs.precision.dtype))
+    model = load_model(inputs.model_path, inputs.precision.dtype, device, config.trust_remote_code)
+    if config.peft_path:
+        model = merge_adapter(model, config.peft_path)
+    check_head(model, inputs.model_path)
+    logger.info("model: %s%s", inputs.model_path, f" with adapter {config.peft_path}" if config.peft_path else "")
+    return model
+
+
+def report(config: EvalConfig, inputs: Inputs, stores: Mapping[str, SetStore]) -> None:
+    """Writes results.json from the files of all sets, and prints its table."""
+    sets = {}
+    for name, store in stores.items():
+        sets[name] = summarise(store.generations(config.streams), store.done(()).loss)
     results = {
         "model": inputs.model_path, "adapter": config.peft_path,
-        "settings": {**dataclasses.asdict(config.decoding), "seeds": list(seeds), "limit": config.limit,
+        "settings": {**dataclasses.asdict(config.decoding), "seeds": list(config.streams), "limit": config.limit,
                      "precision": inputs.precision.name},
         "sets": sets, "average": average(sets),
     }
     write_results(config.folder, results)
     logger.info("results are in %s", config.folder / "eval")
     print(markdown_table({config.folder.name: results}))
-
-
-def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
-    """Everything that `config` names, short of weights.
-
-    Raises:
-        InputError: with every problem of settings, paths and data.
-    """
-    problems = list(config.problems())
-    model_path = family = tokenizer = precision = sets = None
-    with gathered(problems):
-        precision = choose_precision(config.precision, device)
-    if config.model_path or config.peft_path:
-        with gathered(problems):
-            model_path = config.model_path or _base_model(config.peft_path)
-            if config.peft_path:
-                find_adapter(config.peft_path)
-            model_config = load_config(model_path, config.trust_remote_code).get_text_config()
-            family = family_of("auto", model_config.model_type)
-            tokenizer = load_tokenizer(model_path, config.trust_remote_code)
-            _check_positions(model_config, config.max_length)
-    with gathered(problems):
-        sets = _read_sets(Path(config.data_dir), list(filter(is_set_name, config.sets)), config.limit)
-    if problems:
-        raise InputError(problems)
-    return Inputs(model_path, family, tokenizer, precision, sets)
-
-
-def build_model(inputs: Inputs, adapter: str | None, trust_remote_code: bool,
-                device: torch.device) -> PreTrainedModel:
-    """The model that is scored, its LoRA adapter merged."""
-    logger.info("device: %s; precision: %s (%s); attention: %s", device.type, inputs.precision.name,
-                inputs.precision.reason, attention_for(device, inputs.precision.dtype))
-    model = load_model(inputs.model_path, inputs.precision.dtype, device, trust_remote_code)
-    if adapter:
-        model = merge_adapter(model, adapter)
-    logger.info("model: %s%s", inputs.model_path, f" with adapter {adapter}" if adapter else "")
-    return model
-
-
-def evaluate(model: PreTrainedModel, inputs: Inputs, seeds: Sequence[int], decoding: Decoding,
-             batch_size: int, folder: Path) -> dict[str, dict]:
-    """Scores every set with every seed, writing the responses as it goes; returns the summaries by set."""
-    total = len(seeds) * sum(map(len, inputs.sets.values()))
-    summaries = {}
-    with tqdm(total=total, unit="response", mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        for name, records in inputs.sets.items():
-            started = time.perf_counter()
-            by_seed = score_set(model, inputs.tokenizer, inputs.family, name, records, seeds, decoding=decoding,
-                                batch_size=batch_size, progress=bar.update)
-            for seed, generations in by_seed.items():
-                write_generations(folder, name, seed, generations)
-            summary = summaries[name] = summarise(by_seed)
-            logger.info("%s: rouge-l %.2f, exact match %.1f %%, %.0f tokens a response, %.0f %% cut (%.0f s)",
-                        name, summary["rouge_l"], summary["exact_match"], summary["response_tokens"],
-                        100 * summary["cut_share"], time.perf_counter() - started)
-    return summaries
-
-
-def _base_model(adapter: str) -> str:
-    """The model that a LoRA adapter was trained on. Raises InputError when the adapter does not say."""
-    file = find_adapter(adapter) / "adapter_config.json"
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        raise InputError(f"{file} is not a JSON object") from None
-    if not base:
-        raise InputError(f"{file} does not name the base model; give it as --model-path")
-    return base
-
-
-def _check_positions(config: PretrainedConfig, max_length: int) -> None:
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and max_length > most:
-        raise InputError(f"--max-length is {max_length}, but the model has {most} positions")
-
-
-def _read_sets(data_dir: Path, names: Sequence[str], limit: int | None) -> dict[str, list[Record]]:
-    """The records of each set that is there. Raises InputError for bad lines, or when none is there."""
-    files = {name: data_dir / name / "valid.jsonl" for name in names}
-    found = {name: file for name, file in files.items() if file.is_file()}
-    missing = [str(file) for name, file in files.items() if name not in found]
-    if names and not found:
-        raise InputError(f"none of the sets is there; looked for {', '.join(missing)}")
-    if missing:
-        logger.warning("sets that are not there and are skipped: %s", ", ".join(missing))
-    problems: list[str] = []
-    sets = {}
-    for name, file in found.items():
-        with gathered(problems):
-            sets[name] = load_records(file, limit)
-    if problems:
-        raise InputError(problems)
-    logger.info("sets: %s", ", ".join(f"{name} ({len(records)})" for name, records in sets.items()))
-    return sets
 
 
 if __name__ == "__main__":

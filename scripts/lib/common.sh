@@ -23,6 +23,7 @@ export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
 # ---- devices
 
 choose_devices() {
+  default NNODES 1
   if [[ -n ${GPUS:-} && $GPUS != cpu ]]; then
     export CUDA_VISIBLE_DEVICES=${GPUS// /,}
   elif [[ ${GPUS:-} == cpu ]] || ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
@@ -37,6 +38,36 @@ choose_devices() {
   fi
   default NPROC "$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"
 }
+
+# launch MODULE OPTION...: one process by itself, several under torchrun.
+launch() {
+  local command=("$PYTHON" -m)
+  if several_processes; then
+    command+=(torch.distributed.run)
+    if ((NNODES > 1)); then
+      command+=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}" --master-addr "${MASTER_ADDR:?set MASTER_ADDR}"
+        --master-port "${MASTER_PORT:-29500}")
+    else
+      command+=(--standalone)
+    fi
+    command+=(--nproc-per-node "$NPROC" -m)
+  fi
+  command+=("$@")
+  if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    return
+  fi
+  "${command[@]}"
+}
+
+# check_first MODULE OPTION...: looks at all input before torchrun, which would wrap a clear line in a page of its own
+# and lose the exit code.
+check_first() {
+  if several_processes && [[ -z ${DRY_RUN:-} ]]; then "$PYTHON" -m "$@" --check-only; fi
+}
+
+several_processes() { ((NPROC * NNODES > 1)); }
 
 # ---- training
 
@@ -75,7 +106,6 @@ training_defaults() {
   default EVAL_BATCH_SIZE 32
   default LOG_INTERVAL 10
   choose_devices
-  default NNODES 1
   config=${PEFT:+${PEFT}-rank=${LORA_RANK}-alpha=${LORA_ALPHA}-dropout=${LORA_DROPOUT}}
   config=${config:-default}-$PRECISION
   batch=${BATCH_SIZE}x${GRAD_ACC}x$((NPROC * NNODES))
@@ -124,28 +154,13 @@ distil() {
     ${TEACHER_PEFT_PATH:+--teacher-peft-path "$TEACHER_PEFT_PATH"} "${options[@]}" --save-dir "$SAVE_DIR" "$@"
 }
 
-# One process runs by itself; several run under torchrun, after one of them has checked all input, since torchrun
-# would wrap a clear line in a page of its own and lose the exit code.
 run_training() {
   cd "$ROOT"
-  local command=("$PYTHON" -m todi.train "$@")
-  if ((NPROC * NNODES > 1)); then
-    [[ -n ${DRY_RUN:-} ]] || "${command[@]}" --check-only
-    local where=(--standalone)
-    if ((NNODES > 1)); then
-      where=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}" --master-addr "${MASTER_ADDR:?set MASTER_ADDR}"
-        --master-port "${MASTER_PORT:-29500}")
-    fi
-    command=("$PYTHON" -m torch.distributed.run "${where[@]}" --nproc-per-node "$NPROC" -m todi.train "$@")
-  fi
-  if [[ -n ${DRY_RUN:-} ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-    return
-  fi
+  check_first todi.train "$@"
+  if [[ -n ${DRY_RUN:-} ]]; then launch todi.train "$@"; return; fi
   mkdir -p "$SAVE_DIR"
   local status=0
-  "${command[@]}" 2>&1 | tee -a "$SAVE_DIR/train.log" || status=$?
+  launch todi.train "$@" 2>&1 | tee -a "$SAVE_DIR/train.log" || status=$?
   if ((status == 2)) && [[ ! -e $SAVE_DIR/args.json ]]; then  # refused input leaves no run behind
     rm "$SAVE_DIR/train.log"
     rmdir --ignore-fail-on-non-empty "$SAVE_DIR"
@@ -167,14 +182,9 @@ evaluate() {
   local sets seeds
   read -ra sets <<<"$SETS"
   read -ra seeds <<<"$SEEDS"
-  local command=("$PYTHON" -m todi.evaluate --data-dir "$DATA_DIR" --sets "${sets[@]}" --seeds "${seeds[@]}"
-    --max-length "$MAX_LENGTH" --max-prompt-length "$MAX_PROMPT_LENGTH" --precision "$PRECISION"
-    ${LIMIT:+--limit "$LIMIT"} "$@")
-  if [[ -n ${DRY_RUN:-} ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-    return
-  fi
   cd "$ROOT"
-  "${command[@]}"
+  set -- --data-dir "$DATA_DIR" --sets "${sets[@]}" --seeds "${seeds[@]}" --max-length "$MAX_LENGTH" \
+    --max-prompt-length "$MAX_PROMPT_LENGTH" --precision "$PRECISION" ${LIMIT:+--limit "$LIMIT"} "$@"
+  check_first todi.evaluate "$@"
+  launch todi.evaluate "$@"
 }

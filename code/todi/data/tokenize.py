@@ -25,6 +25,10 @@ class Example:
     prompt_length: int
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.ids[:self.prompt_length]
+
+    @property
     def response_tokens(self) -> int:
         """Positions that carry loss."""
         return len(self.ids) - self.prompt_length

@@ -5,7 +5,6 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -51,6 +50,8 @@ def world_from_environment() -> World:
 
 def start_process_group(world: World, device: torch.device) -> None:
     """Joins the process group: NCCL between GPUs, gloo between CPU processes."""
+    import deepspeed  # takes seconds, which an evaluation in one process need not wait for
+
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank),

@@ -19,7 +19,7 @@ from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabiliti
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a response is written. The defaults are those of the published evaluation.
+    """How a response is written. The defaults are those of the published training runs on dev.
 
     Attributes:
         max_length: most tokens of prompt and response together.

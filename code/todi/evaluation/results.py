@@ -1,10 +1,10 @@
 """What an evaluation leaves behind: eval/<set>/seed<N>.jsonl, eval/results.json, and a table of it.
 
 results.json is {"model", "adapter", "settings", "sets": {name: summary}, "average": {"rouge_l", "rouge_l_std"}};
-a summary has the set's means over all seeds, "rouge_l_std", "examples", and the means of each seed by itself.
+a summary has the set's means over all seeds, "rouge_l_std", "examples", "loss" (mean cross-entropy of a token of the
+first reference), and the means of each seed by itself.
 """
 
-import dataclasses
 import json
 import os
 import statistics
@@ -43,19 +43,39 @@ def is_set_name(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and str(path) == name
 
 
-def write_generations(folder: Path, set_name: str, seed: int, generations: Sequence[Generation]) -> None:
-    """Writes eval/<set>/seed<N>.jsonl in `folder`; it is there in full or not at all."""
-    lines = (json.dumps(dataclasses.asdict(generation), ensure_ascii=False) for generation in generations)
-    _write(folder / "eval" / set_name / f"seed{seed}.jsonl", "\n".join(lines) + "\n")
+def seed_file(folder: Path, set_name: str, seed: int) -> Path:
+    """Where the responses of a set with a seed are: eval/<set>/seed<N>.jsonl in `folder`."""
+    return folder / "eval" / set_name / f"seed{seed}.jsonl"
 
 
-def summarise(by_seed: Mapping[int, Sequence[Generation]]) -> dict[str, Any]:
-    """The entry of a set in results.json."""
+def read_generations(folder: Path, set_name: str, seed: int) -> list[Generation]:
+    """The responses of a set with a seed. Raises InputError when they are not there or not of this form."""
+    file = seed_file(folder, set_name, seed)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        fields = map(json.loads, lines)
+        return [Generation(**line | {"references": tuple(line["references"])}) for line in fields]
+    except OSError:
+        raise InputError(f"no responses at {file}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file} is not a file of responses") from None
+
+
+def summarise(by_seed: Mapping[int, Sequence[Generation]], loss: float | None = None) -> dict[str, Any]:
+    """The entry of a set in results.json.
+
+    Raises:
+        ValueError: the seeds differ in their number of responses.
+    """
+    sizes = {seed: len(generations) for seed, generations in by_seed.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"the seeds must have as many responses, got {sizes}")
     seeds = {str(seed): _means(generations) for seed, generations in by_seed.items()}
     means = {name: statistics.fmean(values[name] for values in seeds.values())
              for name in ("rouge_l", "exact_match", "response_tokens", "cut_share")}
     deviation = _deviation([values["rouge_l"] for values in seeds.values()])
-    return {"examples": len(next(iter(by_seed.values()))), **means, "rouge_l_std": deviation, "seeds": seeds}
+    return {"examples": len(next(iter(by_seed.values()))), **means, "rouge_l_std": deviation, "loss": loss,
+            "seeds": seeds}
 
 
 def average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
@@ -68,8 +88,8 @@ def average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Writes eval/results.json in `folder`, and its table as eval/results.md."""
-    _write(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / RESULTS_FILE.with_suffix(".md"), markdown_table({folder.name: results}) + "\n")
+    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / RESULTS_FILE.with_suffix(".md"), markdown_table({folder.name: results}) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -124,7 +144,7 @@ def _mean_and_deviation(summary: Mapping[str, Any] | None) -> str:
     return f"{summary['rouge_l']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")

@@ -1,45 +1,102 @@
-"""From the records of a set to scored responses."""
+"""From the records of a set to scored responses, over one or several ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.criterions import DistillationCriterion
+from todi.data.batches import collate
 from todi.data.records import Record
-from todi.data.tokenize import encode_prompts
-from todi.evaluation.generation import Decoding, generate, stop_ids, to_texts
+from todi.data.tokenize import Example
+from todi.engine.distributed import World
+from todi.evaluation.generation import Decoding, Response, generate, stop_ids, to_texts
 from todi.evaluation.results import Generation
 from todi.evaluation.rouge import exact_match, rouge_l
 from todi.evaluation.sampling import stream_key
-from todi.models.families import Family
+from todi.evaluation.store import Row
+from todi.models.loading import backbone_and_head
 
 
-def score_set(model: PreTrainedModel, tokenizer: Tokenizer, family: Family, name: str, records: Sequence[Record],
-              seeds: Sequence[int], *, decoding: Decoding, batch_size: int,
-              progress: Callable[[int], object]) -> dict[int, list[Generation]]:
-    """Writes and scores a response to each record with each seed.
+@dataclass(frozen=True)
+class Writer:
+    """Writes responses with one model. Every rank has one, and calls its methods in step with the others.
 
-    Args:
-        name: of the set; part of the name of each random stream.
-        batch_size: most responses written together.
-        progress: called with the number of responses that have been finished since the last call.
-
-    Returns:
-        by seed, in the order of the records.
+    Attributes:
+        batch_size: most responses that a rank writes together.
     """
-    prompts = encode_prompts(records, tokenizer, family, decoding.max_prompt_length)
-    # The seeds of a record are neighbours: they are written together from one prefill.
-    rows = [(seed, index) for index in range(len(records)) for seed in seeds]
-    responses = generate(model, [prompts[index] for _, index in rows],
-                         [stream_key(name, seed, index) for seed, index in rows], decoding=decoding,
-                         eos_ids=stop_ids(model, tokenizer), pad_id=tokenizer.pad_token_id,
-                         batch_size=batch_size, progress=progress)
-    texts = to_texts(responses, tokenizer)
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    decoding: Decoding
+    batch_size: int
+    world: World
+
+    def rounds(self, set_name: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], written: Container[Row],
+               progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
+        """Writes a response to each prompt with each seed, but for those that are `written`.
+
+        In a round each rank has a batch, of prompts of about the same length, so that the ranks finish together.
+        What a round is follows from batch size and ranks alone: one that goes on has the same batches.
+
+        Args:
+            set_name: part of the name of each random stream.
+            progress: called with the number of responses that have been finished since the last call.
+
+        Yields:
+            the responses of a round, those of all ranks on every rank.
+        """
+        # The longest first, so that memory runs out now or never; the seeds of a prompt together, for one prefill.
+        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]), reverse=True)
+        rows = [(seed, index) for index in order for seed in seeds]
+        size = self.batch_size * self.world.size
+        for start in range(0, len(rows), size):
+            rest = [row for row in rows[start:start + size] if row not in written]
+            if rest:
+                yield self._round(set_name, prompts, rest, progress)
+
+    def _round(self, set_name: str, prompts: Sequence[Sequence[int]], rows: Sequence[Row],
+               progress: Callable[[int], object]) -> dict[Row, Response]:
+        rank, ranks = self.world.rank, self.world.size
+        mine = rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
+        responses = generate(self.model, [prompts[index] for _, index in mine],
+                             [stream_key(set_name, seed, index) for seed, index in mine], decoding=self.decoding,
+                             eos_ids=stop_ids(self.model, self.tokenizer), pad_id=self.tokenizer.pad_token_id,
+                             batch_size=self.batch_size, progress=progress)
+        everyone = self.world.gather(list(zip(mine, responses, strict=True)))
+        progress(len(rows) - len(mine))
+        return {row: response for part in everyone for row, response in part}
+
+    @torch.no_grad()
+    def loss(self, examples: Sequence[Example]) -> float:
+        """Mean cross-entropy over the response tokens of all `examples`."""
+        backbone, head = backbone_and_head(self.model)
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(order), self.batch_size * self.world.size):
+            mine = order[start:start + self.batch_size * self.world.size][self.world.rank::self.world.size]
+            batch = collate(examples, mine, self.tokenizer.pad_token_id).to(self.model.device)
+            hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            rows = hidden.last_hidden_state.flatten(0, 1)[batch.rows]
+            found = DistillationCriterion()(rows, head, batch.row_labels, None)
+            sums += torch.stack([found.ce, found.tokens]).cpu()
+        parts = self.world.gather(sums.tolist())
+        ce, tokens = (sum(values) for values in zip(*parts, strict=True))
+        return ce / max(tokens, 1)
+
+
+def score(records: Sequence[Record], seeds: Sequence[int], responses: Mapping[Row, Response],
+          tokenizer: Tokenizer) -> dict[int, list[Generation]]:
+    """Scores a response to each record with each seed; by seed, in the order of the records."""
+    rows = [(seed, index) for seed in seeds for index in range(len(records))]
+    written = [responses[row] for row in rows]
+    texts = to_texts(written, tokenizer)
     references = [records[index].references for _, index in rows]
     scores, matches = rouge_l(texts, references), exact_match(texts, references)
     by_seed: dict[int, list[Generation]] = {seed: [] for seed in seeds}
-    for (seed, index), response, *scored in zip(rows, responses, texts, scores, matches, strict=True):
-        text, score, match = scored
-        by_seed[seed].append(Generation(records[index].prompt, text, records[index].references, score, match,
+    for (seed, index), response, text, points, match in zip(rows, written, texts, scores, matches, strict=True):
+        by_seed[seed].append(Generation(records[index].prompt, text, records[index].references, points, match,
                                         tokens=len(response.ids), cut=response.cut))
     return by_seed

@@ -1,0 +1,132 @@
+"""What is done of a set already, so that an interrupted evaluation goes on where it was. In eval/<set>/ lie
+
+    seed<N>.jsonl        the responses of a finished seed
+    made_with.json       what made them (settings, checksums of model and data), their checksums, and the set's loss
+    .unfinished.jsonl    the responses of an interrupted run: what makes them, then a line for each round
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from todi.data.records import Record, checksum
+from todi.evaluation.generation import Response
+from todi.evaluation.results import Generation, read_generations, seed_file, write_whole
+from todi.models.loading import load_config
+
+_MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
+
+Row = tuple[int, int]  # seed, index of the record
+
+
+@dataclass(frozen=True)
+class Done:
+    """What there is of a set.
+
+    Attributes:
+        seeds: the finished ones.
+        loss: None where it was not computed.
+        rows: what an interrupted run has written of the others.
+    """
+
+    seeds: tuple[int, ...] = ()
+    loss: float | None = None
+    rows: Mapping[Row, Response] = field(default_factory=dict)
+
+
+class SetStore:
+    """The files of one set. Results that were made with anything else than `made_with` count as not there.
+
+    Args:
+        folder: of the checkpoint, or --save-dir.
+        made_with: whatever a response depends on, by name; JSON values.
+    """
+
+    def __init__(self, folder: Path, set_name: str, made_with: Mapping[str, Any]):
+        self._folder, self._set_name, self._made_with = folder, set_name, dict(made_with)
+        self._record_file = folder / "eval" / set_name / "made_with.json"
+        self._unfinished_file = self._record_file.with_name(".unfinished.jsonl")
+        self._record = _read_record(self._record_file)
+        unfinished_with, self._rows = _read_unfinished(self._unfinished_file)
+        earlier = [made_with for made_with in (self._record.get("made_with"), unfinished_with) if made_with]
+        # Names of what earlier results were made with otherwise.
+        self.differences = sorted({name for other in earlier for name in other.keys() | self._made_with.keys()
+                                   if other.get(name) != self._made_with.get(name)})
+        if self._record.get("made_with") != self._made_with:
+            self._record = {"made_with": self._made_with, "loss": None, "seeds": {}}
+        self._goes_on = unfinished_with == self._made_with
+        if not self._goes_on:
+            self._rows = {}
+
+    def done(self, seeds: Sequence[int]) -> Done:
+        """What of `seeds` need not be done again; a seed whose file was touched since is not finished."""
+        finished = tuple(seed for seed in seeds if self._is_whole(seed))
+        return Done(finished, self._record["loss"], self._rows)
+
+    def add(self, responses: Mapping[Row, Response]) -> None:
+        """Keeps the responses of a round, in case the run is interrupted before the set is done."""
+        if not self._goes_on:
+            write_whole(self._unfinished_file, json.dumps(self._made_with))
+            self._goes_on = True
+        line = json.dumps([[*row, response.ids, response.cut] for row, response in responses.items()])
+        with self._unfinished_file.open("a", encoding="utf-8") as file:
+            file.write("\n" + line)  # in this order, so that a line torn by an interruption spoils no other
+
+    def finish(self, by_seed: Mapping[int, Sequence[Generation]], loss: float) -> None:
+        """Writes the files of finished seeds, and only then says that they are there."""
+        for seed, generations in by_seed.items():
+            file = seed_file(self._folder, self._set_name, seed)
+            lines = (json.dumps(dataclasses.asdict(generation), ensure_ascii=False) for generation in generations)
+            write_whole(file, "\n".join(lines) + "\n")
+            self._record["seeds"][str(seed)] = checksum(file)
+        self._record["loss"] = loss
+        write_whole(self._record_file, json.dumps(self._record, indent=2) + "\n")
+        self._unfinished_file.unlink(missing_ok=True)
+
+    def generations(self, seeds: Sequence[int]) -> dict[int, list[Generation]]:
+        """The scored responses of finished seeds."""
+        return {seed: read_generations(self._folder, self._set_name, seed) for seed in seeds}
+
+    def _is_whole(self, seed: int) -> bool:
+        file = seed_file(self._folder, self._set_name, seed)
+        return file.is_file() and self._record["seeds"].get(str(seed)) == checksum(file)
+
+
+def files_checksum(model: str, trust_remote_code: bool = False) -> str | None:
+    """Names and contents of a model's or an adapter's files; of a model on the Hub, the commit."""
+    place = Path(model)
+    if not place.exists():
+        return load_config(model, trust_remote_code)._commit_hash
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    described = [f"{file.name} {checksum(file)}" for file in files if file.suffix in _MODEL_FILES and file.is_file()]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()
+
+
+def records_checksum(records: Sequence[Record]) -> str:
+    """Of all that a set asks and expects."""
+    return hashlib.sha256(json.dumps([[record.prompt, record.references] for record in records]).encode()).hexdigest()
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_unfinished(file: Path) -> tuple[dict[str, Any] | None, dict[Row, Response]]:
+    """What makes the responses, and those there are."""
+    if not file.is_file():
+        return None, {}
+    header, *lines = file.read_text(encoding="utf-8").split("\n")
+    rows = {}
+    for line in lines:
+        try:
+            rows |= {(seed, index): Response(ids, cut) for seed, index, ids, cut in json.loads(line)}
+        except ValueError:  # torn
+            continue
+    return json.loads(header), rows
