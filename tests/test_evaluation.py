@@ -203,6 +203,7 @@ class TestRouge:
                     for response, texts in zip(responses, references, strict=True)]
         assert rouge_l(responses, references) == pytest.approx(expected, abs=1e-9)
         assert len(set(expected)) > 20
+        assert rouge_l(responses, references, processes=2) == rouge_l(responses, references, processes=1)
 
     def test_exact_match_is_blind_to_case_punctuation_and_spacing(self):
         assert exact_match(["The  answer: 7.", "seven", ""], [["no", "the answer 7"], ["seventh"], ["x"]]) == [
