@@ -87,6 +87,23 @@ class TestGenerate:
             assert response.ids == [token for token in theirs if token not in STOPS]
             assert response.cut == (theirs[-1] not in STOPS)
 
+    @pytest.mark.parametrize("ngram", [0, 2])
+    def test_beam_search_equals_transformers(self, model_of, ngram):
+        model, prompts = model_of("llama"), some_prompts(7, longest=4) + some_prompts(2, longest=30)
+        decoding = Decoding(max_length=40, do_sample=False, num_beams=3, no_repeat_ngram_size=ngram)
+        model.generation_config.repetition_penalty = 1.5
+        ours = write(model, prompts, decoding=decoding, batch_size=6)
+        assert model.generation_config.repetition_penalty == 1.5
+        model.generation_config.repetition_penalty = 1.0
+        for prompt, response in zip(prompts, ours, strict=True):
+            theirs = model.generate(torch.tensor([prompt]), do_sample=False, num_beams=3, max_length=40,
+                                    no_repeat_ngram_size=ngram, eos_token_id=sorted(STOPS),
+                                    pad_token_id=0)[0, len(prompt):].tolist()
+            assert response.ids == [token for token in theirs if token not in STOPS]
+            assert response.cut == (theirs[-1] not in STOPS)
+        greedy = write(model, prompts, decoding=Decoding(max_length=40, do_sample=False, no_repeat_ngram_size=ngram))
+        assert ours != greedy
+
     def test_a_key_is_one_stream(self, model_of):
         prompt = some_prompts(1, longest=9)[0]
         first, second, again = write(model_of("gpt2"), [prompt] * 3, keys=[1, 2, 1])
@@ -328,7 +345,7 @@ class TestEvaluate:
             assert summary["cut_share"] == pytest.approx(sum(line["cut"] for line in lines) / len(lines))
         assert results["settings"] == {
             "max_length": 40, "max_prompt_length": 16, "do_sample": True, "temperature": 1.0, "top_p": 1.0,
-            "top_k": 0, "no_repeat_ngram_size": 6, "seeds": [1, 2], "limit": None, "precision": "fp32"}
+            "top_k": 0, "no_repeat_ngram_size": 6, "num_beams": 1, "seeds": [1, 2], "limit": None, "precision": "fp32"}
         table = markdown_table({"out": results})
         assert table in screen
         assert (tmp_path / "out/eval/results.md").read_text() == table + "\n"
@@ -459,6 +476,7 @@ class TestBadInput:
         (["--temperature", "nan"], "--temperature must be above 0, got nan"),
         (["--top-p", 0], "--top-p must be in (0, 1], got 0.0"),
         (["--top-k", -1], "--top-k must be at least 0, got -1"),
+        (["--num-beams", 4], "--num-beams 4 needs --no-do-sample"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--peft-path", "nothing"], "no LoRA adapter at nothing"),
     ])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.evaluation.beam import beam_search
 from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
 
 
@@ -24,10 +25,11 @@ class Decoding:
     Attributes:
         max_length: most tokens of prompt and response together.
         max_prompt_length: most tokens of a prompt; `todi.data.tokenize.encode_prompts` cuts to it.
-        do_sample: False takes the most likely token, and the next three do nothing.
+        do_sample: False takes the most likely token or the best beam, and the next three do nothing.
         top_p: 1 is off.
         top_k: 0 is off.
         no_repeat_ngram_size: n-grams of this size occur once only, prompt included; 0 is off.
+        num_beams: of the beam search, without `do_sample`; 1 is greedy.
     """
 
     max_length: int = 512
@@ -37,6 +39,7 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     no_repeat_ngram_size: int = 0
+    num_beams: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,15 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
     rows = [_Row(tuple(prompt), key) for prompt, key in zip(prompts, stream_keys, strict=True)]
     # By length for little padding; the longest first, so that memory runs out now or never; equal ones together.
     order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt), reverse=True)
+    progress = progress or (lambda finished: None)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id,
-                          progress or (lambda finished: None))
+        if decoding.num_beams > 1:
+            _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
+        else:
+            for start in range(0, len(order), batch_size):
+                _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
     finally:
         model.train(was_training)
     return [Response(row.written, cut=not row.ended) for row in rows]
@@ -112,6 +118,18 @@ class _Row:
             return False
         self.written.append(token)
         return len(self.prompt) + len(self.written) < max_length
+
+
+def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
+            batch_size: int, progress: Callable[[int], object]) -> None:
+    """Writes all of `rows` by beam search."""
+    found = beam_search(model, [row.prompt for row in rows], num_beams=decoding.num_beams,
+                        max_length=decoding.max_length, no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+                        eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size, progress=progress)
+    for row, tokens in zip(rows, found, strict=True):
+        for token in tokens:
+            if not row.take(token, eos_ids, decoding.max_length):
+                break
 
 
 def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],

@@ -39,7 +39,8 @@ class EvalConfig:
     batch_size: int = option(16, "responses written together")
     max_length: int = option(512, "longest prompt + response, in tokens")
     max_prompt_length: int = option(256, "longest prompt, in tokens; the rest of it is cut off")
-    do_sample: bool = option(True, "sample; else greedy")
+    do_sample: bool = option(True, "sample; else greedy or beam search")
+    num_beams: int = option(1, "beams of the beam search, with --no-do-sample")
     temperature: float = option(1.0, "sampling temperature")
     top_p: float = option(1.0, "sample from the smallest set of tokens with this mass; 1 is off")
     top_k: int = option(0, "sample from the k most likely tokens; 0 is off")
@@ -81,13 +82,15 @@ class EvalConfig:
 
     def _bad_numbers(self) -> Iterator[str]:
         for name, least in (("limit", 1), ("batch_size", 1), ("max_prompt_length", 1), ("top_k", 0),
-                            ("no_repeat_ngram_size", 0)):
+                            ("no_repeat_ngram_size", 0), ("num_beams", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 yield f"--{name.replace('_', '-')} must be at least {least}, got {value}"
         if self.max_prompt_length >= self.max_length:
             yield (f"--max-prompt-length ({self.max_prompt_length}) must be below --max-length "
                    f"({self.max_length}), or no room is left for a response")
+        if self.do_sample and self.num_beams > 1:
+            yield f"--num-beams {self.num_beams} needs --no-do-sample"
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             yield f"--temperature must be above 0, got {self.temperature}"
         if not 0 < self.top_p <= 1:
