@@ -115,6 +115,12 @@ class TestGenerate:
         assert (len(short.ids), len(long.ids)) == (59, 1)
         assert short.cut and long.cut
 
+    def test_no_response_is_longer_than_asked_for(self, model_of):
+        for decoding in (Decoding(max_length=60, max_new_tokens=7),
+                         Decoding(max_length=60, max_new_tokens=7, do_sample=False, num_beams=2)):
+            first, second = write(model_of("llama"), [[5], list(range(1, 56))], eos_ids=frozenset(), decoding=decoding)
+            assert (len(first.ids), len(second.ids)) == (7, 5)
+
     def test_leaves_the_model_as_it_was_and_counts_every_row(self, model_of):
         model, finished = model_of("gpt2"), []
         model.train()
@@ -344,8 +350,9 @@ class TestEvaluate:
             assert summary["response_tokens"] == pytest.approx(sum(line["tokens"] for line in lines) / len(lines))
             assert summary["cut_share"] == pytest.approx(sum(line["cut"] for line in lines) / len(lines))
         assert results["settings"] == {
-            "max_length": 40, "max_prompt_length": 16, "do_sample": True, "temperature": 1.0, "top_p": 1.0,
-            "top_k": 0, "no_repeat_ngram_size": 6, "num_beams": 1, "seeds": [1, 2], "limit": None, "precision": "fp32"}
+            "max_length": 40, "max_new_tokens": 256, "max_prompt_length": 16, "do_sample": True, "temperature": 1.0,
+            "top_p": 1.0, "top_k": 0, "no_repeat_ngram_size": 6, "num_beams": 1,
+            "seeds": [1, 2], "limit": None, "precision": "fp32"}
         table = markdown_table({"out": results})
         assert table in screen
         assert (tmp_path / "out/eval/results.md").read_text() == table + "\n"

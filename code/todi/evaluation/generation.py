@@ -24,6 +24,7 @@ class Decoding:
 
     Attributes:
         max_length: most tokens of prompt and response together.
+        max_new_tokens: most tokens of a response.
         max_prompt_length: most tokens of a prompt; `todi.data.tokenize.encode_prompts` cuts to it.
         do_sample: False takes the most likely token or the best beam, and the next three do nothing.
         top_p: 1 is off.
@@ -33,6 +34,7 @@ class Decoding:
     """
 
     max_length: int = 512
+    max_new_tokens: int = 256
     max_prompt_length: int = 256
     do_sample: bool = True
     temperature: float = 1.0
@@ -40,6 +42,10 @@ class Decoding:
     top_k: int = 0
     no_repeat_ngram_size: int = 0
     num_beams: int = 1
+
+    def longest_response(self, prompt_length: int) -> int:
+        """Most tokens of a response to a prompt of this length."""
+        return min(self.max_new_tokens, self.max_length - prompt_length)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
     """
     if any(not 0 < len(prompt) < decoding.max_length for prompt in prompts):
         raise ValueError(f"prompts must have 1 to {decoding.max_length - 1} tokens")
-    rows = [_Row(tuple(prompt), key) for prompt, key in zip(prompts, stream_keys, strict=True)]
+    rows = [_Row(tuple(prompt), key, decoding.longest_response(len(prompt)))
+            for prompt, key in zip(prompts, stream_keys, strict=True)]
     # By length for little padding; the longest first, so that memory runs out now or never; equal ones together.
     order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt), reverse=True)
     progress = progress or (lambda finished: None)
@@ -108,27 +115,28 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
 class _Row:
     prompt: tuple[int, ...]
     key: int
+    limit: int
     written: list[int] = field(default_factory=list)
     ended: bool = False
 
-    def take(self, token: int, eos_ids: Collection[int], max_length: int) -> bool:
+    def take(self, token: int, eos_ids: Collection[int]) -> bool:
         """Adds a token; returns whether the row wants another one."""
         if token in eos_ids:
             self.ended = True
             return False
         self.written.append(token)
-        return len(self.prompt) + len(self.written) < max_length
+        return len(self.written) < self.limit
 
 
 def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
             batch_size: int, progress: Callable[[int], object]) -> None:
     """Writes all of `rows` by beam search."""
-    found = beam_search(model, [row.prompt for row in rows], num_beams=decoding.num_beams,
-                        max_length=decoding.max_length, no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+    found = beam_search(model, [row.prompt for row in rows], [row.limit for row in rows],
+                        num_beams=decoding.num_beams, no_repeat_ngram_size=decoding.no_repeat_ngram_size,
                         eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size, progress=progress)
     for row, tokens in zip(rows, found, strict=True):
         for token in tokens:
-            if not row.take(token, eos_ids, decoding.max_length):
+            if not row.take(token, eos_ids):
                 break
 
 
@@ -137,7 +145,7 @@ def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eo
     """Writes all of `rows` to their ends."""
     text = _Continuation(model, [row.prompt for row in rows], pad_id)
     ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
-    steps = decoding.max_length - min(len(row.prompt) for row in rows)
+    steps = max(row.limit for row in rows)
     numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
     live = list(rows)
     for step in range(steps):
@@ -145,7 +153,7 @@ def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eo
         ids = tokens.tolist()
         ban.append(ids)
         going = [place for place, (row, token) in enumerate(zip(live, ids, strict=True))
-                 if row.take(token, eos_ids, decoding.max_length)]
+                 if row.take(token, eos_ids)]
         if len(going) < len(live):
             progress(len(live) - len(going))
             if not going:

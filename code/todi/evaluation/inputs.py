@@ -38,6 +38,7 @@ class EvalConfig:
     seeds: tuple[int, ...] = option((10, 20, 30, 40, 50), "sampling seeds; greedy takes the first alone")
     batch_size: int = option(16, "responses written together")
     max_length: int = option(512, "longest prompt + response, in tokens")
+    max_new_tokens: int = option(256, "longest response, in tokens")
     max_prompt_length: int = option(256, "longest prompt, in tokens; the rest of it is cut off")
     do_sample: bool = option(True, "sample; else greedy or beam search")
     num_beams: int = option(1, "beams of the beam search, with --no-do-sample")
@@ -81,8 +82,8 @@ class EvalConfig:
         yield from self._bad_numbers()
 
     def _bad_numbers(self) -> Iterator[str]:
-        for name, least in (("limit", 1), ("batch_size", 1), ("max_prompt_length", 1), ("top_k", 0),
-                            ("no_repeat_ngram_size", 0), ("num_beams", 1)):
+        for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 1), ("max_prompt_length", 1),
+                            ("top_k", 0), ("no_repeat_ngram_size", 0), ("num_beams", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 yield f"--{name.replace('_', '-')} must be at least {least}, got {value}"
