@@ -523,6 +523,31 @@ class TestBadInput:
         assert message in capsys.readouterr().err
 
 
+    def test_an_adapter_of_another_model(self, monkeypatch, checkpoint, data, tmp_path, capsys):
+        wide = tiny_model(tmp_path / "wide", "llama", hidden=64)
+        add_adapter(wide, tmp_path / "adapter")
+        words = ["--data-dir", data, "--peft-path", tmp_path / "adapter", "--model-path", checkpoint]
+        assert run(monkeypatch, evaluate, *words) == 2
+        error, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert f"was made for another model than {checkpoint}" in error
+        assert "has 64 inputs, the model's weight there is (32, 32)" in error
+
+    @pytest.mark.parametrize("config", ["{}", "[1"])
+    def test_a_folder_that_is_no_checkpoint(self, monkeypatch, data, tmp_path, capsys, config):
+        (tmp_path / "folder").mkdir()
+        assert run_evaluate(monkeypatch, tmp_path / "folder", data, tmp_path / "out") == 2
+        (tmp_path / "folder/config.json").write_text(config)
+        assert run_evaluate(monkeypatch, tmp_path / "folder", data, tmp_path / "out") == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 2
+        assert all(f"cannot read Config of {tmp_path}/folder" in line for line in errors)
+
+    def test_a_set_without_references(self, monkeypatch, checkpoint, data, tmp_path, capsys):
+        (data / "dolly/valid.jsonl").write_text('{"prompt": "a", "output": []}\n')
+        assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "out", "--sets", "dolly") == 2
+        assert "valid.jsonl:1: `output` must be a string or a non-empty list" in capsys.readouterr().err
+
+
 class TestReport:
     def test_puts_checkpoints_side_by_side(self, monkeypatch, checkpoint, data, tmp_path, capsys):
         for name, words in {"a": ["--sets", "dolly"], "b": ["--temperature", 0.5]}.items():

@@ -18,7 +18,7 @@ from todi.engine.device import Precision, choose_precision
 from todi.evaluation.generation import Decoding
 from todi.evaluation.results import is_set_name
 from todi.models.families import Family, family_of
-from todi.models.loading import find_adapter, load_config, load_tokenizer
+from todi.models.loading import check_adapter, find_adapter, load_config, load_tokenizer
 from todi.options import InputError, gathered, option
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class EvalConfig:
         return Path(self.save_dir or self.peft_path or self.model_path)
 
     def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
         if not (self.model_path or self.peft_path):
             yield "--model-path or --peft-path is required"
         elif not (self.save_dir or self.peft_path or Path(self.model_path).is_dir()):
@@ -122,9 +123,10 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
     if config.model_path or config.peft_path:
         with gathered(problems):
             model_path = config.model_path or _base_model(config.peft_path)
+            whole_config = load_config(model_path, config.trust_remote_code)
+            model_config = whole_config.get_text_config()
             if config.peft_path:
-                find_adapter(config.peft_path)
-            model_config = load_config(model_path, config.trust_remote_code).get_text_config()
+                check_adapter(config.peft_path, whole_config, model_path, config.trust_remote_code)
             family = family_of("auto", model_config.model_type)
             tokenizer = load_tokenizer(model_path, config.trust_remote_code)
             _check_positions(model_config, config.max_length)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -18,6 +19,7 @@ from todi.options import InputError
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LORA_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])(\.\w+)?\.weight")
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -152,6 +154,31 @@ def find_adapter(path: str) -> Path:
     if not (Path(path) / "adapter_config.json").is_file():
         raise InputError(f"no LoRA adapter at {path}: adapter_config.json is not there")
     return Path(path)
+
+
+def check_adapter(path: str, config: PretrainedConfig, model_path: str, trust_remote_code: bool = False) -> None:
+    """Whether the LoRA adapter at `path` fits a model of this configuration; reads no weights of the model.
+
+    Raises:
+        InputError: there is no adapter, or it was made for another model.
+    """
+    file = find_adapter(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise InputError(f"no LoRA adapter at {path}: {file.name} is not there")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    with safe_open(file, "pt") as weights:
+        for key in weights.keys():  # noqa: SIM118, it is no dict
+            found = _LORA_WEIGHT.fullmatch(key)
+            if found is None:
+                continue
+            # A is (rank, in) and B (out, rank); a layer's weight is (out, in), or (in, out) in GPT-2.
+            size = weights.get_slice(key).get_shape()[1 if found["part"] == "A" else 0]
+            if size not in shapes.get(f"{found['layer']}.weight", ()):
+                raise InputError(f"the LoRA adapter at {path} was made for another model than {model_path}: its "
+                                 f"{found['layer']} has {size} {'inputs' if found['part'] == 'A' else 'outputs'}, the "
+                                 f"model's weight there is {shapes.get(found['layer'] + '.weight', 'missing')}")
 
 
 def _load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
