@@ -43,18 +43,19 @@ def tiny_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(path: str | Path, family: str = "gpt2", vocab: int = 300, layers: int = 2, hidden: int = 32,
-               seed: int = 0, init_std: float = 0.2) -> Path:
+               seed: int = 0, init_std: float = 0.2, **special: object) -> Path:
     """A random float32 model that the Auto classes load, saved in `path`; returns `path`.
 
     Args:
         family: `model_type` of its config, one of ARCHITECTURES.
         hidden: width, a multiple of 4 (the number of attention heads).
         init_std: the larger, the surer the model is of its next token.
+        special: more of its configuration.
     """
     config = AutoConfig.for_model(
         family, vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         max_position_embeddings=512, initializer_range=init_std, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-        **_SPECIAL.get(family, _GROUPED_QUERIES))
+        **_SPECIAL.get(family, _GROUPED_QUERIES) | special)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(path)

@@ -5,13 +5,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from todi.engine.cadence import Cadence
 from todi.options import option
 
 CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
 SCHEDULES = ("constant", "linear", "cosine", "noam")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+RESUME = ("auto", "force", "never")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class StudentConfig:
     peft_lora_alpha: float = option(8, "LoRA alpha")
     peft_lora_dropout: float = option(0.1, "LoRA dropout")
     peft_path: str | None = option(None, "go on from this LoRA adapter")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
     trust_remote_code: bool = option(False, "run Python code that comes with a model; only for models you trust")
 
     def problems(self) -> Iterator[str]:
@@ -86,7 +89,8 @@ class ObjectiveConfig:
     kd_rate: float = option(0.5, "share of the divergence in the loss; the rest is cross-entropy")
     kd_temperature: float = option(2.0, "temperature of both softmaxes in the divergence")
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
-    loss_chunk_size: int | None = option(None, "rows of the vocabulary projection at a time; chosen when not given")
+    loss_chunk_size: int | None = option(None, "rows of the vocabulary projection at a time; chosen when not given",
+                                         free=True)
 
     @property
     def distils(self) -> bool:
@@ -124,8 +128,8 @@ class OptimConfig:
     adam_beta2: float = option(0.999, "AdamW beta 2")
     adam_eps: float = option(1e-8, "AdamW epsilon")
     clip_grad: float = option(1.0, "largest gradient norm; 0 turns clipping off")
-    batch_size: int = option(4, "samples of a micro-batch, per device")
-    gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device")
+    batch_size: int = option(4, "samples of a micro-batch, per device", free=True)
+    gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device", free=True)
     num_epochs: int = option(20, "passes over the training data")
     max_steps: int | None = option(None, "stop after so many optimizer steps")
 
@@ -151,28 +155,38 @@ class OptimConfig:
 class RunConfig:
     """Where a run goes, in what precision, and how it is judged."""
 
-    save_dir: str = option("outputs/run", "folder for checkpoints, args.json, train.log, metrics.jsonl")
-    keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)")
+    save_dir: str = option("outputs/run", "folder for checkpoints, args.json, train.log, metrics.jsonl", free=True)
+    keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", free=True)
     precision: str = option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
     zero_stage: int = option(1, "DeepSpeed ZeRO stage, 0 to 3")
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
-                                          flag="--deepspeed_config")
+                                          flag="--deepspeed_config", free=True)
     seed: int = option(10, "seed of the data order, the dropout and the dev sampling")
-    log_interval: int = option(10, "optimizer steps between lines of the log")
+    log_interval: int = option(10, "optimizer steps between lines of the log", free=True)
     eval_interval: int = option(1, "epochs between evaluations on dev")
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
-    eval_batch_size: int = option(16, "prompts decoded together in an evaluation, per device")
-    check_only: bool = option(False, "check all input, then stop before any weights are loaded")
+    eval_batch_size: int = option(16, "prompts decoded together in an evaluation, per device", free=True)
+    resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "
+                                 "settings differ; never starts anew and removes it", choices=RESUME, free=True)
+    save_state_every: str = option("30m", "a resume state after so many minutes (30m) or steps (500) besides the one "
+                                          "at each epoch's end; 0 for no others", free=True)
+    max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
+                                free=True)
+    check_only: bool = option(False, "check all input, then stop before any weights are loaded", free=True)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
-        for name in ("keep_best_n_checkpoints", "log_interval", "eval_interval", "eval_batch_size"):
+        for name in ("keep_best_n_checkpoints", "log_interval", "eval_interval", "eval_batch_size", "max_bad_steps"):
             if getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
         if self.zero_stage not in range(4):
             yield f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}"
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             yield f"--deepspeed_config: no such file: {self.deepspeed_config}"
+        try:
+            Cadence(self.save_state_every)
+        except ValueError as error:
+            yield f"--save-state-every: {error}"
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,13 @@ class TrainConfig:
     objective: ObjectiveConfig
     optim: OptimConfig
     run: RunConfig
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what a run computes, by name."""
+        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)
+                if not field.metadata["free"]}
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""

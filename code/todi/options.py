@@ -38,7 +38,8 @@ def gathered(problems: list[str]) -> Iterator[None]:
         problems.extend(error.problems)
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None, flag: str | None = None) -> Any:
+def option(default: Any, help: str, choices: Sequence[str] | None = None, flag: str | None = None,
+           free: bool = False) -> Any:
     """A dataclass field that is an option of the command line.
 
     Args:
@@ -46,8 +47,10 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, flag: 
         help: shown by --help.
         choices: the allowed words, for an option that has a few.
         flag: the option's spelling where it is not the field's name with dashes.
+        free: it does not alter what a run computes, so it may change when the run is resumed.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+    metadata = {"help": help, "choices": choices, "flag": flag, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(config_type: type[C], argv: Sequence[str] | None = None, prog: str | None = None) -> C:

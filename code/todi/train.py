@@ -5,8 +5,8 @@
 or under torchrun for several devices. The launchers in scripts/ fill in the options; --help lists them.
 """
 
-import dataclasses
 import logging
+import sys
 from pathlib import Path
 
 import deepspeed
@@ -24,14 +24,18 @@ from todi.config import (
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner
 from todi.data.tokenize import encode_examples, encode_prompts
+from todi.engine.cadence import Cadence
 from todi.engine.dev import DevSet
 from todi.engine.device import choose_device
 from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
-from todi.engine.logs import Metrics, set_up_logging, write_args
+from todi.engine.logs import set_up_logging
 from todi.engine.optimizer import build_optimizer, build_schedule
+from todi.engine.runs import begin, check_same_run, describe_run
+from todi.engine.signals import Interrupted
+from todi.engine.storage import StorageError
 from todi.engine.student import Student
 from todi.engine.teacher import LiveTeacher
-from todi.engine.trainer import Trainer
+from todi.engine.trainer import Trainer, TrainingError
 from todi.evaluation.generation import Decoding
 from todi.inputs import Inputs, read_inputs
 from todi.models.loading import add_lora, attention_for, check_head, load_model, merge_adapter
@@ -47,20 +51,26 @@ def main() -> None:
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
     inputs = read_inputs(config, device)
+    folder = Path(config.run.save_dir)
+    run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file])
+    if config.run.resume == "auto":
+        check_same_run(folder, run)
     if config.run.check_only:
         return
     start_process_group(world, device)
     try:
-        _train(config, inputs, world, device)
+        if begin(folder, run, world, anew=config.run.resume == "never"):
+            _train(config, inputs, world, device)
+    except (StorageError, TrainingError) as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as stop:
+        logger.info("%s", stop)
+        sys.exit(128 + stop.number)
     finally:
         stop_process_group()
 
 
 def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.device) -> None:
-    folder = Path(config.run.save_dir)
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_args(folder / "args.json", dataclasses.asdict(config), [inputs.train_file, inputs.dev_file])
     _log_decisions(inputs, world, device)
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
 
@@ -80,10 +90,10 @@ def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.devi
     engine = build_engine(student, config.optim, inputs, max_steps)
     trainer = Trainer(
         engine, planner=planner, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
-        teacher=teacher, tokenizer=inputs.tokenizer, world=world,
-        metrics=Metrics(folder / "metrics.jsonl" if world.is_main else None), folder=folder,
+        teacher=teacher, tokenizer=inputs.tokenizer, world=world, folder=Path(config.run.save_dir),
         keep_best=config.run.keep_best_n_checkpoints, max_steps=max_steps, log_interval=config.run.log_interval,
-        eval_interval=config.run.eval_interval)
+        eval_interval=config.run.eval_interval, cadence=Cadence(config.run.save_state_every),
+        max_bad_steps=config.run.max_bad_steps)
     trainer.train()
 
 
@@ -127,7 +137,8 @@ def build_engine(model: nn.Module, config: OptimConfig, inputs: Inputs, max_step
     """The DeepSpeed engine around the student, its optimizer and its schedule."""
     student = Student(model)
     optimizer = build_optimizer(student, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
-                                eps=config.adam_eps, weight_decay=config.weight_decay)
+                                eps=config.adam_eps, weight_decay=config.weight_decay,
+                                careful=inputs.deepspeed_config["zero_optimization"]["stage"] == 0)
     schedule = build_schedule(optimizer, config.lr_scheduler, total_steps=max_steps,
                               warmup_steps=config.warmup_iters, lr=config.lr, lr_min=config.lr_min)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, lr_scheduler=schedule,

@@ -39,9 +39,9 @@ choose_devices() {
   default NPROC "$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"
 }
 
-# launch MODULE OPTION...: one process by itself, several under torchrun.
-launch() {
-  local command=("$PYTHON" -m)
+# compose MODULE OPTION...: sets `command`, one process by itself, several under torchrun.
+compose() {
+  command=("$PYTHON" -m)
   if several_processes; then
     command+=(torch.distributed.run)
     if ((NNODES > 1)); then
@@ -53,18 +53,22 @@ launch() {
     command+=(--nproc-per-node "$NPROC" -m)
   fi
   command+=("$@")
+}
+
+# launch RUNNER MODULE OPTION...: runs it by RUNNER, which takes a command (env just runs it); with DRY_RUN, prints it.
+# Before torchrun one process looks at all input: torchrun would wrap a clear line in a page of its own and lose the
+# exit code.
+launch() {
+  local runner=$1 command
+  shift
+  compose "$@"
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "${command[@]}"
     echo
     return
   fi
-  "${command[@]}"
-}
-
-# check_first MODULE OPTION...: looks at all input before torchrun, which would wrap a clear line in a page of its own
-# and lose the exit code.
-check_first() {
-  if several_processes && [[ -z ${DRY_RUN:-} ]]; then "$PYTHON" -m "$@" --check-only; fi
+  if several_processes; then WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m "$@" --check-only; fi
+  "$runner" "${command[@]}"
 }
 
 several_processes() { ((NPROC * NNODES > 1)); }
@@ -105,6 +109,9 @@ training_defaults() {
   default SAVE_BEST_N_CKPTS 1
   default EVAL_BATCH_SIZE 32
   default LOG_INTERVAL 10
+  default RESUME auto
+  default SAVE_STATE_EVERY 30m
+  default MAX_BAD_STEPS 10
   choose_devices
   config=${PEFT:+${PEFT}-rank=${LORA_RANK}-alpha=${LORA_ALPHA}-dropout=${LORA_DROPOUT}}
   config=${config:-default}-$PRECISION
@@ -117,6 +124,7 @@ training_defaults() {
     --max-length "$MAX_LENGTH" --max-prompt-length "$MAX_PROMPT_LENGTH"
     --precision "$PRECISION" --zero-stage "$ZERO_STAGE" --seed "$SEED" --log-interval "$LOG_INTERVAL"
     --keep-best-n-checkpoints "$SAVE_BEST_N_CKPTS" --eval-batch-size "$EVAL_BATCH_SIZE"
+    --resume "$RESUME" --save-state-every "$SAVE_STATE_EVERY" --max-bad-steps "$MAX_BAD_STEPS"
     ${PEFT:+--peft "$PEFT" --peft-lora-r "$LORA_RANK" --peft-lora-alpha "$LORA_ALPHA" --peft-lora-dropout "$LORA_DROPOUT"}
     ${PEFT_PATH:+--peft-path "$PEFT_PATH"} ${MAX_STEPS:+--max-steps "$MAX_STEPS"}
     ${TRAIN_NUM:+--train-num "$TRAIN_NUM"} ${DEV_NUM:+--dev-num "$DEV_NUM"}
@@ -156,15 +164,36 @@ distil() {
 
 run_training() {
   cd "$ROOT"
-  check_first todi.train "$@"
-  if [[ -n ${DRY_RUN:-} ]]; then launch todi.train "$@"; return; fi
-  mkdir -p "$SAVE_DIR"
   local status=0
-  launch todi.train "$@" 2>&1 | tee -a "$SAVE_DIR/train.log" || status=$?
-  if ((status == 2)) && [[ ! -e $SAVE_DIR/args.json ]]; then  # refused input leaves no run behind
+  launch run_to_its_end todi.train "$@" || status=$?
+  if ((status == 2)) && [[ -e $SAVE_DIR/train.log && ! -e $SAVE_DIR/args.json ]]; then  # refused input leaves no run behind
     rm "$SAVE_DIR/train.log"
     rmdir --ignore-fail-on-non-empty "$SAVE_DIR"
   fi
+  return "$status"
+}
+
+# Runs a command with its output in train.log too, and hands on the signals that ask it to stop: to the training
+# processes themselves, for torchrun would give them 30 seconds. The exit code is then 128 + the signal's number.
+run_to_its_end() {
+  local log tee child status=0 received=0 name
+  mkdir -p "$SAVE_DIR"
+  set -m  # process groups of their own: Ctrl-C reaches the training once, through us, and never the log
+  exec {log}> >(exec tee -a "$SAVE_DIR/train.log")
+  tee=$!
+  "$@" >&"$log" 2>&1 &
+  child=$!
+  exec {log}>&-
+  set +m
+  for name in TERM INT USR1; do
+    # shellcheck disable=SC2064
+    trap "received=$(kill -l $name); pkill -$name -P $child -f todi.train || kill -$name $child" $name
+  done
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap cuts the waiting short
+  wait "$child" || status=$?
+  wait "$tee" || true
+  trap - TERM INT USR1
+  ((received == 0 || status == 0)) || status=$((128 + received))
   return "$status"
 }
 
@@ -185,6 +214,5 @@ evaluate() {
   cd "$ROOT"
   set -- --data-dir "$DATA_DIR" --sets "${sets[@]}" --seeds "${seeds[@]}" --max-length "$MAX_LENGTH" \
     --max-prompt-length "$MAX_PROMPT_LENGTH" --precision "$PRECISION" ${LIMIT:+--limit "$LIMIT"} "$@"
-  check_first todi.evaluate "$@"
-  launch todi.evaluate "$@"
+  launch env todi.evaluate "$@"
 }

@@ -1,7 +1,8 @@
 """The best N models of a run, each in a folder that transformers loads directly."""
 
 import logging
-import shutil
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.engine.storage import discard, publish, sweep, unfinished, writing
 from todi.engine.student import is_partitioned
 
 logger = logging.getLogger(__name__)
@@ -30,8 +32,10 @@ class Score:
 
     @property
     def rank(self) -> float:
-        """Larger is better."""
-        return -self.loss if self.rouge_l is None else self.rouge_l
+        """Larger is better; a loss that is not a number is worst."""
+        if self.rouge_l is not None:
+            return self.rouge_l
+        return -math.inf if math.isnan(self.loss) else -self.loss
 
     def folder_name(self, epoch: int, step: int) -> str:
         """The published form, epochA_stepB_lossX_rougelY."""
@@ -39,12 +43,19 @@ class Score:
         return f"epoch{epoch}_step{step}_loss{self.loss:.4f}{rouge}"
 
 
+_FOLDER_NAME = re.compile(r"epoch\d+_step\d+_loss[^_]+(_rougel[^_]+)?")
+
+
 @dataclass
 class BestCheckpoints:
     """Keeps the `keep` best checkpoints under `folder`.
 
-    A new one is written in full before a worse one goes, under a name that is no checkpoint's until it is complete.
-    Every rank calls `offer` with the same arguments, for gathering the weights takes them all.
+    A new one is written in full before a worse one goes, and the worse one goes only when `release` is called: after
+    a resume state has been written that no longer counts on it. Every rank calls every method with the same
+    arguments, for gathering the weights takes them all.
+
+    Attributes:
+        kept: (rank, folder name) of the best so far, the best first.
     """
 
     folder: Path
@@ -53,20 +64,33 @@ class BestCheckpoints:
     kept: list[tuple[float, str]] = field(default_factory=list)
 
     def offer(self, score: Score, epoch: int, step: int, save: Callable[[Path], None]) -> None:
-        """Saves by `save(path)` if the score is among the best so far; of equals the earlier stays."""
+        """Saves by `save(path)` if the score is among the best so far; of equals the earlier stays.
+
+        Raises:
+            StorageError: it cannot be written; the earlier ones are untouched.
+        """
         name = score.folder_name(epoch, step)
-        ranking = sorted([*self.kept, (score.rank, name)], key=lambda entry: entry[0], reverse=True)
-        self.kept, dropped = ranking[:self.keep], ranking[self.keep:]
-        if any(entry[1] == name for entry in dropped):
+        best = sorted([*self.kept, (score.rank, name)], key=lambda entry: entry[0], reverse=True)[:self.keep]
+        if (score.rank, name) not in best:
             logger.info("checkpoint %s is not among the best %d; not kept", name, self.keep)
             return
-        unfinished = self.folder / f".{name}.unfinished"
-        save(unfinished)
-        if self.writes_files:
-            unfinished.rename(self.folder / name)
-            for _, worse in dropped:
-                shutil.rmtree(self.folder / worse)
-            logger.info("saved checkpoint %s", self.folder / name)
+        path = self.folder / name
+        with writing(path):
+            save(unfinished(path))
+            if self.writes_files:
+                publish(path)
+                logger.info("saved checkpoint %s", path)
+        self.kept = best
+
+    def release(self) -> None:
+        """Removes every checkpoint that is not among the best, and what an interrupted run left half-made."""
+        if not self.writes_files:
+            return
+        sweep(self.folder)
+        names = {name for _, name in self.kept}
+        for path in self.folder.glob("epoch*"):
+            if _FOLDER_NAME.fullmatch(path.name) and path.name not in names:
+                discard(path)
 
 
 def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, writes_files: bool) -> None:

@@ -28,6 +28,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest of each element of `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in the order of ranks, on every rank."""
         if self.size == 1:

@@ -1,20 +1,15 @@
-"""What a run says of itself: log lines, metrics.jsonl, args.json."""
+"""What a run says of itself while it runs: log lines and metrics.jsonl."""
 
 import json
 import logging
-import platform
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from todi.data.records import checksum
-
-_LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "numpy", "rouge-score")
+from todi.engine.storage import writing
 
 
 def set_up_logging(is_main: bool) -> None:
@@ -35,25 +30,25 @@ class Metrics:
     """Appends one JSON object a line to `path`; does nothing without a path, as on all ranks but the first."""
 
     def __init__(self, path: Path | None):
+        self._path = path
         self._file = path.open("a", encoding="utf-8") if path else None
+
+    @property
+    def bytes(self) -> int:
+        """Length of the file."""
+        return self._path.stat().st_size if self._path else 0
+
+    def cut(self, length: int) -> None:
+        """Forgets the lines beyond the first `length` bytes, which are about to be written again."""
+        if self._file:
+            self._file.truncate(length)
 
     def write(self, **values: Any) -> None:
         """Writes a line at once, so that a run can be watched."""
         if self._file:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
-
-
-def write_args(path: Path, settings: dict[str, Any], data_files: list[Path]) -> None:
-    """Writes args.json: every setting, the versions of what computed, and checksums of what it read."""
-    record = {
-        "settings": settings,
-        "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "git_commit": _git_commit(),
-        "data": {str(file): {"sha256": checksum(file)} for file in data_files},
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            with writing(self._path):
+                self._file.write(json.dumps(values) + "\n")
+                self._file.flush()
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -63,12 +58,3 @@ def peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return answer.stdout.strip()

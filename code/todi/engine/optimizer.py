@@ -13,15 +13,38 @@ from todi.registry import Registry
 SCHEDULES: Registry[Callable[[int, int, int, float], float]] = Registry("schedule")
 
 
+class CarefulAdamW(torch.optim.AdamW):
+    """AdamW that leaves out an update whose gradients are not finite and says so in `overflow`.
+
+    DeepSpeed's wrappers do that for the optimizer that they wrap. Without ZeRO, in fp32, there is none, and DeepSpeed
+    looks for `overflow` here.
+    """
+
+    overflow = False
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch._foreach_norm(gradients)
+        self.overflow = not torch.stack([norm.float() for norm in norms]).sum().isfinite()
+        if not self.overflow:
+            super().step()
+
+
 def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
-                    weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on the trainable parameters; one-dimensional ones (norms, biases) do not decay."""
+                    weight_decay: float, careful: bool = False) -> torch.optim.AdamW:
+    """AdamW on the trainable parameters; one-dimensional ones (norms, biases) do not decay.
+
+    Args:
+        careful: skip steps that are not finite; for the optimizer that DeepSpeed does not wrap.
+    """
+    kind = CarefulAdamW if careful else torch.optim.AdamW
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+    return kind([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, total_steps: int, warmup_steps: int, lr: float,

@@ -1,9 +1,8 @@
-"""The training loop: plan, forward, backward, step; at the end of an epoch, dev and the checkpoint."""
+"""The training loop: plan, forward, backward, step; at the end of an epoch, dev, the checkpoint and the state."""
 
 import logging
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -13,13 +12,21 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import DistillationCriterion, LossSums
 from todi.data.batches import StepPlan, StepPlanner, collate
+from todi.engine.cadence import Cadence
 from todi.engine.checkpoints import BestCheckpoints, Score, save_model
 from todi.engine.dev import DevSet, dev_loss, dev_rouge_l, means
 from todi.engine.distributed import World
 from todi.engine.logs import Metrics, peak_memory_gib
+from todi.engine.progress import Progress
+from todi.engine.signals import Interrupted, StopSignals
+from todi.engine.state import Position, StateStore
 from todi.engine.teacher import TeacherSource
 
 logger = logging.getLogger(__name__)
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what was kept."""
 
 
 class Trainer:
@@ -29,14 +36,16 @@ class Trainer:
         engine: a DeepSpeed engine around a `Student`, with optimizer and schedule.
         planner: this rank's cut of the training samples.
         teacher: None for SFT.
-        folder: where checkpoints go.
+        folder: where checkpoints and resume states go.
         max_steps: the number of optimizer steps in all.
+        cadence: when a resume state is due within an epoch; there is one at the end of each besides.
+        max_bad_steps: so many steps in a row with numbers that are not finite end the run.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, *, planner: StepPlanner, dev: DevSet,
                  criterion: DistillationCriterion, teacher: TeacherSource | None, tokenizer: Tokenizer, world: World,
-                 metrics: Metrics, folder: Path, keep_best: int, max_steps: int, log_interval: int,
-                 eval_interval: int):
+                 folder: Path, keep_best: int, max_steps: int, log_interval: int, eval_interval: int,
+                 cadence: Cadence, max_bad_steps: int):
         self.engine = engine
         self.planner = planner
         self.dev = dev
@@ -44,72 +53,153 @@ class Trainer:
         self.teacher = teacher
         self.tokenizer = tokenizer
         self.world = world
-        self.metrics = metrics
         self.best = BestCheckpoints(folder, keep_best, writes_files=world.is_main)
+        self.metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None)
+        self.states = StateStore(folder, world)
+        self.signals = StopSignals()
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.eval_interval = eval_interval
-        self.step = 0
+        self.cadence = cadence
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = 0  # in a row
+        self.at = Position()
+        self.window = self._no_sums()  # this rank's sums over the steps since the last line of the log
 
     def train(self) -> None:
-        """Runs every epoch, evaluating and saving as it goes."""
-        progress = _Progress(self.max_steps)
+        """Runs every epoch that is left, evaluating and saving as it goes.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state has been saved.
+            TrainingError: too many steps in a row were not finite.
+            StorageError: a checkpoint or a state cannot be written.
+        """
+        self._go_on()
+        self.progress = Progress(self.max_steps, self.at.step, self.at.seconds)
         last_epoch = -(-self.max_steps // self.planner.steps_per_epoch)
-        for epoch in range(1, last_epoch + 1):
+        for epoch in range(self.at.epochs + 1, last_epoch + 1):
             self.engine.train()
-            self._train_epoch(epoch, progress)
+            self._train_epoch(epoch)
             if epoch % self.eval_interval == 0 or epoch == last_epoch:
-                with progress.paused():
+                with self.progress.paused():
                     self._evaluate_and_save(epoch)
+            self.at.epochs = epoch
+            if epoch < last_epoch:
+                self._save_state()
+                self._stop_if_asked()
+        self.states.finish(self._position())
+        self.best.release()
 
-    def _train_epoch(self, epoch: int, progress: "_Progress") -> None:
-        window = self._no_sums()  # of the steps since the last line of the log
-        for plan in self.planner.epoch(epoch):
-            last = self.step + 1 == self.max_steps
-            logs = last or (self.step + 1) % self.log_interval == 0
-            lr = self.engine.optimizer.param_groups[0]["lr"]  # the schedule moves on within the step
-            sums, diagnostics = self._train_step(plan, with_diagnostics=logs)
-            self.step += 1
-            window += sums
-            progress.samples += plan.samples
-            if logs:
-                self._log_train(epoch, means(self.world.sum(window)), lr, diagnostics, progress)
-                window = self._no_sums()
-            if last:
+    def _go_on(self) -> None:
+        """Takes up the newest state, if there is one; what came after it is done again."""
+        path = self.states.newest()
+        if path:
+            self.at, window = self.states.load(path, self.engine)
+            if window is not None:
+                self.window = window.to(self.engine.device)
+        self.best.kept = self.at.best
+        self.best.release()
+        self.metrics.cut(self.at.metrics_bytes)
+
+    def _train_epoch(self, epoch: int) -> None:
+        done = self.at.step - (epoch - 1) * self.planner.steps_per_epoch
+        for plan in self.planner.epoch(epoch, first_step=done):
+            if self.at.step == self.max_steps:
                 break
+            logs = self.at.step + 1 == self.max_steps or (self.at.step + 1) % self.log_interval == 0
+            lr = self.engine.optimizer.param_groups[0]["lr"]  # the schedule moves on within the step
+            diagnostics = self._train_step(plan, with_diagnostics=logs)
+            self.at.step += 1
+            self.progress.samples += plan.samples
+            if logs:
+                self._log_train(epoch, means(self.world.sum(self.window)), lr, diagnostics)
+                self.window = self._no_sums()
+            self._heed_signals_and_clock()
 
-    def _train_step(self, plan: StepPlan, with_diagnostics: bool) -> tuple[Tensor, dict[str, float]]:
-        """One optimizer step: this rank's sums (5,) over its micro-batches, and diagnostics of the first."""
-        sums, diagnostics = self._no_sums(), {}
+    def _train_step(self, plan: StepPlan, with_diagnostics: bool) -> dict[str, float]:
+        """One optimizer step; adds this rank's sums to the window and returns diagnostics of a micro-batch."""
+        losses, diagnostics = [], {}
         # DeepSpeed averages gradients over ranks; a step's loss is divided by the tokens of all ranks instead.
         scale = self.world.size / plan.tokens
         for sample_ids in plan.micro_batches:
             batch = collate(self.planner.examples, sample_ids, self.tokenizer.pad_token_id).to(self.engine.device)
             teacher = self.teacher.rows(batch) if self.teacher else None
-            micro, report = self.engine(batch, self.criterion, teacher, with_diagnostics and not diagnostics)
-            self.engine.backward(micro.loss * scale, scale_wrt_gas=False)
+            sums, report = self.engine(batch, self.criterion, teacher, with_diagnostics and not diagnostics)
+            self.engine.backward(sums.loss * scale, scale_wrt_gas=False)
             self.engine.step()
-            sums += torch.stack(micro).detach()
+            losses.append(torch.stack(sums).detach())
             diagnostics = diagnostics or report
-        return sums, diagnostics
+        if self.engine.was_step_applied():
+            self.window += torch.stack(losses).sum(0)
+            self.bad_steps = 0
+        else:
+            self._note_bad_step(plan, torch.stack(losses)[:, 0])
+        return diagnostics
+
+    def _note_bad_step(self, plan: StepPlan, losses: Tensor) -> None:
+        """DeepSpeed left out a step whose gradients were not finite: says which samples it was made of.
+
+        Args:
+            losses: (micro-batches,) of this rank.
+        """
+        bad = [ids for ids, finite in zip(plan.micro_batches, losses.isfinite().tolist(), strict=True) if not finite]
+        everywhere = [ids for part in self.world.gather(bad) for ids in part]
+        if self.engine.fp16_enabled() and not everywhere:
+            return  # the loss scale was too high and is lowered: part of training in fp16
+        self.at.skipped += 1
+        self.bad_steps += 1
+        suspects = everywhere or [ids for part in self.world.gather(plan.micro_batches) for ids in part]
+        samples = sorted(i for ids in suspects for i in ids)
+        what = "loss" if everywhere else "gradient"
+        logger.warning("step %d skipped: its %s is not finite (%d skipped so far); training records %s",
+                       self.at.step + 1, what, self.at.skipped, samples)
+        self.metrics.write(kind="skipped", step=self.at.step + 1, what=what, samples=samples)
+        if self.bad_steps >= self.max_bad_steps:
+            raise TrainingError(f"{self.bad_steps} steps in a row were not finite; the states and checkpoints before "
+                                "them are kept. Lower the learning rate, or look at the records named above")
+
+    def _heed_signals_and_clock(self) -> None:
+        """Saves the state when it is due or when a signal asks to stop: all ranks at the same step."""
+        due = self.cadence.is_due(self.at.step)
+        wishes = torch.tensor([self.signals.received, due], device=self.engine.device)
+        signal, due = self.world.max(wishes).tolist()
+        if signal or due:
+            self._save_state()
+        if signal:
+            raise Interrupted(signal)
+
+    def _stop_if_asked(self) -> None:
+        """Heeds a signal that came during an evaluation; the state has just been saved."""
+        signal = self.world.max(torch.tensor([self.signals.received], device=self.engine.device)).item()
+        if signal:
+            raise Interrupted(signal)
+
+    def _save_state(self) -> None:
+        with self.progress.paused():
+            self.cadence.written(self.states.save(self.engine, self._position(), self.window))
+            self.best.release()
+
+    def _position(self) -> Position:
+        self.at.seconds, self.at.best = self.progress.seconds(), self.best.kept
+        self.at.metrics_bytes = self.metrics.bytes
+        return self.at
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(len(LossSums._fields), device=self.engine.device)
 
-    def _log_train(self, epoch: int, mean: LossSums, lr: float, diagnostics: dict[str, float],
-                   progress: "_Progress") -> None:
-        gradient_norm = self.engine.get_global_grad_norm()
+    def _log_train(self, epoch: int, mean: LossSums, lr: float, diagnostics: dict[str, float]) -> None:
+        norm = self.engine.get_global_grad_norm()
         kd = {"kd": mean.kd} if self.teacher else {}
         values = {"loss": mean.loss, **kd, "ce": mean.ce, "accuracy": mean.correct, "lr": lr,
-                  "gradient_norm": None if gradient_norm is None else float(gradient_norm),
-                  "samples_per_second": progress.samples / progress.seconds(),
+                  "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
+                  "samples_per_second": self.progress.samples_per_second(),
                   "peak_memory_gib": peak_memory_gib(self.engine.device)}
-        self.metrics.write(kind="train", step=self.step, epoch=epoch, seconds=progress.seconds(), **values,
+        self.metrics.write(kind="train", step=self.at.step, epoch=epoch, seconds=self.progress.seconds(), **values,
                            **diagnostics)
         losses = " ".join(f"{name} {values[name]:.4f}" for name in ("loss", *kd, "ce"))
         logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %.1f GiB, %s left",
-                    epoch, self.step, self.max_steps, losses, mean.correct, lr,
-                    values["samples_per_second"], values["peak_memory_gib"], progress.left(self.step))
+                    epoch, self.at.step, self.max_steps, losses, mean.correct, lr,
+                    values["samples_per_second"], values["peak_memory_gib"], self.progress.left(self.at.step))
 
     def _evaluate_and_save(self, epoch: int) -> None:
         self.engine.eval()
@@ -118,38 +208,13 @@ class Trainer:
         model = self.engine.module.model
         score = Score(mean.ce, dev_rouge_l(model, self.dev, self.tokenizer, self.world) if self.dev.decoding else None)
         seconds = time.perf_counter() - started
-        self.metrics.write(kind="dev", step=self.step, epoch=epoch, loss=score.loss, accuracy=mean.correct,
+        self.metrics.write(kind="dev", step=self.at.step, epoch=epoch, loss=score.loss, accuracy=mean.correct,
                            rouge_l=score.rouge_l, seconds=seconds)
         rouge = "" if score.rouge_l is None else f" rouge-l {score.rouge_l:.2f}"
         logger.info("dev after epoch %d: loss %.4f acc %.3f%s (%.0f s)",
                     epoch, score.loss, mean.correct, rouge, seconds)
-        self.best.offer(score, epoch, self.step, self._save)
+        self.best.offer(score, epoch, self.at.step, self._save)
 
     def _save(self, folder: Path) -> None:
         save_model(self.engine.module.model, self.tokenizer, folder, writes_files=self.world.is_main)
         self.world.barrier()
-
-
-class _Progress:
-    """Speed and time left, evaluations apart."""
-
-    def __init__(self, total_steps: int):
-        self.total_steps = total_steps
-        self.samples = 0
-        self._started = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Seconds of training so far."""
-        return time.perf_counter() - self._started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stops the clock."""
-        paused = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - paused
-
-    def left(self, step: int) -> str:
-        """Estimated time left, h:mm:ss."""
-        seconds = int(self.seconds() / step * (self.total_steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,0 +1,36 @@
+"""Requests to stop: noted when they arrive, heeded between two steps."""
+
+import signal
+import time
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: what schedulers send before they preempt
+SAME_REQUEST = 1.0  # seconds; a scheduler may signal a process, and its parent may pass the signal on
+
+
+class Interrupted(Exception):
+    """The run stops because of a signal, its state saved. Entry points exit with 128 + `number`, as shells do."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+
+
+class StopSignals:
+    """Takes note of the first signal; a second one ends the process at once.
+
+    Attributes:
+        received: the signal's number, or 0.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self._when = 0.0
+        for number in STOPPING:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if not self.received:
+            self.received, self._when = number, time.monotonic()
+        elif time.monotonic() - self._when > SAME_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

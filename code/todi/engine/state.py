@@ -1,0 +1,193 @@
+"""The resume state: everything that a run needs to go on as if it had never stopped.
+
+A state is the folder state/epoch<E>_step<S>/ of a run: DeepSpeed's own checkpoint (weights, optimizer, schedule),
+rank<R>.pt with what only that rank knows, and state.json with the rest. It gets its name when it is complete. The
+newest two are kept; a finished run leaves state/finished.json alone.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
+
+from todi.engine.distributed import World
+from todi.engine.storage import discard, publish, sweep, unfinished, write_text, writing
+from todi.options import InputError
+
+logger = logging.getLogger(__name__)
+
+# All that DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled.
+_DEEPSPEED_TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+KEPT_STATES = 2  # the newest, and one more in case its files are damaged
+
+
+@dataclass
+class Position:
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done.
+        epochs: epochs done, their evaluation included.
+        seconds: of training.
+        metrics_bytes: length of metrics.jsonl.
+        skipped: steps that were skipped for numbers that are not finite.
+        best: (rank, folder name) of the best checkpoints.
+    """
+
+    step: int = 0
+    epochs: int = 0
+    seconds: float = 0.0
+    metrics_bytes: int = 0
+    skipped: int = 0
+    best: list[tuple[float, str]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Position":
+        """From what `dataclasses.asdict` gave and JSON kept."""
+        return cls(**fields | {"best": [tuple(entry) for entry in fields["best"]]})
+
+
+class StateStore:
+    """Writes and reads the states of the run in `folder`. Every rank calls `save`, `newest`, `load` and `finish`."""
+
+    def __init__(self, folder: Path, world: World):
+        self.folder = folder / "state"
+        self.world = world
+
+    def save(self, engine: deepspeed.DeepSpeedEngine, position: Position, window: Tensor) -> float:
+        """Writes a state and drops those that are too old; returns the seconds it took.
+
+        Args:
+            window: this rank's loss sums since the last line of the log.
+
+        Raises:
+            StorageError: it cannot be written; the earlier states are untouched.
+        """
+        started = time.perf_counter()
+        path = self.folder / f"epoch{position.epochs}_step{position.step}"
+        draft = unfinished(path)
+        with writing(path):
+            if self.world.is_main:
+                draft.mkdir(parents=True)
+            self.world.barrier()
+            engine.save_checkpoint(str(draft), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+            torch.save({"random": _random_states(engine.device), "window": window.cpu()},
+                       draft / f"rank{self.world.rank}.pt")
+            self.world.barrier()
+            if self.world.is_main:
+                files = {str(file.relative_to(draft)): file.stat().st_size for file in _files(draft)}
+                record = {"position": dataclasses.asdict(position), "ranks": self.world.size, "files": files}
+                (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                publish(path)
+                for older in self._newest_first()[KEPT_STATES:]:
+                    discard(older)
+        self.world.barrier()
+        seconds = time.perf_counter() - started
+        if self.world.is_main:
+            size = sum(file.stat().st_size for file in _files(path))
+            logger.info("state at step %d: %.1f MB in %.1f s", position.step, size / 1e6, seconds)
+        return seconds
+
+    def newest(self) -> Path | None:
+        """The newest state whose files are all there in full."""
+        if self.world.is_main:
+            sweep(self.folder)
+        chosen = next((path for path in self._newest_first() if self._is_whole(path)), None)
+        return self.world.gather(chosen)[0]
+
+    def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> tuple[Position, Tensor]:
+        """Puts weights, optimizer, schedule and random numbers back; returns the position and this rank's window.
+
+        Raises:
+            InputError: it was written by another number of ranks under a ZeRO stage that spreads the optimizer.
+        """
+        record = _read(path)
+        same_ranks = record["ranks"] == self.world.size
+        if not same_ranks and engine.zero_optimization_stage() > 0:
+            raise InputError(f"{path} was written by {record['ranks']} ranks, and ZeRO stage "
+                             f"{engine.zero_optimization_stage()} spreads the optimizer over them; there are "
+                             f"{self.world.size} now. Only stage 0 goes on with another number")
+        engine.checkpoint_engine = _SafeCheckpointEngine()
+        with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
+            engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+        if same_ranks:
+            own = torch.load(path / f"rank{self.world.rank}.pt", map_location="cpu", weights_only=True)
+            _set_random_states(own["random"], engine.device)
+            window = own["window"]
+        else:
+            logger.warning("%s was written by %d ranks, there are %d now: dropout draws other numbers from here on",
+                           path, record["ranks"], self.world.size)
+            window = None
+        position = Position.from_json(record["position"])
+        logger.info("going on from %s: epoch %d, step %d", path, position.epochs + 1, position.step)
+        return position, window
+
+    @property
+    def finished(self) -> Position | None:
+        """Where the run ended, if it has."""
+        file = self.folder / "finished.json"
+        return Position.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def finish(self, position: Position) -> None:
+        """Marks the run as complete; its states are of no more use."""
+        if self.world.is_main:
+            self.folder.mkdir(exist_ok=True)
+            write_text(self.folder / "finished.json", json.dumps(dataclasses.asdict(position), indent=2) + "\n")
+            self.clear()
+
+    def clear(self) -> None:
+        """Drops all states, and what an interrupted run left; by the main rank alone."""
+        for path in self._newest_first():
+            discard(path)
+        sweep(self.folder)
+
+    def _newest_first(self) -> list[Path]:
+        paths = self.folder.glob("epoch*_step*")
+        return sorted(paths, key=lambda path: (_read(path)["position"]["step"], _read(path)["position"]["epochs"]),
+                      reverse=True)
+
+    def _is_whole(self, path: Path) -> bool:
+        damaged = [name for name, size in _read(path)["files"].items()
+                   if not (path / name).is_file() or (path / name).stat().st_size != size]
+        if damaged:
+            logger.warning("%s is damaged (%s); going back to the state before it", path, ", ".join(damaged))
+        return not damaged
+
+
+class _SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's reader, which otherwise unpickles whatever a file holds."""
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))

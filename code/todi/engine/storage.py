@@ -1,0 +1,75 @@
+"""Files and folders that are there in full or not at all, whenever the process or the machine stops."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# Hidden, so that no pattern of finished folders finds them; swept away when the run goes on.
+_UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
+
+
+class StorageError(Exception):
+    """Something of the run cannot be written. The message names the path and the reason."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names `path` in whatever a full disk, a read-only folder or a vanished mount makes the libraries raise."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError for a full disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StorageError(f"cannot write {path}: {reason}; what was saved before is untouched") from error
+
+
+def unfinished(path: Path) -> Path:
+    """The name beside `path` under which it is written."""
+    return path.with_name(f".{path.name}{_UNFINISHED}")
+
+
+def publish(path: Path) -> None:
+    """Gives what was written as `unfinished(path)` its name, once it is safely on the disk.
+
+    An older folder of that name makes way.
+    """
+    source = unfinished(path)
+    for entry in [*source.rglob("*"), source]:
+        _flush(entry)
+    if path.is_dir():
+        discard(path)
+    source.rename(path)
+    _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file, in full or not at all."""
+    with writing(path):
+        unfinished(path).write_text(text, encoding="utf-8")
+        publish(path)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder; halfway through it has no longer its name."""
+    doomed = folder.with_name(f".{folder.name}{_DISCARDED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what an interrupted process left in `folder`."""
+    for entry in folder.glob(".*"):
+        if entry.name.endswith((_UNFINISHED, _DISCARDED)):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
