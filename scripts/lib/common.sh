@@ -187,7 +187,7 @@ run_to_its_end() {
   set +m
   for name in TERM INT USR1; do
     # shellcheck disable=SC2064
-    trap "received=$(kill -l $name); pkill -$name -P $child -f todi.train || kill -$name $child" $name
+    trap "received=$(kill -l $name); hand_on $name $child" $name
   done
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap cuts the waiting short
   wait "$child" || status=$?
@@ -195,6 +195,11 @@ run_to_its_end() {
   trap - TERM INT USR1
   ((received == 0 || status == 0)) || status=$((128 + received))
   return "$status"
+}
+
+# hand_on NAME PID: the signal, to the training processes: PID or, when that is torchrun, its children.
+hand_on() {
+  if several_processes; then pkill "-$1" -P "$2"; else kill "-$1" "$2"; fi 2>/dev/null || true
 }
 
 # ---- evaluation
