@@ -67,7 +67,7 @@ launch() {
     echo
     return
   fi
-  if several_processes; then WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m "$@" --check-only; fi
+  if several_processes; then WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m "$@" --check-only || return; fi
   "$runner" "${command[@]}"
 }
 
