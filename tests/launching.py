@@ -14,18 +14,18 @@ from tiny import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-def start(launcher: str, *words: str, **settings: object) -> subprocess.Popen:
-    """Starts `SETTINGS bash scripts/<launcher>.sh WORDS` on the CPU, one thread a process, in a process group."""
+def start(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: object) -> subprocess.Popen:
+    """Starts `SETTINGS PREFIX bash scripts/<launcher>.sh WORDS` on the CPU, one thread a process, in a session."""
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable,
                    "GPUS": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {name: str(value) for name, value in settings.items()}
-    return subprocess.Popen(["bash", f"scripts/{launcher}.sh", *words], cwd=ROOT, env=environment, text=True,
+    return subprocess.Popen([*prefix, "bash", f"scripts/{launcher}.sh", *words], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def run(launcher: str, *words: str, **settings: object) -> subprocess.CompletedProcess:
+def run(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: object) -> subprocess.CompletedProcess:
     """Starts a launcher and waits for its end."""
-    process = start(launcher, *words, **settings)
+    process = start(launcher, *words, prefix=prefix, **settings)
     try:
         output, _ = process.communicate(timeout=600)
     finally:

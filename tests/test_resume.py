@@ -1,121 +1,56 @@
-"""Runs that are stopped, killed or starved go on as if nothing had happened."""
+"""Runs that are stopped or killed go on as if nothing had happened."""
 
 import json
 import os
-import random
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from launching import run, start
+import torch
+from launching import run
+from stopping import KD, TWO_RANKS, Launched, finished, gone_on_with, killed_again_and_again, outcome, stopped
 
-KD = "gpt2/vanilla_kd_gpt2_base"
 LORA = {"PEFT": "lora", "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1}
-TIMINGS = {"seconds", "samples_per_second", "peak_memory_gib"}
-
-
-@pytest.fixture(scope="session")
-def settings(workshop) -> dict[str, object]:
-    """Three epochs of three steps with dropout on, a state every two steps."""
-    models = {role: workshop.model(f"resume-{role}", family="gpt2", hidden=hidden, seed=seed, resid_pdrop=0.2,
-                                   embd_pdrop=0.2)
-              for role, hidden, seed in (("teacher", 48, 1), ("student", 32, 2))}
-    return workshop.settings | {"MODEL_PATH": models["student"], "TEACHER_MODEL_PATH": models["teacher"], "EPOCH": 3,
-                                "SAVE_STATE_EVERY": 2, "LR": 1e-2}
-
-
-class Launched:
-    """A launcher under way, in a session of its own, so that all of its processes can be found."""
-
-    def __init__(self, launcher: str, **settings: object):
-        self.output = ""
-        self.process = start(launcher, **settings)
-
-    def wait_for(self, text: str) -> bool:
-        """Reads on until a line has `text`; False when the run ends without it."""
-        for line in self.process.stdout:
-            self.output += line
-            if text in line:
-                return True
-        return False
-
-    def stop(self, number: int) -> int:
-        """Signals the launcher alone; its exit code."""
-        self.process.send_signal(number)
-        return self.end()
-
-    def kill(self) -> None:
-        """Kills every process of the session."""
-        subprocess.run(["pkill", "-KILL", "-s", str(self.process.pid)])
-        self.end()
-
-    def end(self) -> int:
-        self.output += self.process.stdout.read()
-        return self.process.wait()
-
-    def survivors(self) -> str:
-        return subprocess.run(["pgrep", "-s", str(self.process.pid), "-a"], text=True, capture_output=True).stdout
-
-
-def outcome(folder: Path) -> dict[str, object]:
-    """What two runs must share to the bit: names and weights of checkpoints, metrics apart from timings, the end."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    end = json.loads((folder / "state" / "finished.json").read_text())
-    weights = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("epoch*/*.safetensors")}
-    assert weights
-    return {"files": sorted(path.name for path in folder.iterdir()), "weights": weights,
-            "metrics": [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines],
-            "best": end["best"], "skipped": end["skipped"], "state": os.listdir(folder / "state")}
-
-
-def stopped_and_resumed(folder: Path, settings: dict[str, object], after: str = "step 5/9",
-                        number: int = signal.SIGTERM) -> dict[str, object]:
-    """The outcome of a run that is stopped after a line of its log, and started again."""
-    launched = Launched(KD, **settings, SAVE_DIR=folder)
-    assert launched.wait_for(after), launched.output
-    assert launched.stop(number) == 128 + number, launched.output
-    assert not launched.survivors()
-    again = run(KD, **settings, SAVE_DIR=folder)
-    assert again.returncode == 0, again.stdout
-    assert "going on from" in again.stdout
-    return outcome(folder)
-
-
-def uninterrupted(folder: Path, settings: dict[str, object]) -> dict[str, object]:
-    done = run(KD, **settings, SAVE_DIR=folder)
-    assert done.returncode == 0, done.stdout
-    return outcome(folder)
-
-
-TWO_RANKS = {"NPROC": 2, "GRAD_ACC": 1}  # the same nine steps
 SHAPES = {"ZeRO-1": {}, "ZeRO-0, LoRA": {"ZERO_STAGE": 0} | LORA,
           **{f"2 ranks, ZeRO-{stage}": TWO_RANKS | {"ZERO_STAGE": stage} for stage in range(4)},
           "2 ranks, ZeRO-2, LoRA": TWO_RANKS | {"ZERO_STAGE": 2} | LORA,
-          "2 ranks, ZeRO-3, LoRA": TWO_RANKS | {"ZERO_STAGE": 3} | LORA}
+          "2 ranks, ZeRO-3, LoRA": TWO_RANKS | {"ZERO_STAGE": 3} | LORA,
+          "2 ranks, ZeRO-2, bf16": TWO_RANKS | {"ZERO_STAGE": 2, "PRECISION": "bf16"}}
 
 
 @pytest.mark.parametrize("shape", [name if name == "ZeRO-1" else pytest.param(name, marks=pytest.mark.slow)
                                    for name in SHAPES])
 def test_a_stopped_run_goes_on_bit_by_bit(shape, settings, tmp_path):
     settings = settings | SHAPES[shape]
-    assert stopped_and_resumed(tmp_path / "stopped", settings) == uninterrupted(tmp_path / "whole", settings)
+    stopped(tmp_path / "stopped", settings)
+    assert gone_on_with(tmp_path / "stopped", settings) == finished(tmp_path / "whole", **settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_other_signals(number, settings, tmp_path):
-    stopped_and_resumed(tmp_path / "run", settings, number=number)
+    assert f"stopped by {number.name}" in stopped(tmp_path, settings | TWO_RANKS, number).output
+    gone_on_with(tmp_path, settings | TWO_RANKS)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(settings, tmp_path):
+    launched = Launched(**settings | {"GRAD_ACC": 10_000}, SAVE_DIR=tmp_path)  # a step that takes a minute
+    assert launched.wait_for("teacher "), launched.output
+    time.sleep(5)
+    launched.process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert launched.process.poll() is None
+    assert launched.stop(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert not launched.survivors()
+    assert "stopped by" not in launched.output
 
 
 @pytest.mark.slow
 def test_another_number_of_ranks_without_zero(settings, tmp_path):
-    settings = settings | {"ZERO_STAGE": 0, "SAVE_DIR": tmp_path}
-    launched = Launched(KD, **settings)
-    launched.wait_for("step 5/9")
-    launched.stop(signal.SIGTERM)
-    done = run(KD, **settings, NPROC=2, GRAD_ACC=1)
+    settings = settings | {"ZERO_STAGE": 0}
+    stopped(tmp_path, settings)
+    done = run(KD, **settings | TWO_RANKS, SAVE_DIR=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "was written by 1 ranks, there are 2 now" in done.stdout
 
@@ -137,22 +72,28 @@ def test_a_changed_run_is_refused_and_a_finished_one_left_alone(settings, tmp_pa
 
 @pytest.mark.slow
 def test_twenty_kills(settings, tmp_path):
-    kill_again_and_again(settings | {"EPOCH": 60, "SAVE_STATE_EVERY": 1, "SAVE_BEST_N_CKPTS": 2}, tmp_path, kills=20)
+    settings = settings | {"EPOCH": 60, "SAVE_STATE_EVERY": 1, "SAVE_BEST_N_CKPTS": 2}
+    killed = killed_again_and_again(tmp_path / "killed", kills=20, **settings)
+    assert killed == finished(tmp_path / "whole", **settings)
 
 
-def kill_again_and_again(settings: dict[str, object], folder: Path, kills: int, seed: int = 0) -> None:
-    """SIGKILLs a run `kills` times at random moments, starts it again each time, compares with an unharmed one."""
-    moments = random.Random(seed)
-    killed = 0
-    while killed < kills:
-        launched = Launched(KD, **settings, SAVE_DIR=folder / "killed")
-        # most kills between the first step and the end, where files are written; some before
-        if moments.random() < 0.9 and not launched.wait_for("acc "):
-            break
-        time.sleep(moments.uniform(0, 0.6))
-        launched.kill()
-        killed += 1
-    assert killed == kills, launched.output
-    last = run(KD, **settings, SAVE_DIR=folder / "killed")
-    assert last.returncode == 0, last.stdout
-    assert outcome(folder / "killed") == uninterrupted(folder / "whole", settings)
+class Intruder:
+    def __reduce__(self):
+        return open, (os.environ["INTRUDER"], "w")
+
+
+@pytest.mark.slow
+def test_a_state_that_no_run_wrote_is_not_executed(settings, tmp_path, monkeypatch):
+    stopped(tmp_path / "run", settings)
+    monkeypatch.setenv("INTRUDER", str(tmp_path / "executed"))
+    for name in "rank0.pt", "deepspeed/mp_rank_00_model_states.pt":
+        for state in (tmp_path / "run" / "state").iterdir():
+            file = state / name
+            torch.save(Intruder(), file)
+            record = json.loads((state / "state.json").read_text())
+            record["files"][name] = file.stat().st_size
+            (state / "state.json").write_text(json.dumps(record))
+        again = run(KD, **settings, SAVE_DIR=tmp_path / "run", INTRUDER=tmp_path / "executed")
+        assert again.returncode == 2
+        assert "holds more than tensors and numbers" in again.stdout
+    assert not (tmp_path / "executed").exists()

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import TrainConfig
 from todi.data.records import Record, load_records
+from todi.data.tokenize import check_ids
 from todi.engine.deepspeed_config import build_deepspeed_config
 from todi.engine.device import Precision, choose_precision
 from todi.models.families import Family, family_of
@@ -53,27 +54,31 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     if config.student.model_path:
         with gathered(problems):
             family, tokenizer = _read_model(config.student.model_path, config.student.model_type,
-                                            config.student.trust_remote_code, config.student.peft_path)
+                                            config.student.trust_remote_code, config.student.peft_path,
+                                            [*(train or []), *(dev or [])])
     if config.objective.distils and config.teacher.teacher_model_path:
         with gathered(problems):
             _, teacher_tokenizer = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                                               config.student.trust_remote_code, config.teacher.teacher_peft_path)
+                                               config.student.trust_remote_code, config.teacher.teacher_peft_path,
+                                               train or [])
             _check_tokenizers(tokenizer, teacher_tokenizer)
     if problems:
         raise InputError(problems)
     return Inputs(family, tokenizer, precision, deepspeed_config, train, dev, train_file, dev_file)
 
 
-def _read_model(path: str, model_type: str, trust_remote_code: bool,
-                adapter: str | None) -> tuple[Family, Tokenizer]:
-    architecture = load_config(path, trust_remote_code).get_text_config().model_type
+def _read_model(path: str, model_type: str, trust_remote_code: bool, adapter: str | None,
+                records: list[Record]) -> tuple[Family, Tokenizer]:
+    model_config = load_config(path, trust_remote_code).get_text_config()
     try:
-        family = family_of(model_type, architecture)
+        family = family_of(model_type, model_config.model_type)
     except ValueError as error:
         raise InputError(str(error)) from None
     if adapter:
         find_adapter(adapter)
-    return family, load_tokenizer(path, trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    check_ids(records, tokenizer, model_config.vocab_size, path)
+    return family, tokenizer
 
 
 def _check_tokenizers(student: Tokenizer | None, teacher: Tokenizer) -> None:

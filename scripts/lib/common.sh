@@ -176,8 +176,8 @@ run_training() {
 # Runs a command with its output in train.log too, and hands on the signals that ask it to stop: to the training
 # processes themselves, for torchrun would give them 30 seconds. The exit code is then 128 + the signal's number.
 run_to_its_end() {
-  local log tee child status=0 received=0 name
-  mkdir -p "$SAVE_DIR"
+  local log tee child status=0 received=0 name reason
+  reason=$(mkdir -p "$SAVE_DIR" 2>&1) || die "${reason#mkdir: }"
   set -m  # process groups of their own: Ctrl-C reaches the training once, through us, and never the log
   exec {log}> >(exec tee -a "$SAVE_DIR/train.log")
   tee=$!
@@ -199,7 +199,11 @@ run_to_its_end() {
 
 # hand_on NAME PID: the signal, to the training processes: PID or, when that is torchrun, its children.
 hand_on() {
-  if several_processes; then pkill "-$1" -P "$2"; else kill "-$1" "$2"; fi 2>/dev/null || true
+  local processes=$2
+  # pgrep is not everywhere, nor is /proc
+  if several_processes; then processes=$(pgrep -P "$2" 2>/dev/null || cat "/proc/$2/task/$2/children"); fi
+  # shellcheck disable=SC2086
+  kill "-$1" $processes 2>/dev/null || true
 }
 
 # ---- evaluation

@@ -97,7 +97,7 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, writes_file
     """Writes weights (safetensors), configuration, generation settings and tokenizer of a full or LoRA model."""
     weights = gather_weights(model, keep=writes_files)
     if writes_files:
-        folder.mkdir(parents=True)
+        folder.mkdir()
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Metrics:
     @property
     def bytes(self) -> int:
         """Length of the file."""
-        return self._path.stat().st_size if self._path else 0
+        return os.fstat(self._file.fileno()).st_size if self._file else 0
 
     def cut(self, length: int) -> None:
         """Forgets the lines beyond the first `length` bytes, which are about to be written again."""

@@ -8,6 +8,7 @@ newest two are kept; a finished run leaves state/finished.json alone.
 import dataclasses
 import json
 import logging
+import pickle
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,8 @@ class StateStore:
         draft = unfinished(path)
         with writing(path):
             if self.world.is_main:
-                draft.mkdir(parents=True)
+                self.folder.mkdir(exist_ok=True)  # not its parents: a run whose folder is gone must say so
+                draft.mkdir()
             self.world.barrier()
             engine.save_checkpoint(str(draft), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
             torch.save({"random": _random_states(engine.device), "window": window.cpu()},
@@ -106,11 +108,15 @@ class StateStore:
         chosen = next((path for path in self._newest_first() if self._is_whole(path)), None)
         return self.world.gather(chosen)[0]
 
-    def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> tuple[Position, Tensor]:
-        """Puts weights, optimizer, schedule and random numbers back; returns the position and this rank's window.
+    def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> tuple[Position, Tensor | None]:
+        """Puts weights, optimizer, schedule and random numbers back.
+
+        Returns:
+            the position, and this rank's window; None when it was written by another number of ranks.
 
         Raises:
-            InputError: it was written by another number of ranks under a ZeRO stage that spreads the optimizer.
+            InputError: it was written by another number of ranks under a ZeRO stage that spreads the optimizer, or
+                it holds what no run writes.
         """
         record = _read(path)
         same_ranks = record["ranks"] == self.world.size
@@ -119,19 +125,23 @@ class StateStore:
                              f"{engine.zero_optimization_stage()} spreads the optimizer over them; there are "
                              f"{self.world.size} now. Only stage 0 goes on with another number")
         engine.checkpoint_engine = _SafeCheckpointEngine()
-        with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
-            engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
-        if same_ranks:
-            own = torch.load(path / f"rank{self.world.rank}.pt", map_location="cpu", weights_only=True)
+        own = None
+        try:
+            with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
+                engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+            if same_ranks:
+                own = torch.load(path / f"rank{self.world.rank}.pt", map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise InputError(f"{path} holds more than tensors and numbers, so it was not written by a run; nothing of "
+                             "it was executed") from None
+        if own is not None:
             _set_random_states(own["random"], engine.device)
-            window = own["window"]
         else:
             logger.warning("%s was written by %d ranks, there are %d now: dropout draws other numbers from here on",
                            path, record["ranks"], self.world.size)
-            window = None
         position = Position.from_json(record["position"])
         logger.info("going on from %s: epoch %d, step %d", path, position.epochs + 1, position.step)
-        return position, window
+        return position, own["window"] if own else None
 
     @property
     def finished(self) -> Position | None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,10 +18,15 @@ class StorageError(Exception):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Names `path` in whatever a full disk, a read-only folder or a vanished mount makes the libraries raise."""
+    """Names `path` in whatever a full disk, a read-only folder or a vanished mount makes the libraries raise.
+
+    What was written so far as `unfinished(path)` is removed: a full disk needs the room.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError for a full disk
+        with suppress(OSError):
+            _remove(unfinished(path))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StorageError(f"cannot write {path}: {reason}; what was saved before is untouched") from error
 
@@ -64,7 +69,11 @@ def sweep(folder: Path) -> None:
     """Removes what an interrupted process left in `folder`."""
     for entry in folder.glob(".*"):
         if entry.name.endswith((_UNFINISHED, _DISCARDED)):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import PRECISIONS
 from todi.data.records import Record, load_records
+from todi.data.tokenize import check_ids
 from todi.engine.device import Precision, choose_precision
 from todi.evaluation.generation import Decoding
 from todi.evaluation.results import is_set_name
@@ -132,6 +133,9 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
             _check_positions(model_config, config.max_length)
     with gathered(problems):
         sets = _read_sets(Path(config.data_dir), list(filter(is_set_name, config.sets)), config.limit)
+        if tokenizer:
+            check_ids([record for records in sets.values() for record in records], tokenizer, model_config.vocab_size,
+                      model_path)
     if problems:
         raise InputError(problems)
     return Inputs(model_path, family, tokenizer, precision, sets)
