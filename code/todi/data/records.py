@@ -78,7 +78,8 @@ def _parse_record(line: bytes) -> Record:
         raise ValueError(f"expected an object, got {type(fields).__name__}")
     missing = [name for name in ("prompt", "output") if name not in fields]
     if missing:
-        raise ValueError(f"lacks {' and '.join(missing)}; has {', '.join(sorted(fields)) or 'nothing'}")
+        present = ", ".join(ascii(name)[1:-1] for name in sorted(fields)[:8])
+        raise ValueError(f"lacks {' and '.join(missing)}; has {present[:120] or 'nothing'}")
     prompt, output = fields["prompt"], fields["output"]
     references = tuple(output) if isinstance(output, list) else (output,)
     if not isinstance(prompt, str) or not prompt.strip():
