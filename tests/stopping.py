@@ -9,11 +9,20 @@ import uuid
 from pathlib import Path
 
 import psutil
-from launching import run, start
+from launching import Workshop, run, start
 
 KD = "gpt2/vanilla_kd_gpt2_base"
 TWO_RANKS = {"NPROC": 2, "GRAD_ACC": 1}  # with as many samples a step as one rank has
 TIMINGS = {"seconds", "samples_per_second", "peak_memory_gib"}
+
+
+def resumable(workshop: Workshop) -> dict[str, object]:
+    """Settings of six epochs of three steps with dropout on, a state every two steps."""
+    models = {role: workshop.model(f"resume-{role}", family="gpt2", hidden=hidden, seed=seed, resid_pdrop=0.2,
+                                   embd_pdrop=0.2)
+              for role, hidden, seed in (("teacher", 48, 1), ("student", 32, 2))}
+    return workshop.settings | {"MODEL_PATH": models["student"], "TEACHER_MODEL_PATH": models["teacher"], "EPOCH": 6,
+                                "SAVE_STATE_EVERY": 2, "LR": 1e-2}
 
 
 class Launched:
