@@ -11,6 +11,7 @@ from peft import PeftModel
 from tiny import tiny_tokenizer
 from todi.config import TrainConfig
 from todi.criterions import DIVERGENCES
+from todi.data.records import checksum
 from todi.options import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,11 +84,11 @@ def test_distilling_with_an_adapter_on_both_sides(runs, models):
 def test_what_a_run_leaves_behind(runs, workshop):
     done = runs[KD[1]].result()
     assert {path.name for path in done.folder.iterdir()} == {
-        "args.json", "metrics.jsonl", "train.log", done.checkpoint.name}
+        "args.json", "metrics.jsonl", "state", "train.log", done.checkpoint.name}
     args = json.loads((done.folder / "args.json").read_text())
     assert args["settings"]["objective"]["kd_objective"] == "ToDi"
     assert args["versions"]["deepspeed"]
-    assert len(args["data"][str(workshop.data / "train.jsonl")]["sha256"]) == 64
+    assert args["deciding"]["train.jsonl"] == checksum(workshop.data / "train.jsonl")
     assert (done.folder / "train.log").read_text() == done.output
     dev, = done.metrics("dev")
     assert done.checkpoint.name == f"epoch1_step3_loss{dev['loss']:.4f}_rougel{dev['rouge_l']:.4f}"
