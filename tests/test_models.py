@@ -1,11 +1,13 @@
 """Loading, heads, tokenizers, pruning, fetching."""
 
+import json
 import zipfile
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, tiny_model, tiny_multimodal_model, tiny_tokenizer
 from todi.models import fetch
+from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
     attention_for,
@@ -19,7 +21,7 @@ from todi.models.loading import (
 from todi.models.prune import keep_layers
 from todi.models.tokenizers import tokenizer_difference
 from todi.options import InputError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -75,8 +77,57 @@ class TestLoading:
         tiny_tokenizer(tmp_path)
         assert load_tokenizer(str(tmp_path)).pad_token_id == load_tokenizer(str(tmp_path)).eos_token_id
 
-    def test_attention_on_a_cpu(self):
-        assert attention_for(CPU, torch.bfloat16) == "sdpa"
+    def test_attention(self, monkeypatch):
+        gpu, half = torch.device("cuda"), torch.bfloat16
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert attention_for(gpu, half, LlamaForCausalLM) == "sdpa"
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+        assert attention_for(gpu, half, LlamaForCausalLM) == "flash_attention_2"
+        assert attention_for(gpu, torch.float32, LlamaForCausalLM) == "sdpa"
+        assert attention_for(CPU, half, LlamaForCausalLM) == "sdpa"
+        assert attention_for(CPU, half, Gemma2ForCausalLM) == "eager"
+
+    def test_missing_weights_are_refused(self, tmp_path):
+        tiny_model(tmp_path, "llama", layers=2)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+        with pytest.raises(InputError, match="lacks 9 weights of a LlamaForCausalLM, the first: model.layers.2."):
+            load_model(str(tmp_path), torch.float32, CPU)
+
+    def test_the_text_model_of_a_multimodal_one(self, tmp_path):
+        whole = tiny_multimodal_model(tmp_path / "whole")
+        assert load_config(str(whole)).model_type == "gemma3_text"
+        model = load_model(str(whole), torch.float32, CPU)
+        assert type(model) is Gemma3ForCausalLM
+        ids = torch.arange(3, 40)[None]
+        original = AutoModelForCausalLM.from_pretrained(whole).eval()
+        torch.testing.assert_close(model(ids).logits, original(input_ids=ids).logits)
+        check_head(model, "whole")
+        model.save_pretrained(tmp_path / "text")
+        again = load_model(str(tmp_path / "text"), torch.float32, CPU)
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+class TestChecks:
+    def test_a_tokenizer_that_is_larger_than_the_model(self, tmp_path):
+        tokenizer = tiny_tokenizer(tmp_path)
+        config = load_config(str(tiny_model(tmp_path, "llama", vocab=len(tokenizer))))
+        check_vocabulary(config, tokenizer, "fits")
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        check_vocabulary(config, tokenizer, "still fits: text never has it")
+        tokenizer.add_tokens(["word"])
+        with pytest.raises(InputError, match=f"short has {config.vocab_size} vocabulary entries, but its tokenizer has "
+                                             "1 beyond them, the first: 'word'"):
+            check_vocabulary(config, tokenizer, "short")
+        tokenizer.pad_token = "<image>"
+        with pytest.raises(InputError, match="2 beyond them, the first: '<image>'"):
+            check_vocabulary(config, tokenizer, "short")
+
+    def test_positions(self, tmp_path):
+        config = load_config(str(tiny_model(tmp_path, "gpt2")))
+        check_positions(config, 512, "long enough")
+        with pytest.raises(InputError, match="--max-length is 513, but short has 512 positions"):
+            check_positions(config, 513, "short")
 
 
 class TestTokenizers:

@@ -159,7 +159,8 @@ distil() {
   default SAVE_DIR "outputs/$FAMILY/$CKPT_NAME/vanilla_kd/${objective}__epoch=${EPOCH}__bsz=${batch}__lr=${LR}__seed=${SEED}"
   run_training --criterion vanilla_kd --kd-objective "$KD_OBJ" --kd-rate "$KD_RATE" --kd-temperature "$KD_TEMP" \
     --teacher-model-path "$TEACHER_MODEL_PATH" --teacher-model-type "$TEACHER_MODEL_TYPE" \
-    ${TEACHER_PEFT_PATH:+--teacher-peft-path "$TEACHER_PEFT_PATH"} "${options[@]}" --save-dir "$SAVE_DIR" "$@"
+    ${TEACHER_PEFT_PATH:+--teacher-peft-path "$TEACHER_PEFT_PATH"} ${TEACHER_DTYPE:+--teacher-dtype "$TEACHER_DTYPE"} \
+    "${options[@]}" --save-dir "$SAVE_DIR" "$@"
 }
 
 run_training() {

@@ -41,7 +41,8 @@ _ATTENTION = ("q_proj", "v_proj")  # what the published runs adapt (peft's defau
 
 FAMILIES.add("gpt2", Family(
     architecture="gpt2",
-    hub={"gpt2-base": "openai-community/gpt2", "gpt2-xlarge": "openai-community/gpt2-xl"},
+    hub={"gpt2-base": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
+         "gpt2-large": "openai-community/gpt2-large", "gpt2-xlarge": "openai-community/gpt2-xl"},
     licence="MIT",
     lora_targets=("c_attn",),
 ))
