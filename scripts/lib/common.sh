@@ -112,6 +112,10 @@ training_defaults() {
   default RESUME auto
   default SAVE_STATE_EVERY 30m
   default MAX_BAD_STEPS 10
+  default LORA_RANK 256
+  default LORA_ALPHA 8
+  default LORA_DROPOUT 0.1
+  if [[ ${PEFT:-} == full ]]; then PEFT=; fi  # every weight, though the launcher has an adapter
   choose_devices
   config=${PEFT:+${PEFT}-rank=${LORA_RANK}-alpha=${LORA_ALPHA}-dropout=${LORA_DROPOUT}}
   config=${config:-default}-$PRECISION
