@@ -23,6 +23,7 @@ from todi.config import (
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner
 from todi.data.tokenize import encode_examples, encode_prompts
+from todi.doctor import examine
 from todi.engine.cadence import Cadence
 from todi.engine.dev import DevSet
 from todi.engine.device import choose_device
@@ -83,6 +84,8 @@ def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.devi
                 len(planner.examples), planner.step_samples, planner.batch_size, planner.accumulation, world.size,
                 max_steps, -(-max_steps // planner.steps_per_epoch))
 
+    if world.is_main:
+        examine(config, inputs, planner.examples, world, device).log()
     student = build_student(config.student, inputs.student, device)
     teacher = None
     if config.objective.distils:

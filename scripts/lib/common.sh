@@ -3,6 +3,7 @@
 # Every setting is an environment variable: what is set outside wins over a launcher's `default`, which wins over
 # the ones in this file. Words after the launcher's name go to the Python command as they are.
 #   DRY_RUN=1     print the command and stop
+#   DOCTOR=1      check all input, estimate memory and disk space, and stop
 #   GPUS=0,1      devices to use; all that are visible when not given; GPUS=cpu for none
 #   NPROC=2       processes on a CPU (gloo); 1 when not given
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes, as in torchrun
@@ -169,6 +170,7 @@ distil() {
 
 run_training() {
   cd "$ROOT"
+  if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "$@"; fi
   local status=0
   launch run_to_its_end todi.train "$@" || status=$?
   if ((status == 2)) && [[ -e $SAVE_DIR/train.log && ! -e $SAVE_DIR/args.json ]]; then  # refused input leaves no run behind

@@ -98,10 +98,11 @@ def merge_adapter(model: PreTrainedModel, adapter_path: str) -> PreTrainedModel:
     return _load_adapter(model, adapter_path).merge_and_unload()
 
 
-def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False,
+                dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model of this configuration on the meta device: shapes without numbers."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
