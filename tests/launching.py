@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,13 +60,13 @@ class Workshop:
         self.settings = {"DATA_DIR": self.data, "EPOCH": 1, "MAX_LENGTH": 64, "MAX_PROMPT_LENGTH": 48,
                          "PRECISION": "fp32", "LOG_INTERVAL": 1, "LORA_RANK": 4, "LR": 1e-2}
 
-    def model(self, name: str, **shape: object) -> Path:
+    def model(self, name: str, make: Callable[..., Path] = tiny_model, **shape: object) -> Path:
         """A tiny model with the tokenizer that all of them share; made once."""
         path = self.folder / "models" / name
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")
             tokenizer = tiny_tokenizer(unfinished)
-            tiny_model(unfinished, **{"vocab": len(tokenizer)} | shape)
+            make(unfinished, **{"vocab": len(tokenizer)} | shape)
             shutil.move(unfinished, path)
         return path
 
@@ -75,6 +76,12 @@ class Workshop:
             done = run(launcher, *words, **self.settings | {"SAVE_DIR": self.folder / "runs" / name} | settings)
             return Run(self.folder / "runs" / name, done.returncode, done.stdout)
         return self.pool.submit(work)
+
+
+    def evaluate(self, launcher: str, model: Path) -> "Future[subprocess.CompletedProcess]":
+        """Starts an evaluation of a checkpoint with one seed."""
+        return self.pool.submit(run, launcher, str(model), DATA_DIR=self.data.parent, SETS="tiny", SEEDS=1,
+                                MAX_LENGTH=64, MAX_PROMPT_LENGTH=48, PRECISION="fp32")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 from todi.criterions.linear import IGNORE_INDEX
 from todi.data.batches import StepPlanner, collate
 from todi.data.records import load_records
-from todi.data.tokenize import Example, check_ids, encode_examples, encode_prompts
+from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.models.families import FAMILIES
 from todi.models.loading import load_tokenizer
 from todi.options import InputError
@@ -97,14 +97,6 @@ class TestTokenising:
         assert (len(example.ids), example.prompt_length, example.response_tokens) == (20, 8, 12)
         assert example.ids[-1] != tokenizer.eos_token_id  # the response goes on, so it does not end here
         assert "1 of 1 prompts are longer than 8 tokens" in caplog.text
-
-    def test_tokens_beyond_the_vocabulary_are_counted(self, tokenizer, write):
-        tokenizer.add_tokens(["<new>"])
-        records = load_records(write(record(), record(output="a <new> one"), record(prompt="<new>")))
-        check_ids(records, tokenizer, len(tokenizer), "m")
-        check_ids(records[:1], tokenizer, len(tokenizer) - 1, "m")
-        with pytest.raises(InputError, match="2 of 3 records hold such as have none, the first '<new>'"):
-            check_ids(records, tokenizer, len(tokenizer) - 1, "m")
 
 
 def examples(*lengths: tuple[int, int]) -> list[Example]:

@@ -19,6 +19,10 @@ SFT = {"gpt2/sft_gpt2_base": "gpt2", "gpt2/sft_gpt2_xlarge": "gpt2", "smollm2/sf
        "smollm2/sft_smollm2": "llama"}
 LORA_SFT = {"tinyllama/sft_teacher_llama2": "llama", "tinyllama/sft_tinyllama": "llama"}
 KD = ("gpt2/vanilla_kd_gpt2_base", "smollm2/vanilla_kd_smollm2", "tinyllama/vanilla_kd_tinyllama")
+# Run in test_families.py, each on its own architecture.
+OTHERS = tuple(f"{family}/{task}_{family}" for family in ("olmo2", "qwen2.5", "gemma3")
+               for task in ("sft_teacher", "sft", "vanilla_kd"))
+LORA = {*LORA_SFT, KD[2], *OTHERS} - {"qwen2.5/sft_qwen2.5", "qwen2.5/vanilla_kd_qwen2.5"}
 
 
 @pytest.fixture(scope="session")
@@ -186,20 +190,20 @@ class TestBadInput:
         assert "fp16 does not train on a CPU" in done.stdout
 
 
-@pytest.mark.parametrize("launcher", [*SFT, *LORA_SFT, *KD])
+@pytest.mark.parametrize("launcher", [*SFT, *LORA_SFT, *KD, *OTHERS])
 def test_a_dry_run_prints_a_command_that_parses(launcher):
     done = run(launcher, "--dev-num", "3", DRY_RUN=1, SEED=7)
     config = parse(TrainConfig, shlex.split(done.stdout.split("-m todi.train ")[1]))
     assert config.problems() == []
     assert (config.run.seed, config.data.dev_num) == (7, 3)
     assert config.objective.kd_objective == "ToDi"
-    assert (config.student.peft == "lora") == launcher.startswith("tinyllama")
+    assert (config.student.peft == "lora") == (launcher in LORA)
 
 
 def test_every_training_launcher_is_tested():
     found = {str(path.relative_to(ROOT / "scripts").with_suffix(""))
              for pattern in ("*/sft_*.sh", "*/vanilla_kd_*.sh") for path in (ROOT / "scripts").glob(pattern)}
-    assert found == {*SFT, *LORA_SFT, *KD}
+    assert found == {*SFT, *LORA_SFT, *KD, *OTHERS}
 
 
 def assert_checkpoint_loads(checkpoint: Path) -> None:

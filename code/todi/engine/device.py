@@ -27,15 +27,18 @@ def choose_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
+def choose_precision(name: str, device: torch.device, option: str = "--precision") -> Precision:
     """The precision called `name`, or under "auto" the fastest that is safe on `device`.
+
+    Args:
+        option: where the name came from, for the message.
 
     Raises:
         InputError: fp16 on a CPU, which neither DeepSpeed nor PyTorch trains in.
     """
     if name != "auto":
         if name == "fp16" and device.type == "cpu":
-            raise InputError("--precision fp16 does not train on a CPU; use bf16, fp32 or auto")
+            raise InputError(f"{option} fp16 does not train on a CPU; use bf16, fp32 or auto")
         return Precision(name, "asked for")
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import PRECISIONS
 from todi.data.records import Record, load_records
-from todi.data.tokenize import check_ids
 from todi.engine.device import Precision, choose_precision
 from todi.evaluation.generation import Decoding
 from todi.evaluation.results import is_set_name
+from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
-from todi.models.loading import check_adapter, find_adapter, load_config, load_tokenizer
+from todi.models.loading import find_adapter, load_config, load_tokenizer
 from todi.options import InputError, gathered, option
 
 logger = logging.getLogger(__name__)
@@ -124,18 +123,15 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
     if config.model_path or config.peft_path:
         with gathered(problems):
             model_path = config.model_path or _base_model(config.peft_path)
-            whole_config = load_config(model_path, config.trust_remote_code)
-            model_config = whole_config.get_text_config()
+            model_config = load_config(model_path, config.trust_remote_code)
             if config.peft_path:
-                check_adapter(config.peft_path, whole_config, model_path, config.trust_remote_code)
+                check_adapter(config.peft_path, model_config, model_path, config.trust_remote_code)
             family = family_of("auto", model_config.model_type)
             tokenizer = load_tokenizer(model_path, config.trust_remote_code)
-            _check_positions(model_config, config.max_length)
+            check_vocabulary(model_config, tokenizer, model_path)
+            check_positions(model_config, config.max_length, model_path)
     with gathered(problems):
         sets = _read_sets(Path(config.data_dir), list(filter(is_set_name, config.sets)), config.limit)
-        if tokenizer:
-            check_ids([record for records in sets.values() for record in records], tokenizer, model_config.vocab_size,
-                      model_path)
     if problems:
         raise InputError(problems)
     return Inputs(model_path, family, tokenizer, precision, sets)
@@ -151,12 +147,6 @@ def _base_model(adapter: str) -> str:
     if not base:
         raise InputError(f"{file} does not name the base model; give it as --model-path")
     return base
-
-
-def _check_positions(config: PretrainedConfig, max_length: int) -> None:
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and max_length > most:
-        raise InputError(f"--max-length is {max_length}, but the model has {most} positions")
 
 
 def _read_sets(data_dir: Path, names: Sequence[str], limit: int | None) -> dict[str, list[Record]]:

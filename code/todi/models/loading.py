@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -19,16 +18,17 @@ from todi.options import InputError
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LORA_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])(\.\w+)?\.weight")
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model folder, a .gguf file or a Hub name, without its weights.
 
+    Of a multimodal model it is that of its text model, the only part that is used here.
+
     Raises:
         InputError: nothing is there, or it is no model.
     """
-    return _load(AutoConfig, path, trust_remote_code)
+    return _load(AutoConfig, path, trust_remote_code).get_text_config()
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Tokenizer:
@@ -49,25 +49,35 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote
                attention: str | None = None) -> PreTrainedModel:
     """A causal language model on `device` with weights of `dtype`, ready to train and to save.
 
+    Of a multimodal model (Gemma 3 from 4B on) it is the text model alone.
+
     Args:
         path: a model folder, a .gguf file (de-quantised), or a Hub name.
         attention: transformers' `attn_implementation`; chosen by `attention_for` when not given.
 
     Raises:
-        InputError: nothing is there, or it is no causal language model.
+        InputError: nothing is there, it is no causal language model, or weights are missing.
     """
-    model = _load(AutoModelForCausalLM, path, trust_remote_code, dtype=dtype,
-                  attn_implementation=attention or attention_for(device, dtype))
+    model, report = _load(AutoModelForCausalLM, path, trust_remote_code, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:  # transformers would go on with random ones
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first: {missing[0]}")
     if getattr(model.config, "quantization_config", None) is not None:
         model = _without_quantization(model)
+    if model.config.get_text_config() is not model.config:
+        model = _text_model(model)
+    model.set_attn_implementation(attention or attention_for(device, dtype, type(model)))
+    model.name_or_path = path  # what an adapter will name as its base
     return model.to(device)
 
 
-def attention_for(device: torch.device, dtype: torch.dtype) -> str:
-    """flash-attention 2 where it is installed and the device and the precision allow it, else sdpa."""
+def attention_for(device: torch.device, dtype: torch.dtype, model_class: type[PreTrainedModel]) -> str:
+    """flash-attention 2 where it is installed and device, precision and model allow it, else sdpa, else eager."""
     half = dtype in (torch.float16, torch.bfloat16)
     installed = importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if device.type == "cuda" and half and installed else "sdpa"
+    if device.type == "cuda" and half and installed and model_class._supports_flash_attn:
+        return "flash_attention_2"
+    return "sdpa" if model_class._supports_sdpa else "eager"  # Gemma 2 caps its attention scores, sdpa cannot
 
 
 def add_lora(model: PreTrainedModel, family: Family, rank: int, alpha: float, dropout: float,
@@ -88,6 +98,13 @@ def merge_adapter(model: PreTrainedModel, adapter_path: str) -> PreTrainedModel:
     return _load_adapter(model, adapter_path).merge_and_unload()
 
 
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False,
+                dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of this configuration on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
+
+
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
     """Splits a causal language model (LoRA-wrapped or not) into what makes hidden states and its head.
 
@@ -98,7 +115,7 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
         `final_logit_softcapping`).
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = model.config.get_text_config()
+    config = model.config
     projection = model.get_output_embeddings()
     if projection is None or projection.weight.ndim != 2:
         raise InputError(f"{type(model).__name__} has no linear language-model head")
@@ -156,34 +173,18 @@ def find_adapter(path: str) -> Path:
     return Path(path)
 
 
-def check_adapter(path: str, config: PretrainedConfig, model_path: str, trust_remote_code: bool = False) -> None:
-    """Whether the LoRA adapter at `path` fits a model of this configuration; reads no weights of the model.
-
-    Raises:
-        InputError: there is no adapter, or it was made for another model.
-    """
-    file = find_adapter(path) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise InputError(f"no LoRA adapter at {path}: {file.name} is not there")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    with safe_open(file, "pt") as weights:
-        for key in weights.keys():  # noqa: SIM118, it is no dict
-            found = _LORA_WEIGHT.fullmatch(key)
-            if found is None:
-                continue
-            # A is (rank, in) and B (out, rank); a layer's weight is (out, in), or (in, out) in GPT-2.
-            size = weights.get_slice(key).get_shape()[1 if found["part"] == "A" else 0]
-            if size not in shapes.get(f"{found['layer']}.weight", ()):
-                raise InputError(f"the LoRA adapter at {path} was made for another model than {model_path}: its "
-                                 f"{found['layer']} has {size} {'inputs' if found['part'] == 'A' else 'outputs'}, the "
-                                 f"model's weight there is {shapes.get(found['layer'] + '.weight', 'missing')}")
-
-
 def _load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
     path = str(find_adapter(path))
     return PeftModel.from_pretrained(model, path, is_trainable=is_trainable, autocast_adapter_dtype=False)
+
+
+def _text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal language model inside a multimodal one; the rest of it is dropped."""
+    text = empty_model(model.config.get_text_config())
+    setattr(text, text.base_model_prefix, model.get_decoder())
+    text.set_output_embeddings(model.get_output_embeddings())
+    text.generation_config = model.generation_config
+    return text
 
 
 def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:

@@ -40,7 +40,7 @@ def main() -> None:
     if (folder / "config.json").is_file():
         logger.info("%s is already there", folder)
         return
-    layers = load_config(config.model_path).get_text_config().num_hidden_layers
+    layers = load_config(config.model_path).num_hidden_layers
     bad = [i for i in config.keep_layers if not 0 <= i < layers]
     if bad or list(config.keep_layers) != sorted(set(config.keep_layers)):
         raise InputError(f"--keep-layers must ascend within 0 to {layers - 1}, got {config.keep_layers}")
@@ -55,11 +55,10 @@ def main() -> None:
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A new model with the given layers of `model`, in their order; embeddings, norm and head are copied too."""
     config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    prefix = _layers_name(model, text.num_hidden_layers)
-    if getattr(text, "layer_types", None):  # sliding or full attention, per layer
-        text.layer_types = [text.layer_types[i] for i in layers]
-    text.num_hidden_layers = len(layers)
+    prefix = _layers_name(model, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):  # sliding or full attention, per layer
+        config.layer_types = [config.layer_types[i] for i in layers]
+    config.num_hidden_layers = len(layers)
     renumbered = {str(old): str(new) for new, old in enumerate(layers)}
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     weights = {}

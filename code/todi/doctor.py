@@ -1,0 +1,156 @@
+"""Looks at a training run before it starts: what is wrong, what it will need, and how to mend it.
+
+    python -m todi.doctor --model-path STUDENT --teacher-model-path TEACHER ...     # the options of todi.train
+    DOCTOR=1 bash scripts/gpt2/vanilla_kd_gpt2_base.sh                              # a launcher's
+
+WORLD_SIZE says for how many devices. Exit code 2 when something is wrong. Every training run begins with this report.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+
+from todi.config import StudentConfig, TrainConfig
+from todi.criterions.linear import peak_bytes
+from todi.data.tokenize import Example, encode_examples
+from todi.engine.device import choose_device
+from todi.engine.distributed import World, world_from_environment
+from todi.engine.logs import set_up_logging
+from todi.engine.memory import (
+    Memory,
+    Shape,
+    available_bytes,
+    cache_bytes,
+    measure_shape,
+    peak,
+    resident_bytes,
+    training_state,
+)
+from todi.engine.state import KEPT_STATES
+from todi.inputs import Inputs, ModelInputs, read_inputs
+from todi.models.loading import add_lora, empty_model
+from todi.options import parse, run_main
+
+logger = logging.getLogger("todi.doctor")
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run will need, and what is likely to go wrong with it, a sentence each."""
+
+    facts: list[str]
+    warnings: list[str]
+
+    def log(self) -> None:
+        for fact in self.facts:
+            logger.info("%s", fact)
+        for warning in self.warnings:
+            logger.warning("warning: %s", warning)
+
+
+def main() -> None:
+    """Parse, check, report."""
+    config = parse(TrainConfig, prog="python -m todi.doctor")
+    world = world_from_environment()
+    set_up_logging(world.is_main)
+    device = choose_device(world.local_rank)
+    inputs = read_inputs(config, device)
+    data, student = config.data, inputs.student
+    examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
+                               data.max_prompt_length)
+    report = examine(config, inputs, examples, world, device)
+    report.log()
+    if not report.warnings:
+        logger.info("nothing is wrong")
+
+
+def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], world: World,
+            device: torch.device) -> Report:
+    """Estimates memory and disk space of a run whose input is in order; loads no weights."""
+    length = max(len(example.ids) for example in examples) - 1
+    student = _student_shape(config.student, inputs.student, config.optim.batch_size, length, device)
+    memory = estimate_memory(config, inputs, student, examples, world, device)
+    facts, warnings = _about_memory(memory, config, available_bytes(device, world.local_size) + memory.base, length)
+    more_facts, more_warnings = _about_disk(config, student)
+    return Report(facts + more_facts, warnings + more_warnings)
+
+
+def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, examples: Sequence[Example], world: World,
+                    device: torch.device) -> Memory:
+    """Bytes of the fullest moment of the run on one device: on a CPU, of a process."""
+    optim, rows = config.optim, config.optim.batch_size * max(example.response_tokens for example in examples)
+    teacher = vocabulary = 0
+    if inputs.teacher:
+        model = empty_model(inputs.teacher.config, config.student.trust_remote_code)
+        width = inputs.teacher.precision.dtype.itemsize
+        teacher = (model.num_parameters() + rows * inputs.teacher.config.hidden_size) * width
+        vocabulary = inputs.teacher.config.vocab_size
+    loss = peak_bytes(rows, min(student.vocabulary, vocabulary or student.vocabulary), student.hidden,
+                      width=student.width, head_trained=student.head_trained, distils=config.objective.distils,
+                      chunk_size=config.objective.loss_chunk_size, device=device)
+    zero = inputs.deepspeed_config["zero_optimization"]
+    state = training_state(student, zero["stage"], world.size)
+    generation = 0
+    if config.run.eval_gen:
+        generation = cache_bytes(inputs.student.config, config.run.eval_batch_size, config.data.max_length,
+                                 student.width)
+    return peak(state, forward=max(student.activations + loss, generation),
+                accumulates=optim.gradient_accumulation_steps > 1, teacher=teacher,
+                base=resident_bytes() if device.type == "cpu" else 0)
+
+
+def _student_shape(config: StudentConfig, inputs: ModelInputs, samples: int, length: int,
+                   device: torch.device) -> Shape:
+    model = empty_model(inputs.config, config.trust_remote_code, inputs.precision.dtype)
+    if config.peft:
+        rank = PeftConfig.from_pretrained(config.peft_path).r if config.peft_path else config.peft_lora_r
+        model = add_lora(model, inputs.family, rank, config.peft_lora_alpha, config.peft_lora_dropout)
+    return measure_shape(model, samples, length, device, config.gradient_checkpointing)
+
+
+def _about_memory(memory: Memory, config: TrainConfig, available: int, length: int) -> tuple[list[str], list[str]]:
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in vars(memory).items() if size)
+    facts = [f"memory: about {memory.total / _GIB:.2f} GiB on each device when fullest ({parts}) at "
+             f"{config.optim.batch_size} x {length} tokens; {available / _GIB:.2f} GiB are free"]
+    if memory.total <= available:
+        return facts, []
+    remedies = [f"a smaller --batch-size than {config.optim.batch_size} with more --gradient-accumulation-steps"
+                if config.optim.batch_size > 1 else "a smaller --max-length"]
+    if not config.student.gradient_checkpointing:
+        remedies.append("--gradient-checkpointing")
+    if not config.student.peft:
+        remedies.append("--peft lora")
+    if config.run.zero_stage < 3:
+        remedies.append("more devices with --zero-stage 3")
+    return facts, [f"the run needs about {memory.total / _GIB:.2f} GiB on a device that has {available / _GIB:.2f} "
+                   f"free; use {', or '.join(remedies)}"]
+
+
+def _about_disk(config: TrainConfig, student: Shape) -> tuple[list[str], list[str]]:
+    """Each checkpoint and each resume state is written before an older one goes."""
+    folder = Path(config.run.save_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    checkpoint = (student.trained if config.student.peft else student.parameters) * student.width
+    state = student.trained * (student.width + 12)  # weights, and the optimizer's fp32 masters and moments
+    kept = config.run.keep_best_n_checkpoints
+    needed = (kept + 1) * checkpoint + (KEPT_STATES + 1) * state
+    facts = [f"disk: up to {needed / _GIB:.2f} GiB in {config.run.save_dir} ({kept} + 1 checkpoints of "
+             f"{checkpoint / _GIB:.2f}, {KEPT_STATES} + 1 states of {state / _GIB:.2f}); {free / _GIB:.2f} GiB are "
+             "free"]
+    if needed <= free:
+        return facts, []
+    return facts, [f"{folder} has {free / _GIB:.2f} GiB free, the run needs up to {needed / _GIB:.2f}; make room, "
+                   f"choose another --save-dir, or keep fewer than {kept} checkpoints"]
+
+
+if __name__ == "__main__":
+    run_main(main)

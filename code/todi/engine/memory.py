@@ -1,0 +1,154 @@
+"""How much memory a training run will need on a device, from the shapes of its models alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from transformers import PretrainedConfig
+
+from todi.models.loading import backbone_and_head
+
+_FP32, _ADAM = 4, 8  # bytes of a number, and of Adam's two moments of it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the memory of a model.
+
+    Attributes:
+        parameters, trained: numbers of them.
+        width: of one number, bytes.
+        activations: bytes that a forward of the wanted batch keeps for the backward.
+        vocabulary, hidden: of the head's weight.
+        head_trained: whether the head's weight has a gradient.
+    """
+
+    parameters: int
+    trained: int
+    width: int
+    activations: int
+    vocabulary: int
+    hidden: int
+    head_trained: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of what a step needs for its parameters; `step` exists during the optimizer's step alone."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device when it is fullest, by what they are for.
+
+    Attributes:
+        base: libraries; on a CPU, what the process holds already.
+        working: activations and the loss in the forward, or the copies that the optimizer's step makes.
+    """
+
+    base: int
+    teacher: int
+    weights: int
+    gradients: int
+    optimizer: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.teacher + self.weights + self.gradients + self.optimizer + self.working
+
+
+def measure_shape(model: nn.Module, samples: int, length: int, device: torch.device,
+                  checkpointing: bool = False) -> Shape:
+    """Runs a batch through a model without numbers and counts what autograd would keep.
+
+    Args:
+        model: on the meta device.
+        samples, length: the batch, (samples, length) tokens.
+        device: on which it will train.
+        checkpointing: keep the input of each layer only, and of one layer at a time the rest.
+    """
+    backbone, head = backbone_and_head(model.train())
+    with FakeTensorMode(), device:
+        weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+                   for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())}
+        owned = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage()._cdata not in owned:
+                kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        ids = torch.zeros(samples, length, dtype=torch.long)
+        mask = torch.ones_like(ids)  # without numbers it may hold padding, so attention goes the way with a mask
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = functional_call(backbone, weights, kwargs={"input_ids": ids, "attention_mask": mask,
+                                                                "use_cache": False}).last_hidden_state
+        activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        if checkpointing:
+            layers = backbone.config.num_hidden_layers
+            activations = activations // layers + layers * hidden.untyped_storage().nbytes()
+    parameters = list(model.parameters())
+    return Shape(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad),
+                 head.weight.element_size(), activations, *head.weight.shape, head.weight.requires_grad)
+
+
+def training_state(shape: Shape, stage: int, ranks: int) -> State:
+    """What one of `ranks` ranks holds of the student under a ZeRO stage (Rajbhandari et al., 2020, figure 1).
+
+    DeepSpeed keeps fp32 masters of the weights, except without ZeRO in fp32.
+    """
+    gradients = shape.trained * shape.width
+    if stage == 0 and shape.width == _FP32:
+        return State(shape.parameters * shape.width, gradients, shape.trained * _ADAM, 0)
+    mine = ranks if stage else 1
+    optimizer = shape.trained * (_FP32 + _ADAM) // mine
+    step = shape.trained * _FP32 // mine
+    weights = shape.parameters * shape.width // (ranks if stage == 3 else 1)
+    return State(weights, gradients // (ranks if stage >= 2 else 1), optimizer, step)
+
+
+def peak(state: State, *, forward: int, accumulates: bool, teacher: int, base: int) -> Memory:
+    """The fuller of two moments: the end of the forward, and the optimizer's step.
+
+    Args:
+        forward: bytes of activations and loss.
+        accumulates: gradients of earlier micro-batches are there while a later one is in its forward.
+    """
+    gradients = state.gradients if accumulates else 0
+    if forward + gradients >= state.step + state.gradients:
+        return Memory(base, teacher, state.weights, gradients, state.optimizer, forward)
+    return Memory(base, teacher, state.weights, state.gradients, state.optimizer, state.step)
+
+
+def cache_bytes(config: PretrainedConfig, samples: int, length: int, width: int) -> int:
+    """Bytes of the keys and values of `samples` texts of `length` tokens."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * samples * length * width
+
+
+def available_bytes(device: torch.device, processes: int) -> int:
+    """What one of `processes` processes of this machine can still take on its device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _proc("/proc/meminfo", "MemAvailable") // processes
+
+
+def resident_bytes() -> int:
+    """What this process holds in RAM."""
+    return _proc("/proc/self/status", "VmRSS")
+
+
+def _proc(file: str, name: str) -> int:
+    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10

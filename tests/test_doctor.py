@@ -1,0 +1,144 @@
+"""The check before a run: memory by arithmetic, disk space, and what it says."""
+
+import pytest
+import torch
+from launching import run
+from tiny import tiny_model
+from todi.config import TrainConfig
+from todi.data.tokenize import encode_examples
+from todi.doctor import examine
+from todi.engine import memory
+from todi.engine.distributed import World
+from todi.engine.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, training_state
+from todi.inputs import read_inputs
+from todi.models.families import FAMILIES
+from todi.models.loading import add_lora, backbone_and_head, empty_model, load_config, load_model
+from todi.options import InputError, parse
+
+CPU = torch.device("cpu")
+
+
+def shape(trained: int, width: int, parameters: int = 1000) -> Shape:
+    return Shape(parameters, trained, width, activations=0, vocabulary=10, hidden=4, head_trained=True)
+
+
+@pytest.mark.parametrize(("width", "stage", "ranks", "expected"), [
+    # bytes per parameter: weights, gradients, fp32 master and Adam's moments, fp32 gradients of the step
+    (4, 0, 1, (4, 4, 8, 0)),
+    (2, 0, 4, (2, 2, 12, 4)),
+    (2, 1, 4, (2, 2, 3, 1)),
+    (2, 2, 4, (2, 0.5, 3, 1)),
+    (2, 3, 4, (0.5, 0.5, 3, 1)),
+    (4, 1, 1, (4, 4, 12, 4)),
+])
+def test_bytes_of_a_parameter(width, stage, ranks, expected):
+    assert training_state(shape(1000, width), stage, ranks) == State(*(int(1000 * size) for size in expected))
+
+
+def test_an_adapter_has_gradients_and_moments_of_its_own_weights_alone():
+    assert training_state(shape(10, 2), 1, 1) == State(weights=2000, gradients=20, optimizer=120, step=40)
+
+
+def test_the_fuller_moment_counts():
+    state = State(weights=10, gradients=20, optimizer=30, step=40)
+    long = peak(state, forward=100, accumulates=True, teacher=5, base=1)
+    assert long == Memory(base=1, teacher=5, weights=10, gradients=20, optimizer=30, working=100)
+    assert peak(state, forward=100, accumulates=False, teacher=5, base=1).total == long.total - 20
+    assert peak(state, forward=50, accumulates=False, teacher=0, base=0).total == 10 + 20 + 30 + 40
+
+
+def test_keys_and_values(tmp_path):
+    config = load_config(str(tiny_model(tmp_path, "llama", layers=3)))  # 2 heads of 8 for keys and values
+    assert cache_bytes(config, samples=5, length=7, width=2) == 2 * 3 * 2 * 8 * 5 * 7 * 2
+
+
+class TestShape:
+    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+    @pytest.mark.parametrize("family", ["gpt2", "qwen2.5", "gemma3"])
+    def test_it_is_what_a_real_forward_keeps(self, tmp_path, family, lora):
+        path = str(tiny_model(tmp_path, FAMILIES[family].architecture))
+        real, empty = load_model(path, torch.float32, CPU), empty_model(load_config(path), dtype=torch.float32)
+        if lora:
+            real, empty = (add_lora(model, FAMILIES[family], 4, 8, 0.1) for model in (real, empty))
+        measured = measure_shape(empty, samples=2, length=30, device=CPU)
+        assert measured.parameters == real.num_parameters()
+        assert measured.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
+        assert (measured.vocabulary, measured.hidden, measured.head_trained) == (300, 32, not lora)
+        assert measured.activations == kept_bytes(real.train())
+
+    def test_checkpointing_keeps_little(self, tmp_path):
+        model = empty_model(load_config(str(tiny_model(tmp_path, "llama", layers=8))), dtype=torch.float32)
+        whole, checkpointed = (measure_shape(model, 2, 30, CPU, checkpointing).activations
+                               for checkpointing in (False, True))
+        assert checkpointed == whole // 8 + 8 * 2 * 30 * 32 * 4
+
+
+def kept_bytes(model: torch.nn.Module) -> int:
+    """What autograd keeps of a forward over padded texts, weights apart."""
+    backbone, _ = backbone_and_head(model)
+    owned = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+    ids = torch.zeros(2, 30, dtype=torch.long)
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = backbone(input_ids=ids, attention_mask=torch.ones_like(ids).tril(28), use_cache=False)
+        assert output.last_hidden_state.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class TestReport:
+    @pytest.fixture
+    def settings(self, workshop, tmp_path) -> list[str]:
+        student, teacher = workshop.model("doctor student", family="llama"), workshop.model(
+            "doctor teacher", family="llama", hidden=48, vocab=320)
+        return ["--model-path", str(student), "--teacher-model-path", str(teacher), "--data-dir", str(workshop.data),
+                "--precision", "fp32", "--save-dir", str(tmp_path / "run"), "--max-length", "64",
+                "--max-prompt-length", "48"]
+
+    def examine(self, settings, ranks: int = 1):
+        config = parse(TrainConfig, settings)
+        inputs = read_inputs(config, CPU)
+        data, student = config.data, inputs.student
+        examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
+                                   data.max_prompt_length)
+        return examine(config, inputs, examples, World(0, ranks, 0, ranks), CPU)
+
+    def test_all_is_well(self, settings):
+        report = self.examine(settings)
+        assert report.warnings == []
+        assert report.facts[0].startswith("memory: about ")
+        assert "teacher 0.00" in report.facts[0]
+        assert report.facts[1].startswith("disk: up to ")
+
+    def test_too_little_memory_and_disk_space(self, settings, monkeypatch):
+        monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: -memory.resident_bytes())
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        full, lora = (self.examine([*settings, *words]).warnings for words in (
+            [], ["--peft", "lora", "--batch-size", "1", "--gradient-checkpointing", "--zero-stage", "3"]))
+        assert "a smaller --batch-size than 4" in full[0]
+        assert "--peft lora, or more devices with --zero-stage 3" in full[0]
+        assert full[1].endswith("make room, choose another --save-dir, or keep fewer than 1 checkpoints")
+        assert lora[0].endswith("use a smaller --max-length")
+
+    def test_the_teacher_may_not_be_fp16_on_a_cpu(self, settings):
+        with pytest.raises(InputError, match="--teacher-dtype fp16 does not train on a CPU"):
+            self.examine([*settings, "--teacher-dtype", "fp16"])
+        assert self.examine([*settings, "--teacher-dtype", "bf16"]).warnings == []
+
+    def test_by_the_launcher(self, settings, workshop, tmp_path):
+        done = run("smollm2/vanilla_kd_smollm2", DOCTOR=1, NPROC=2, SAVE_DIR=tmp_path / "run", PEFT="lora",
+                   MODEL_PATH=settings[1], TEACHER_MODEL_PATH=settings[3], DATA_DIR=workshop.data)
+        assert done.returncode == 0, done.stdout
+        assert "memory: about" in done.stdout
+        assert "nothing is wrong" in done.stdout
+        assert not (tmp_path / "run").exists()
+        done = run("smollm2/vanilla_kd_smollm2", "--lr", "-1", DOCTOR=1, MODEL_PATH=settings[1],
+                   TEACHER_MODEL_PATH=tmp_path, DATA_DIR=workshop.data)
+        assert done.returncode == 2
+        assert "--lr must be above 0" in done.stdout
+        assert f"cannot read Config of {tmp_path}" in done.stdout
