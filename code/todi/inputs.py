@@ -52,20 +52,21 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             override_file=config.run.deepspeed_config)
     if config.student.model_path:
         with gathered(problems):
-            family, tokenizer = _read_model(config.student.model_path, config.student.model_type,
-                                            config.student.trust_remote_code, config.student.peft_path)
+            family, tokenizer = read_model(config.student.model_path, config.student.model_type,
+                                           config.student.trust_remote_code, config.student.peft_path)
     if config.objective.distils and config.teacher.teacher_model_path:
         with gathered(problems):
-            _, teacher_tokenizer = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                                               config.student.trust_remote_code, config.teacher.teacher_peft_path)
+            _, teacher_tokenizer = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
+                                              config.student.trust_remote_code, config.teacher.teacher_peft_path)
             _check_tokenizers(tokenizer, teacher_tokenizer)
     if problems:
         raise InputError(problems)
     return Inputs(family, tokenizer, precision, deepspeed_config, train, dev, train_file, dev_file)
 
 
-def _read_model(path: str, model_type: str, trust_remote_code: bool,
-                adapter: str | None) -> tuple[Family, Tokenizer]:
+def read_model(path: str, model_type: str, trust_remote_code: bool,
+               adapter: str | None) -> tuple[Family, Tokenizer]:
+    """Family and tokenizer of a model. Raises InputError when there is none, or no adapter."""
     architecture = load_config(path, trust_remote_code).get_text_config().model_type
     try:
         family = family_of(model_type, architecture)

@@ -7,7 +7,9 @@ or under torchrun for several devices. The launchers in scripts/ fill in the opt
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,29 +19,30 @@ from todi.config import (
     ObjectiveConfig,
     OptimConfig,
     StudentConfig,
-    TeacherConfig,
     TrainConfig,
     parse_kd_params,
 )
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner
-from todi.data.tokenize import encode_examples, encode_prompts
+from todi.data.tokenize import Example, encode_examples, encode_prompts
+from todi.engine.cache.store import CorruptCache
 from todi.engine.cadence import Cadence
 from todi.engine.dev import DevSet
-from todi.engine.device import choose_device
+from todi.engine.device import choose_device, dtype_of
 from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.engine.logs import set_up_logging
 from todi.engine.optimizer import build_optimizer, build_schedule
-from todi.engine.runs import begin, check_same_run, describe_run
+from todi.engine.runs import begin, check_same_run, decided_earlier, describe_run
 from todi.engine.signals import Interrupted
 from todi.engine.storage import StorageError
 from todi.engine.student import Student
-from todi.engine.teacher import LiveTeacher
+from todi.engine.teacher import TeacherSource
 from todi.engine.trainer import Trainer, TrainingError
 from todi.evaluation.generation import Decoding
 from todi.inputs import Inputs, read_inputs
-from todi.models.loading import add_lora, attention_for, check_head, load_model, merge_adapter
+from todi.models.loading import add_lora, attention_for, check_head, load_model
 from todi.options import parse, run_main
+from todi.teachers import Lesson, choose_cache, describe_choice, open_teacher
 
 logger = logging.getLogger("todi.train")
 
@@ -50,18 +53,9 @@ def main() -> None:
     world = world_from_environment()
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
-    inputs = read_inputs(config, device)
-    folder = Path(config.run.save_dir)
-    run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file])
-    if config.run.resume == "auto":
-        check_same_run(folder, run)
-    if config.run.check_only:
-        return
-    start_process_group(world, device)
     try:
-        if begin(folder, run, world, anew=config.run.resume == "never"):
-            _train(config, inputs, world, device)
-    except (StorageError, TrainingError) as error:
+        _run(config, world, device)
+    except (StorageError, CorruptCache, TrainingError) as error:
         sys.exit(f"error: {error}")
     except Interrupted as stop:
         logger.info("%s", stop)
@@ -70,23 +64,54 @@ def main() -> None:
         stop_process_group()
 
 
-def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.device) -> None:
-    _log_decisions(inputs, world, device)
-    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
-
-    data = config.data
+def _run(config: TrainConfig, world: World, device: torch.device) -> None:
+    inputs = read_inputs(config, device)
+    data, optim, folder = config.data, config.optim, Path(config.run.save_dir)
     planner = StepPlanner(
         encode_examples(inputs.train, inputs.tokenizer, inputs.family, data.max_length, data.max_prompt_length),
-        config.optim.batch_size, config.optim.gradient_accumulation_steps, config.run.seed, world.rank, world.size)
-    max_steps = min(config.optim.num_epochs * planner.steps_per_epoch, config.optim.max_steps or 2**62)
+        optim.batch_size, optim.gradient_accumulation_steps, config.run.seed, world.rank, world.size)
+    max_steps = min(optim.num_epochs * planner.steps_per_epoch, optim.max_steps or 2**62)
+    lesson = build_lesson(config, inputs, planner.examples) if config.objective.distils else None
+    run = cache = None
+    if world.is_main:
+        run, cache = _decide(config, inputs, lesson, max_steps / planner.steps_per_epoch, world, device)
+    if config.run.check_only:
+        return
+    start_process_group(world, device)
+    if not begin(folder, run, world, anew=config.run.resume == "never"):
+        return
+    _log_decisions(inputs, world, device)
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
                 len(planner.examples), planner.step_samples, planner.batch_size, planner.accumulation, world.size,
                 max_steps, -(-max_steps // planner.steps_per_epoch))
+    # before the student is there: a pass that fills a cache needs room for the teacher
+    teacher = open_teacher(lesson, world.gather(cache)[0], world, device) if lesson else None
+    _train(config, inputs, planner, max_steps, teacher, world, device)
 
+
+def _decide(config: TrainConfig, inputs: Inputs, lesson: Lesson | None, passes: float, world: World,
+            device: torch.device) -> tuple[dict[str, Any], Path | None]:
+    """What args.json will hold, and the folder of the teacher cache if there is to be one; for the first rank.
+
+    Raises:
+        InputError: the run in the folder, or the cache, is another one.
+    """
+    folder, source, cache = Path(config.run.save_dir), None, None
+    if lesson:
+        earlier = {} if config.run.resume == "never" else decided_earlier(folder)
+        cache = choose_cache(lesson, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
+                             earlier=earlier.get("teacher"))
+        source = describe_choice(lesson, cache)
+    run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file], source)
+    if config.run.resume == "auto":
+        check_same_run(folder, run)
+    return run, cache
+
+
+def _train(config: TrainConfig, inputs: Inputs, planner: StepPlanner, max_steps: int, teacher: TeacherSource | None,
+           world: World, device: torch.device) -> None:
+    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = build_student(config.student, inputs, device)
-    teacher = None
-    if config.objective.distils:
-        teacher = LiveTeacher(build_teacher(config.teacher, config.student.trust_remote_code, inputs, device))
     engine = build_engine(student, config.optim, inputs, max_steps)
     trainer = Trainer(
         engine, planner=planner, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
@@ -112,16 +137,11 @@ def build_student(config: StudentConfig, inputs: Inputs, device: torch.device) -
     return model
 
 
-def build_teacher(config: TeacherConfig, trust_remote_code: bool, inputs: Inputs, device: torch.device) -> nn.Module:
-    """The frozen model that is imitated, its LoRA adapter merged."""
-    model = load_model(config.teacher_model_path, inputs.precision.dtype, device, trust_remote_code)
-    if config.teacher_peft_path:
-        model = merge_adapter(model, config.teacher_peft_path)
-    check_head(model, config.teacher_model_path)
-    logger.info("teacher %s%s: %.1f M parameters", config.teacher_model_path,
-                f" with adapter {config.teacher_peft_path}" if config.teacher_peft_path else "",
-                sum(p.numel() for p in model.parameters()) / 1e6)
-    return model
+def build_lesson(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> Lesson:
+    """What is asked of the teacher."""
+    return Lesson(config.teacher, config.data, inputs.precision,
+                  dtype_of(config.cache.teacher_cache_dtype, inputs.precision.dtype), inputs.tokenizer, examples,
+                  inputs.train_file, config.student.trust_remote_code)
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
