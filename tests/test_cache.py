@@ -1,81 +1,31 @@
-"""The teacher cache: exact, shared, completed, refused, checked; its commands; training from it."""
+"""The teacher cache: exact for every family, completed, refused with the differences, checked."""
 
 import dataclasses
-import json
 import logging
 import shutil
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Workshop, run, write_data
+from launching import write_data
+from lessons import ALONE, CPU, SPECIAL, filled_by, flip, lesson_of, make_adapter
 from tiny import ARCHITECTURES
-from todi import cache as command
 from todi import teachers
-from todi.config import DataConfig, TeacherConfig
+from todi.config import TeacherConfig
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner, collate
-from todi.data.records import load_records
-from todi.data.tokenize import encode_examples
-from todi.engine.cache import store as store_module
 from todi.engine.cache.building import BATCH_TOKENS, alone, fill
 from todi.engine.cache.choice import Estimate
-from todi.engine.cache.reading import CachedTeacher
 from todi.engine.cache.store import CacheStore, CorruptCache
 from todi.engine.device import Precision
-from todi.engine.distributed import World
 from todi.engine.optimizer import build_optimizer
+from todi.engine.storage import StorageError
 from todi.engine.student import Student
 from todi.engine.teacher import LiveTeacher, TeacherSource
-from todi.models.families import family_of
-from todi.models.loading import add_lora, load_model, load_tokenizer
-from todi.options import InputError, run_main
-from todi.teachers import Lesson, check_match, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
-
-CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, 1)
-SPECIAL = {"gemma3_text": {"final_logit_softcapping": 5.0}}
-
-
-def lesson_of(workshop: Workshop, family: str = "gpt2", adapter: Path | None = None, train_num: int | None = None,
-              **changes: object) -> Lesson:
-    """What a tiny teacher of a family says about the workshop's samples."""
-    path = workshop.model(f"cache-{family}-teacher", family=family, hidden=48, vocab=320, seed=1,
-                          **SPECIAL.get(family, {}))
-    teacher = TeacherConfig(teacher_model_path=str(path), teacher_peft_path=adapter and str(adapter))
-    data = DataConfig(data_dir=str(workshop.data), max_length=64, max_prompt_length=48, train_num=train_num)
-    tokenizer, file = load_tokenizer(str(path)), workshop.data / "train.jsonl"
-    examples = encode_examples(load_records(file, train_num), tokenizer, family_of("auto", family), 64, 48)
-    lesson = Lesson(teacher, data, Precision("fp32", "test"), torch.float32, tokenizer, examples, file)
-    return dataclasses.replace(lesson, **changes)
-
-
-@pytest.fixture(scope="module")
-def lesson(workshop) -> Lesson:
-    return lesson_of(workshop)
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(store_module, "SHARD_SAMPLES", 5)
-
-
-@pytest.fixture
-def filled(lesson, tmp_path, small_shards) -> Path:
-    """A complete cache of 18 samples in 4 shards."""
-    fill_cache(lesson, tmp_path / "cache", ALONE, CPU)
-    return tmp_path / "cache"
-
-
-def filled_by(lesson: Lesson, folder: Path, batch_tokens: int) -> CachedTeacher:
-    """The teacher source of a new cache whose batches have so many tokens."""
-    folder.mkdir()
-    live = LiveTeacher(load_teacher(lesson, CPU))
-    store = CacheStore.create(folder, lesson.fingerprint, lesson.made_from, lesson.layout, live.head)
-    fill(store, live, lesson.examples, lesson.tokenizer.pad_token_id, ALONE, CPU, batch_tokens)
-    return CachedTeacher(CacheStore(folder), CPU)
+from todi.models.loading import load_model
+from todi.options import InputError
+from todi.teachers import Lesson, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
 
 
 def distil(student: Path, teacher: TeacherSource, lesson: Lesson, batch_size: int) -> tuple[list, dict]:
@@ -95,16 +45,6 @@ def distil(student: Path, teacher: TeacherSource, lesson: Lesson, batch_size: in
             optimizer.step()
             optimizer.zero_grad()
     return losses, model.state_dict()
-
-
-def make_adapter(teacher: str, folder: Path) -> Path:
-    model = add_lora(load_model(teacher, torch.float32, CPU), family_of("auto", "gpt2"), 4, 8, 0.0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(generator=torch.Generator().manual_seed(1))
-    model.save_pretrained(folder)
-    return folder
 
 
 class TestExactness:
@@ -191,6 +131,12 @@ class TestFilling:
         second.join(10)
         assert not second.is_alive()
         assert not loaded
+
+    def test_a_full_disk_is_said_before_the_teacher_is_loaded(self, lesson, tmp_path, monkeypatch):
+        monkeypatch.setattr(teachers, "free_bytes", lambda folder: 1000)
+        monkeypatch.setattr(teachers, "load_teacher", None)
+        with pytest.raises(StorageError, match=r"would take 0\.00 GB, and 0\.00 GB are free"):
+            fill_cache(lesson, tmp_path, ALONE, CPU)
 
     def test_reading_writes_nothing(self, lesson, filled):
         (filled / "lock").unlink()
@@ -286,139 +232,8 @@ class TestCorruption:
             open_teacher(lesson, filled, ALONE, CPU)
 
 
-class TestCommands:
-    @pytest.fixture(autouse=True)
-    def restored_logging(self):
-        logger = logging.getLogger("todi")
-        handlers, propagates, level = logger.handlers, logger.propagate, logger.level
-        yield
-        logger.handlers, logger.propagate = handlers, propagates
-        logger.setLevel(level)
-
-    @pytest.fixture
-    def todi_cache(self, monkeypatch, capsys):
-        def call(*words: object) -> tuple[int, str]:
-            monkeypatch.setattr(sys, "argv", ["todi.cache", *map(str, words)])
-            with pytest.raises(SystemExit) as end:
-                run_main(command.main)
-            output = "".join(capsys.readouterr())
-            if isinstance(end.value.code, str):  # what Python prints before it exits with 1
-                return 1, output + end.value.code
-            return end.value.code, output
-        return call
-
-    def test_build_info_verify(self, lesson, tmp_path, todi_cache, small_shards):
-        settings = ["--teacher-model-path", lesson.teacher.teacher_model_path, "--data-dir", lesson.data.data_dir,
-                    "--max-length", 64, "--max-prompt-length", 48, "--precision", "fp32"]
-        folder = tmp_path / "cache"
-        code, said = todi_cache("build", folder, *settings)
-        assert code == 0, said
-        assert "is complete: 18 samples" in said
-        check_match(CacheStore(folder), lesson)
-        code, said = todi_cache("info", folder)
-        assert (code, "complete; 18 samples, " in said, "teacher weights: " in said) == (0, True, True)
-        code, said = todi_cache("verify", folder, "--samples", 9)
-        assert (code, "9 samples computed again: 9 equal to the last bit" in said) == (0, True), said
-
-        assert todi_cache("build", folder, *settings[:-1], "bf16")[0] == 2
-        flip(folder / "shard00003" / "hidden.bin", 3)
-        with (folder / "shard00000" / "hidden.bin").open("ab") as file:
-            file.write(b"x")
-        code, said = todi_cache("verify", folder)
-        assert (code, said.count("error: ")) == (1, 2)
-        assert "shard00000/hidden.bin: has " in said
-        assert "shard00003/hidden.bin: sample 15 fails its checksum" in said
-        assert todi_cache("info", folder)[0] == 1
-
-    def test_verify_finds_another_teachers_numbers(self, lesson, filled, todi_cache):
-        hidden = filled / "shard00001" / "hidden.bin"
-        numbers = torch.frombuffer(bytearray(hidden.read_bytes()), dtype=torch.float32).view(-1, 48)
-        shutil.rmtree(hidden.parent)
-        rows = [lesson.examples[i].response_tokens for i in range(5, 10)]
-        CacheStore(filled).write(1, numbers * 1.001, rows)
-        code, said = todi_cache("verify", filled, "--samples", 18)
-        assert (code, said.count("error: sample ")) == (1, 5), said
-        assert "error: sample 7: the teacher's hidden states differ by 0.001" in said
-
-    @pytest.mark.parametrize(("words", "said"), [
-        (["info", "nowhere"], "error: no teacher cache at nowhere: cache.json is not there"),
-        (["verify", "nowhere"], "error: no teacher cache at nowhere"),
-        (["build", "nowhere"], "error: --teacher-model-path is required"),
-        (["build", "nowhere", "--teacher-model-path", "/no/model", "--data-dir", "/no/data"],
-         "error: no such data file: /no/data/train.jsonl\nerror: no model at /no/model"),
-        (["built", "nowhere"], "invalid choice: 'built'"), (["info"], "required: folder")])
-    def test_bad_input(self, todi_cache, words, said):
-        code, output = todi_cache(*words)
-        assert code == 2
-        assert said in output
-        assert all(line.startswith("error: ") for line in output.splitlines())
-
-
-class TestLaunchers:
-    KD = "gpt2/vanilla_kd_gpt2_base"
-
-    @pytest.fixture(scope="class")
-    def settings(self, workshop) -> dict[str, object]:
-        teacher = workshop.model("cache-launched-teacher", family="gpt2", hidden=48, vocab=320, seed=1)
-        student = workshop.model("cache-gpt2-student", family="gpt2", seed=2)
-        return {"MODEL_PATH": student, "TEACHER_MODEL_PATH": teacher, "EPOCH": 3, "EVAL_GEN": 0, "LR": 1e-3}
-
-    def test_on_twice_and_off(self, workshop, settings):
-        """The second run does not load the teacher; all three come to the same."""
-        remains = ROOT / teachers.SHARED_CACHES
-        self.remove_caches(remains)
-        try:
-            eps = ("--adam-eps", "1e-2")
-            off = workshop.train(self.KD, "cache off", *eps, **settings | {"TEACHER_CACHE": "off"})
-            first = workshop.train(self.KD, "cache on", *eps, **settings | {"TEACHER_CACHE": "on"}).result()
-            again = workshop.train(self.KD, "cache on again", *eps, **settings | {"TEACHER_CACHE": "on"}).result()
-        finally:
-            self.remove_caches(remains)
-        losses = [[line["loss"] for line in done.metrics("train")] for done in (off.result(), first, again)]
-        assert losses[1] == losses[2]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-        assert (first.checkpoint / "model.safetensors").read_bytes() == \
-            (again.checkpoint / "model.safetensors").read_bytes()
-        assert "M parameters" in first.output.split("student")[0]
-        assert f"teacher {settings['TEACHER_MODEL_PATH']}" not in again.output
-        assert "its weights are not loaded" in again.output
-        deciding = json.loads((again.folder / "args.json").read_text())["deciding"]
-        assert deciding["teacher"] == "cached in fp32"
-
-    @pytest.mark.slow
-    def test_two_ranks_fill_it_like_one(self, workshop, settings, tmp_path):
-        data = write_data(tmp_path / "data", train=600, dev=2)
-        settings = settings | {"DATA_DIR": data, "MAX_STEPS": 2}
-        done = workshop.train(self.KD, "cache of two", **settings | {"TEACHER_CACHE": tmp_path / "two", "NPROC": 2})
-        alone = workshop.train(self.KD, "cache of one", **settings | {"TEACHER_CACHE": tmp_path / "one"})
-        assert done.result().checkpoint
-        assert alone.result().checkpoint
-        ones, twos = ({str(path.relative_to(tmp_path / name)): path.read_bytes()
-                       for path in (tmp_path / name).rglob("*") if path.is_file()} for name in ("one", "two"))
-        assert len(ones) == 9  # three shards of two files, cache.json, the head, the lock
-        assert ones == twos
-        assert "3 of 3 shards" in done.result().output
-
-    def test_another_cache_is_refused_before_weights_are_loaded(self, workshop, settings, filled, tmp_path):
-        done = run(self.KD, **workshop.settings | settings | {"TEACHER_CACHE": filled, "SAVE_DIR": tmp_path / "run",
-                                                              "MAX_LENGTH": 63})
-        assert done.returncode == 2
-        assert "max_length was 64, is 63" in done.stdout
-        assert not (tmp_path / "run").exists()
-
-    def remove_caches(self, folder: Path) -> None:
-        for path in folder.glob("cache-launched-teacher-*"):
-            shutil.rmtree(path)
-
-
 def choose(lesson: Lesson, mode: str, passes: float = 3.0, earlier: str | None = None) -> Path | None:
     return choose_cache(lesson, mode, passes=passes, ranks=1, device=CPU, earlier=earlier)
-
-
-def flip(file: Path, position: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[position] ^= 1
-    file.write_bytes(data)
 
 
 class Lines(list):

@@ -23,11 +23,12 @@ from todi.config import DataConfig, TeacherConfig
 from todi.data.records import checksum
 from todi.data.tokenize import Example, examples_checksum
 from todi.engine.cache.building import alone, fill
-from todi.engine.cache.choice import Estimate, estimate
+from todi.engine.cache.choice import Estimate, estimate, free_bytes
 from todi.engine.cache.reading import CachedTeacher
 from todi.engine.cache.store import CacheStore, Layout
 from todi.engine.device import Precision, name_of
 from todi.engine.distributed import World
+from todi.engine.storage import StorageError
 from todi.engine.teacher import LiveTeacher, TeacherSource
 from todi.models.checksums import tokenizer_checksum, weights_checksum
 from todi.models.loading import check_head, load_config, load_model, merge_adapter
@@ -173,8 +174,12 @@ def fill_cache(lesson: Lesson, folder: Path, world: World, device: torch.device)
     with alone(folder, world):
         if world.gather(_is_complete(folder))[0]:
             return  # another run has filled it meanwhile
+        new = not (folder / "cache.json").is_file()
+        if world.is_main and new and lesson.layout.bytes > free_bytes(folder):
+            raise StorageError(f"the teacher cache {folder} would take {lesson.layout.bytes / 1e9:.2f} GB, and "
+                               f"{free_bytes(folder) / 1e9:.2f} GB are free")
         teacher = LiveTeacher(load_teacher(lesson, device))
-        if world.is_main and not (folder / "cache.json").is_file():
+        if world.is_main and new:
             CacheStore.create(folder, lesson.fingerprint, lesson.made_from, lesson.layout, teacher.head)
         world.barrier()
         store = CacheStore(folder)

@@ -205,6 +205,8 @@ class CacheStore:
 
     def expect(self, samples: Sequence[int]) -> None:
         """Asks the operating system to fetch these samples, in the background."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
         for sample in samples:
             place = self.places[sample]
             os.posix_fadvise(self._file(place.shard).fileno(), place.start, self._bytes(sample),
