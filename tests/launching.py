@@ -58,7 +58,7 @@ class Workshop:
     def __post_init__(self):
         self.data = write_data(self.folder / "data" / "tiny", train=18, dev=4, valid=6)
         self.settings = {"DATA_DIR": self.data, "EPOCH": 1, "MAX_LENGTH": 64, "MAX_PROMPT_LENGTH": 48,
-                         "PRECISION": "fp32", "LOG_INTERVAL": 1, "LORA_RANK": 4, "LR": 1e-2}
+                         "PRECISION": "fp32", "LOG_INTERVAL": 1, "LORA_RANK": 4, "LR": 1e-2, "TEACHER_CACHE": "off"}
 
     def model(self, name: str, make: Callable[..., Path] = tiny_model, **shape: object) -> Path:
         """A tiny model with the tokenizer that all of them share; made once."""

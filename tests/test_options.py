@@ -66,6 +66,7 @@ def test_words_that_are_no_options(words, said):
     (["--lr", "0"], "--lr must be above 0, got 0.0"),
     (["--zero-stage", "4"], "--zero-stage must be 0, 1, 2 or 3, got 4"),
     (["--peft-path", "a"], "--peft-path needs --peft lora"),
+    (["--teacher-cache", "onn"], "--teacher-cache must be auto, on, off or a folder (as ./onn), got 'onn'"),
     (["--deepspeed_config", "nowhere.json"], "no such file: nowhere.json"),
     ([], "--criterion vanilla_kd needs --teacher-model-path"),
 ])

@@ -15,6 +15,9 @@ CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
 SCHEDULES = ("constant", "linear", "cosine", "noam")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 RESUME = ("auto", "force", "never")
+OWN_DTYPE = "own"
+CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
+CACHE_MODES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,22 @@ class TeacherConfig:
         """What is wrong with these settings, a sentence each."""
         if self.teacher_peft_path and not self.teacher_model_path:
             yield "--teacher-peft-path needs --teacher-model-path"
+
+
+@dataclass(frozen=True)
+class TeacherCacheConfig:
+    """Whether the teacher runs once. Free options: what a run made of them stays with it (todi/teachers.py)."""
+
+    teacher_cache: str = option("auto", "keep the teacher's hidden states: on, off, auto (where it pays), or the "
+                                        "folder to keep them in", free=True)
+    teacher_cache_dtype: str = option(OWN_DTYPE, "numbers of the teacher cache; own, the teacher's, is exact",
+                                      choices=CACHE_DTYPES, free=True)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these settings, a sentence each."""
+        cache = self.teacher_cache
+        if cache not in CACHE_MODES and "/" not in cache and not Path(cache).is_dir():
+            yield f"--teacher-cache must be {', '.join(CACHE_MODES)} or a folder (as ./{cache}), got {cache!r}"
 
 
 @dataclass(frozen=True)
@@ -197,6 +216,7 @@ class TrainConfig:
 
     student: StudentConfig
     teacher: TeacherConfig
+    cache: TeacherCacheConfig
     data: DataConfig
     objective: ObjectiveConfig
     optim: OptimConfig

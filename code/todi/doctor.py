@@ -65,32 +65,37 @@ def main() -> None:
     data, student = config.data, inputs.student
     examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
                                data.max_prompt_length)
-    report = examine(config, inputs, examples, world, device)
+    report = examine(config, inputs, examples, world, device, cached=config.cache.teacher_cache not in ("auto", "off"))
     report.log()
     if not report.warnings:
         logger.info("nothing is wrong")
 
 
 def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], world: World,
-            device: torch.device) -> Report:
-    """Estimates memory and disk space of a run whose input is in order; loads no weights."""
+            device: torch.device, cached: bool) -> Report:
+    """Estimates memory and disk space of a run whose input is in order; loads no weights.
+
+    Args:
+        cached: the teacher's hidden states come from a cache.
+    """
     length = max(len(example.ids) for example in examples) - 1
     student = _student_shape(config.student, inputs.student, config.optim.batch_size, length, device)
-    memory = estimate_memory(config, inputs, student, examples, world, device)
+    memory = estimate_memory(config, inputs, student, examples, world, device, cached)
     facts, warnings = _about_memory(memory, config, available_bytes(device, world.local_size) + memory.base, length)
     more_facts, more_warnings = _about_disk(config, student)
     return Report(facts + more_facts, warnings + more_warnings)
 
 
 def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, examples: Sequence[Example], world: World,
-                    device: torch.device) -> Memory:
-    """Bytes of the fullest moment of the run on one device: on a CPU, of a process."""
+                    device: torch.device, cached: bool) -> Memory:
+    """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
     optim, rows = config.optim, config.optim.batch_size * max(example.response_tokens for example in examples)
     teacher = vocabulary = 0
     if inputs.teacher:
         model = empty_model(inputs.teacher.config, config.student.trust_remote_code)
         width = inputs.teacher.precision.dtype.itemsize
-        teacher = (model.num_parameters() + rows * inputs.teacher.config.hidden_size) * width
+        weights = model.get_output_embeddings().weight.numel() if cached else model.num_parameters()
+        teacher = (weights + rows * inputs.teacher.config.hidden_size) * width
         vocabulary = inputs.teacher.config.vocab_size
     loss = peak_bytes(rows, min(student.vocabulary, vocabulary or student.vocabulary), student.hidden,
                       width=student.width, head_trained=student.head_trained, distils=config.objective.distils,

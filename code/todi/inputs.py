@@ -68,12 +68,13 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             teacher_precision = choose_precision(config.teacher.teacher_dtype, device, "--teacher-dtype")
     if config.student.model_path:
         with gathered(problems):
-            student = _read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
-                                  precision, config)
+            student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
+                                 precision, config.data.max_length, config.student.trust_remote_code)
     if config.objective.distils and config.teacher.teacher_model_path:
         with gathered(problems):
-            teacher = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                                  config.teacher.teacher_peft_path, teacher_precision, config)
+            teacher = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
+                                 config.teacher.teacher_peft_path, teacher_precision, config.data.max_length,
+                                 config.student.trust_remote_code)
     if student and teacher:
         with gathered(problems):
             _check_tokenizers(student.tokenizer, teacher.tokenizer)
@@ -82,9 +83,9 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     return Inputs(student, teacher, deepspeed_config, train, dev, train_file, dev_file)
 
 
-def _read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None,
-                config: TrainConfig) -> ModelInputs:
-    trust_remote_code = config.student.trust_remote_code
+def read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None, max_length: int,
+               trust_remote_code: bool) -> ModelInputs:
+    """What is known of a model and its adapter short of weights. Raises InputError with every problem."""
     model_config = load_config(path, trust_remote_code)
     problems: list[str] = []
     family = tokenizer = None
@@ -94,7 +95,7 @@ def _read_model(path: str, model_type: str, adapter: str | None, precision: Prec
         with gathered(problems):
             check_adapter(adapter, model_config, path, trust_remote_code)
     with gathered(problems):
-        check_positions(model_config, config.data.max_length, path)
+        check_positions(model_config, max_length, path)
     with gathered(problems):
         tokenizer = load_tokenizer(path, trust_remote_code)
         check_vocabulary(model_config, tokenizer, path)

@@ -7,7 +7,9 @@ or under torchrun for several devices. The launchers in scripts/ fill in the opt
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -22,24 +24,26 @@ from todi.config import (
 )
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner
-from todi.data.tokenize import encode_examples, encode_prompts
+from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
+from todi.engine.cache.store import CorruptCache
 from todi.engine.cadence import Cadence
 from todi.engine.dev import DevSet
-from todi.engine.device import choose_device
+from todi.engine.device import choose_device, dtype_of
 from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.engine.logs import set_up_logging
 from todi.engine.optimizer import build_optimizer, build_schedule
-from todi.engine.runs import begin, check_same_run, describe_run
+from todi.engine.runs import begin, check_same_run, decided_earlier, describe_run
 from todi.engine.signals import Interrupted
 from todi.engine.storage import StorageError
 from todi.engine.student import Student
-from todi.engine.teacher import LiveTeacher
+from todi.engine.teacher import TeacherSource
 from todi.engine.trainer import Trainer, TrainingError
 from todi.evaluation.generation import Decoding
 from todi.inputs import Inputs, ModelInputs, read_inputs
-from todi.models.loading import add_lora, check_head, load_model, merge_adapter
+from todi.models.loading import add_lora, check_head, load_model
 from todi.options import parse, run_main
+from todi.teachers import Lesson, choose_cache, describe_choice, open_teacher
 
 logger = logging.getLogger("todi.train")
 
@@ -50,18 +54,9 @@ def main() -> None:
     world = world_from_environment()
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
-    inputs = read_inputs(config, device)
-    folder = Path(config.run.save_dir)
-    run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file])
-    if config.run.resume == "auto":
-        check_same_run(folder, run)
-    if config.run.check_only:
-        return
-    start_process_group(world, device)
     try:
-        if begin(folder, run, world, anew=config.run.resume == "never"):
-            _train(config, inputs, world, device)
-    except (StorageError, TrainingError) as error:
+        _run(config, world, device)
+    except (StorageError, CorruptCache, TrainingError) as error:
         sys.exit(f"error: {error}")
     except Interrupted as stop:
         logger.info("%s", stop)
@@ -70,26 +65,58 @@ def main() -> None:
         stop_process_group()
 
 
-def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.device) -> None:
-    _log_decisions(inputs, world, device)
-    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
-
-    data = config.data
+def _run(config: TrainConfig, world: World, device: torch.device) -> None:
+    inputs = read_inputs(config, device)
+    data, optim, folder = config.data, config.optim, Path(config.run.save_dir)
     planner = StepPlanner(
         encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
                         data.max_prompt_length),
-        config.optim.batch_size, config.optim.gradient_accumulation_steps, config.run.seed, world.rank, world.size)
-    max_steps = min(config.optim.num_epochs * planner.steps_per_epoch, config.optim.max_steps or 2**62)
+        optim.batch_size, optim.gradient_accumulation_steps, config.run.seed, world.rank, world.size)
+    max_steps = min(optim.num_epochs * planner.steps_per_epoch, optim.max_steps or 2**62)
+    lesson = build_lesson(config, inputs, planner.examples) if config.objective.distils else None
+    run = cache = None
+    if world.is_main:
+        run, cache = _decide(config, inputs, lesson, max_steps / planner.steps_per_epoch, world, device)
+    if config.run.check_only:
+        return
+    start_process_group(world, device)
+    if not begin(folder, run, world, anew=config.run.resume == "never"):
+        return
+    _log_decisions(inputs, world, device)
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
                 len(planner.examples), planner.step_samples, planner.batch_size, planner.accumulation, world.size,
                 max_steps, -(-max_steps // planner.steps_per_epoch))
-
+    cache = world.gather(cache)[0]
     if world.is_main:
-        examine(config, inputs, planner.examples, world, device).log()
+        examine(config, inputs, planner.examples, world, device, cached=cache is not None).log()
+    # before the student is there: a pass that fills a cache needs room for the teacher
+    teacher = open_teacher(lesson, cache, world, device) if lesson else None
+    _train(config, inputs, planner, max_steps, teacher, world, device)
+
+
+def _decide(config: TrainConfig, inputs: Inputs, lesson: Lesson | None, passes: float, world: World,
+            device: torch.device) -> tuple[dict[str, Any], Path | None]:
+    """What args.json will hold, and the folder of the teacher cache if there is to be one; for the first rank.
+
+    Raises:
+        InputError: the run in the folder, or the cache, is another one.
+    """
+    folder, source, cache = Path(config.run.save_dir), None, None
+    if lesson:
+        earlier = {} if config.run.resume == "never" else decided_earlier(folder)
+        cache = choose_cache(lesson, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
+                             earlier=earlier.get("teacher"))
+        source = describe_choice(lesson, cache)
+    run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file], source)
+    if config.run.resume == "auto":
+        check_same_run(folder, run)
+    return run, cache
+
+
+def _train(config: TrainConfig, inputs: Inputs, planner: StepPlanner, max_steps: int, teacher: TeacherSource | None,
+           world: World, device: torch.device) -> None:
+    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = build_student(config.student, inputs.student, device)
-    teacher = None
-    if config.objective.distils:
-        teacher = LiveTeacher(build_teacher(config, inputs.teacher, device))
     engine = build_engine(student, config.optim, inputs, max_steps)
     trainer = Trainer(
         engine, planner=planner, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
@@ -116,17 +143,11 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
     return model
 
 
-def build_teacher(config: TrainConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
-    """The frozen model that is imitated, its LoRA adapter merged."""
-    model = load_model(inputs.path, inputs.precision.dtype, device, config.student.trust_remote_code)
-    adapter = config.teacher.teacher_peft_path
-    if adapter:
-        model = merge_adapter(model, adapter)
-    check_head(model, inputs.path)
-    logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", inputs.path,
-                f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,
-                inputs.precision.name, model.config._attn_implementation)
-    return model
+def build_lesson(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> Lesson:
+    """What is asked of the teacher."""
+    precision = inputs.teacher.precision
+    return Lesson(config.teacher, config.data, precision, dtype_of(config.cache.teacher_cache_dtype, precision.dtype),
+                  inputs.student.tokenizer, examples, inputs.train_file, config.student.trust_remote_code)
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:

@@ -153,6 +153,8 @@ distil() {
   default KD_TEMP 2.0
   default TEACHER_MODEL_PATH "$(best_checkpoint "outputs/$FAMILY/$TEACHER_NAME/sft")"
   default TEACHER_MODEL_TYPE "$FAMILY"
+  default TEACHER_CACHE auto
+  default TEACHER_CACHE_DTYPE own
   training_defaults
   # KD_PARAMS="beta=0.5": parameters of the divergence; SKEW_LAMBDA=0.1 is short for one of them
   local params="${KD_PARAMS:-}${SKEW_LAMBDA:+ skew_lambda=$SKEW_LAMBDA}"
@@ -165,7 +167,7 @@ distil() {
   run_training --criterion vanilla_kd --kd-objective "$KD_OBJ" --kd-rate "$KD_RATE" --kd-temperature "$KD_TEMP" \
     --teacher-model-path "$TEACHER_MODEL_PATH" --teacher-model-type "$TEACHER_MODEL_TYPE" \
     ${TEACHER_PEFT_PATH:+--teacher-peft-path "$TEACHER_PEFT_PATH"} ${TEACHER_DTYPE:+--teacher-dtype "$TEACHER_DTYPE"} \
-    "${options[@]}" --save-dir "$SAVE_DIR" "$@"
+    --teacher-cache "$TEACHER_CACHE" --teacher-cache-dtype "$TEACHER_CACHE_DTYPE" "${options[@]}" --save-dir "$SAVE_DIR" "$@"
 }
 
 run_training() {

@@ -21,7 +21,8 @@ class Batch:
             response (EOS included), else -100.
         rows: (N,) positions of the labels in a flattened (B * T) batch; found here, on the CPU, since looking
             for them on a GPU would make it wait.
-        sample_ids: (B,) index of each sample in the data set, -1 for a filler without labels.
+        sample_ids: (B,) index of each sample in the data set, -1 for a filler without labels; always on the CPU,
+            where a teacher cache looks them up.
     """
 
     input_ids: Tensor
@@ -31,8 +32,9 @@ class Batch:
     sample_ids: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        """A copy on `device`, but for the sample ids."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        return Batch(**moved | {"sample_ids": self.sample_ids})
 
     @property
     def row_labels(self) -> Tensor:

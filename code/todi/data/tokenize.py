@@ -1,6 +1,8 @@
 """Records -> token ids, by one rule for training and for evaluation."""
 
+import hashlib
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +55,14 @@ def encode_examples(records: Sequence[Record], tokenizer: Tokenizer, family: Fam
              for prompt, response in zip(prompts, responses, strict=True)]
     _log_cut("samples", sum(len(ids) > max_length for ids in whole), len(whole), max_length)
     return [Example(ids[:max_length], len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
+
+
+def examples_checksum(examples: Sequence[Example]) -> str:
+    """SHA-256 of all token ids and of where each response begins, in hexadecimal."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(array("q", (len(example.ids), example.prompt_length, *example.ids)).tobytes())
+    return digest.hexdigest()
 
 
 def _log_cut(what: str, cut: int, of: int, limit: int) -> None:

@@ -7,7 +7,17 @@ import torch
 
 from todi.options import InputError
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def dtype_of(name: str, own: torch.dtype) -> torch.dtype:
+    """bf16, fp16 or fp32, or `own`."""
+    return DTYPES.get(name, own)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """bf16, fp16 or fp32."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.name]
+        return DTYPES[self.name]
 
 
 def choose_device(local_rank: int = 0) -> torch.device:

@@ -25,17 +25,21 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "numpy", "rouge-score")
 
 
-def describe_run(config: TrainConfig, world_size: int, data_files: list[Path]) -> dict[str, Any]:
+def describe_run(config: TrainConfig, world_size: int, data_files: list[Path],
+                 teacher: str | None) -> dict[str, Any]:
     """What args.json holds: settings, checksums of the data, versions of what computes.
 
     `deciding` is what a resumed run must share with the one before: it alters the result.
+
+    Args:
+        teacher: where its hidden states come from; None without one.
     """
     optim = config.optim
     step_samples = optim.batch_size * optim.gradient_accumulation_steps * world_size
     data = {file.name: checksum(file) for file in data_files}
     return {
         "settings": dataclasses.asdict(config),
-        "deciding": config.deciding | {"samples of a step": step_samples} | data,
+        "deciding": config.deciding | {"samples of a step": step_samples, "teacher": teacher} | data,
         "command": sys.argv,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),
@@ -62,6 +66,14 @@ def check_same_run(folder: Path, run: dict[str, Any]) -> None:
         listed = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing)
         raise InputError(f"{folder} holds a run that differs: {listed}. Choose another --save-dir, start anew with "
                          "--resume never (removes that run), or go on all the same with --resume force")
+
+
+def decided_earlier(folder: Path) -> dict[str, Any]:
+    """What decided the run in `folder`; empty where there is none that can be gone on with."""
+    try:
+        return json.loads((folder / "args.json").read_text(encoding="utf-8"))["deciding"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def begin(folder: Path, run: dict[str, Any], world: World, anew: bool) -> bool:

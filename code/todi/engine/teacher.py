@@ -1,5 +1,6 @@
 """Where the teacher's hidden states come from. Training does not care whether a model or a file answers."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ class TeacherSource(Protocol):
     def rows(self, batch: Batch) -> TeacherRows:
         """The teacher's hidden states at `batch.rows`, and its head."""
 
+    def expect(self, samples: Sequence[int]) -> None:
+        """Says which samples come next, so that they can be fetched meanwhile."""
+
 
 class LiveTeacher:
     """A frozen model that is run on every batch."""
@@ -27,3 +31,6 @@ class LiveTeacher:
     @torch.no_grad()
     def rows(self, batch: Batch) -> TeacherRows:
         return TeacherRows(labelled_rows(self.backbone, batch), self.head)
+
+    def expect(self, samples: Sequence[int]) -> None:
+        """There is nothing to fetch."""

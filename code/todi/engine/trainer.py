@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
@@ -103,9 +104,11 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         done = self.at.step - (epoch - 1) * self.planner.steps_per_epoch
-        for plan in self.planner.epoch(epoch, first_step=done):
+        for plan, following in _with_following(self.planner.epoch(epoch, first_step=done)):
             if self.at.step == self.max_steps:
                 break
+            if self.teacher and following:
+                self.teacher.expect([i for ids in following.micro_batches for i in ids])
             logs = self.at.step + 1 == self.max_steps or (self.at.step + 1) % self.log_interval == 0
             lr = self.engine.optimizer.param_groups[0]["lr"]  # the schedule moves on within the step
             diagnostics = self._train_step(plan, with_diagnostics=logs)
@@ -218,3 +221,12 @@ class Trainer:
     def _save(self, folder: Path) -> None:
         save_model(self.engine.module.model, self.tokenizer, folder, writes_files=self.world.is_main)
         self.world.barrier()
+
+
+def _with_following(plans: Iterator[StepPlan]) -> Iterator[tuple[StepPlan, StepPlan | None]]:
+    """Each plan with the one after it."""
+    plan = next(plans, None)
+    while plan is not None:
+        following = next(plans, None)
+        yield plan, following
+        plan = following

@@ -14,7 +14,7 @@ def tokenizer_difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
     differing = _vocabulary_difference(student.get_vocab(), teacher.get_vocab())
     if differing:
         return f"vocabulary ({differing})"
-    ours, theirs = _pipeline(student), _pipeline(teacher)
+    ours, theirs = pipeline(student), pipeline(teacher)
     parts = [part for part in ours if ours[part] != theirs.get(part)]
     if parts:
         return " and ".join(parts)
@@ -33,7 +33,7 @@ def _vocabulary_difference(student: dict[str, int], teacher: dict[str, int]) -> 
     return f"{len(differing)} entries, the first: {examples}"
 
 
-def _pipeline(tokenizer: Tokenizer) -> dict[str, object]:
+def pipeline(tokenizer: Tokenizer) -> dict[str, object]:
     """The steps of a fast tokenizer that decide how text is cut; nothing to compare for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

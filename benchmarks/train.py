@@ -1,0 +1,176 @@
+"""Training: todi with the teacher live and from its cache, SFT, and a plain loop as published, in one run.
+
+    python benchmarks/train.py                                        # some seven minutes on 2 cores, on data/demo
+    python benchmarks/train.py --model MODEL --data FILE.jsonl --samples 48
+
+The student is a copy of the teacher with 12 of its layers, made by todi.models.prune. All variants train it by ToDi
+(or SFT) on the same random samples, 4 x 2 to an optimizer step, at most 512 tokens each. Ours are runs of
+`python -m todi.train`, whose own metrics are read: whole steps, data, teacher and optimizer included, evaluation and
+start apart. The plain loop does what the published code does in fp32: every batch padded to 512, teacher and student
+over all positions, ToDi over full (B, T, V) logits as in benchmarks/loss.py, and AdamW; it is timed over fewer steps,
+which are all alike. The pass that fills a cache is timed apart: it is made once for any number of epochs and runs.
+Peak memory is resident in the process, each variant in one of its own.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from loss import Inputs, plain
+
+try:
+    import todi  # noqa: F401
+except ModuleNotFoundError:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "code"))
+
+from todi.criterions.linear import IGNORE_INDEX
+from todi.data.batches import Batch, collate
+from todi.data.records import load_records
+from todi.data.tokenize import Example, encode_examples
+from todi.engine.logs import peak_memory_gib
+from todi.models.families import family_of
+from todi.models.loading import backbone_and_head, load_model, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+KEPT_LAYERS = (0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 29)
+LENGTH, BATCH, ACCUMULATION, SEED = 512, 4, 2, 10
+
+
+@dataclass(frozen=True)
+class Result:
+    """Samples a second and peak memory in GiB."""
+
+    speed: float
+    memory: float
+
+
+def plain_loop(teacher_path: str, student_path: str, data: Path, steps: int) -> Result:
+    """The published form of training; run in a fresh process."""
+    teacher, student = (load_model(path, torch.float32, CPU) for path in (teacher_path, student_path))
+    teacher.eval().requires_grad_(False)
+    tokenizer = load_tokenizer(teacher_path)
+    examples = encode_examples(load_records(data), tokenizer, family_of("auto", "llama"), LENGTH, LENGTH // 2)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4)
+    student.train()
+    start = time.perf_counter()
+    for step in range(steps):
+        for part in range(ACCUMULATION):
+            first = (step * ACCUMULATION + part) * BATCH
+            batch = padded(examples, range(first, first + BATCH), tokenizer.pad_token_id)
+            with torch.no_grad():
+                teacher_hidden, teacher_weight = hidden_and_weight(teacher, batch)
+            hidden, weight = hidden_and_weight(student, batch)
+            loss = plain(Inputs(hidden, weight, teacher_hidden, teacher_weight, batch.labels))
+            (loss / len(batch.rows) / ACCUMULATION).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Result(steps * ACCUMULATION * BATCH / (time.perf_counter() - start), peak_memory_gib(CPU))
+
+
+def padded(examples: list[Example], samples: range, pad_id: int) -> Batch:
+    """The batch of `samples`, padded to LENGTH."""
+    batch = collate(examples, samples, pad_id)
+    missing = LENGTH - batch.input_ids.shape[1]
+    fills = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+    tensors = {name: torch.nn.functional.pad(getattr(batch, name), (0, missing), value=value)
+               for name, value in fills.items()}
+    return Batch(**tensors, rows=batch.rows, sample_ids=batch.sample_ids)
+
+
+def hidden_and_weight(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T, H) last hidden states and (V, H) head weight, whose product the plain loss begins with."""
+    backbone, head = backbone_and_head(model)
+    hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return hidden.last_hidden_state, head.weight
+
+
+class Workplace:
+    """A temporary folder with data, student and caches, and the commands that run in it."""
+
+    def __init__(self, folder: Path, model: str, records: list[str]):
+        self.folder, self.model, self.student = folder, model, str(folder / "student")
+        (folder / "train.jsonl").write_text("\n".join(records) + "\n")
+        (folder / "dev.jsonl").write_text(records[0] + "\n")
+        self.run("todi.models.prune", "--model-path", model, "--save-dir", self.student, "--keep-layers",
+                 *map(str, KEPT_LAYERS))
+
+    def run(self, module: str, *options: str) -> float:
+        """Seconds that a command took."""
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "code"), "HF_HUB_OFFLINE": "1"}
+        if not torch.cuda.is_available():
+            environment["DS_ACCELERATOR"] = "cpu"
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", module, *options], env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            sys.exit(done.stdout)
+        return time.perf_counter() - start
+
+    def cache(self, precision: str) -> Path:
+        """The teacher cache of a precision; made at the first call."""
+        folder = self.folder / f"cache-{precision}"
+        if not folder.is_dir():
+            self.run("todi.cache", "build", str(folder), "--teacher-model-path", self.model, "--data-dir",
+                     str(self.folder), "--precision", precision)
+        return folder
+
+    def train(self, precision: str, *options: str) -> Result:
+        """A run of one epoch over all samples."""
+        run = self.folder / "run"
+        self.run("todi.train", "--model-path", self.student, "--data-dir", str(self.folder), "--precision", precision,
+                 "--batch-size", str(BATCH), "--gradient-accumulation-steps", str(ACCUMULATION), "--num-epochs", "1",
+                 "--log-interval", "1000", "--no-eval-gen", "--seed", str(SEED), "--save-dir", str(run), "--resume",
+                 "never", *options)
+        last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-2]
+        return Result(last["samples_per_second"], last["peak_memory_gib"])
+
+    def distil(self, precision: str, cached: bool) -> Result:
+        """ToDi from the live teacher, or from its cache."""
+        cache = str(self.cache(precision)) if cached else "off"
+        return self.train(precision, "--teacher-model-path", self.model, "--teacher-cache", cache)
+
+
+def in_fresh_process(function, *args):
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "model_hub/smollm2/smollm2-135m-instruct"), help="the teacher")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/demo/train.jsonl", help="records in JSON lines")
+    parser.add_argument("--samples", type=int, default=48, help="a multiple of 8 (default: 48)")
+    parser.add_argument("--plain-steps", type=int, default=2, help="optimizer steps of the plain loop (default: 2)")
+    parser.add_argument("--precisions", nargs="*", default=["fp32", "bf16"], help="of ours (default: fp32 bf16)")
+    args = parser.parse_args()
+    load_records(args.data)  # names what is wrong with them
+    records = random.Random(SEED).sample(args.data.read_text().splitlines(), args.samples)
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Workplace(Path(folder), args.model, records)
+        print("| training | precision | samples / s | against plain | peak memory | against SFT |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        base = in_fresh_process(plain_loop, work.model, work.student, work.folder / "train.jsonl", args.plain_steps)
+        print(f"| plain loop | fp32 | {base.speed:.2f} | 1.0× | {base.memory:.2f} GiB | – |", flush=True)
+        for precision in args.precisions:
+            sft = work.train(precision, "--criterion", "cross_entropy")
+            rows = {"ToDi, live teacher": work.distil(precision, cached=False),
+                    "ToDi, cached teacher": work.distil(precision, cached=True), "SFT": sft}
+            for name, result in rows.items():
+                print(f"| {name} | {precision} | {result.speed:.2f} | **{result.speed / base.speed:.1f}×** "
+                      f"| {result.memory:.2f} GiB | {result.memory / sft.memory:.2f}× |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Makes a teacher cache ahead of training, describes one, or compares one with its teacher.
+
+    python -m todi.cache build DIR --teacher-model-path TEACHER --data-dir data/dolly [--precision bf16]
+    python -m todi.cache info DIR
+    python -m todi.cache verify DIR
+
+`build` takes the settings that the training will have; under torchrun the ranks share the work, and what is there
+already stays. `verify` checks every checksum, then runs the teacher again over a random sample; it exits with 1 when
+anything is wrong. It finds teacher and data where the cache was made from them; options say where they are now.
+"""
+
+import dataclasses
+import logging
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from todi.config import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, TeacherConfig
+from todi.data.records import load_records
+from todi.data.tokenize import encode_examples
+from todi.engine.cache.building import BATCH_TOKENS, batch_rows, batches
+from todi.engine.cache.store import CacheStore, CorruptCache
+from todi.engine.device import choose_device, choose_precision, dtype_of, name_of
+from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.engine.logs import set_up_logging
+from todi.engine.storage import StorageError
+from todi.engine.teacher import LiveTeacher
+from todi.inputs import read_model
+from todi.options import InputError, gathered, option, parse, run_main
+from todi.teachers import Lesson, check_match, fill_cache, load_teacher
+
+logger = logging.getLogger("todi.cache")
+
+# Relative difference of a sample's hidden states that another machine's arithmetic may make.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Makes a teacher cache, describes one, or compares one with its teacher."""
+
+    command: str = option("", "what to do", choices=("build", "info", "verify"), flag="command")
+    folder: str = option("", "of the cache", flag="folder")
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    precision: str = option("auto", "precision that the teacher computes in; auto asks the device", choices=PRECISIONS)
+    teacher_cache_dtype: str = option(OWN_DTYPE, "numbers of the cache; own, the teacher's, is exact",
+                                      choices=CACHE_DTYPES)
+    trust_remote_code: bool = option(False, "run Python code that comes with a model; only for models you trust")
+    samples: int = option(32, "samples that verify runs the teacher over again")
+    seed: int = option(0, "of the choice of these samples")
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, a sentence each."""
+        found = [*self.teacher.problems(), *self.data.problems()]
+        if self.command == "build" and not self.teacher.teacher_model_path:
+            found.append("--teacher-model-path is required")
+        if self.samples < 0:
+            found.append(f"--samples must not be negative, got {self.samples}")
+        return found
+
+
+def main() -> None:
+    """Parse, check, do."""
+    config = parse(CacheConfig, prog="python -m todi.cache")
+    world = world_from_environment()
+    set_up_logging(world.is_main)
+    if config.problems():
+        raise InputError(config.problems())
+    device = choose_device(world.local_rank)
+    try:
+        if config.command == "build":
+            build(config, world, device)
+        elif config.command == "info":
+            info(CacheStore(Path(config.folder)))
+        else:
+            verify(config, CacheStore(Path(config.folder)), device)
+    except (CorruptCache, StorageError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        stop_process_group()
+
+
+def build(config: CacheConfig, world: World, device: torch.device) -> None:
+    """Makes the cache, or what is missing of it."""
+    lesson = read_lesson(config, device)
+    folder = Path(config.folder)
+    if (folder / "cache.json").is_file():
+        check_match(CacheStore(folder), lesson)
+    if world.size > 1:
+        start_process_group(world, device)
+    fill_cache(lesson, folder, world, device)
+    logger.info("%s is complete: %d samples, %.3f GB", folder, len(lesson.examples), lesson.layout.bytes / 1e9)
+
+
+def info(store: CacheStore) -> None:
+    """Prints what the cache is of, and how far it is filled."""
+    missing = store.missing()
+    state = f"{len(missing)} of {len(store.shards)} shards are missing" if missing else "complete"
+    rows = "" if missing else f", {sum(place.rows for place in store.places):,} positions"
+    size = sum(file.stat().st_size for file in store.folder.rglob("*") if file.is_file())
+    print(f"{store.folder}: {state}; {store.shards[-1].stop} samples{rows}; {store.width} numbers a position in "
+          f"{name_of(store.dtype)}; {size / 1e9:.3f} GB")
+    for name, value in (store.fingerprint | store.made_from).items():
+        print(f"  {name}: {value}")
+
+
+def verify(config: CacheConfig, store: CacheStore, device: torch.device) -> None:
+    """Checks all checksums and a random sample of the numbers; exits with 1 after a line for each thing wrong."""
+    wrong = list(store.check())
+    missing = store.missing()
+    if missing:
+        wrong.append(f"{store.folder} is not complete: {len(missing)} of {len(store.shards)} shards are missing")
+    if not wrong:
+        logger.info("%s: all checksums are right", store.folder)
+        wrong = list(_recompute(config, store, device))
+    for sentence in wrong:
+        print(f"error: {sentence}", file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+
+
+def read_lesson(config: CacheConfig, device: torch.device) -> Lesson:
+    """Reads what the settings name, short of weights. Raises InputError with every problem."""
+    problems: list[str] = []
+    train_file = Path(config.data.data_dir) / "train.jsonl"
+    records = model = precision = None
+    with gathered(problems):
+        records = load_records(train_file, config.data.train_num)
+    with gathered(problems):
+        precision = choose_precision(config.teacher.teacher_dtype or config.precision, device)
+    with gathered(problems):
+        model = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
+                           config.teacher.teacher_peft_path, precision, config.data.max_length,
+                           config.trust_remote_code)
+    if problems:
+        raise InputError(problems)
+    examples = encode_examples(records, model.tokenizer, model.family, config.data.max_length,
+                               config.data.max_prompt_length)
+    return Lesson(config.teacher, config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype),
+                  model.tokenizer, examples, train_file, config.trust_remote_code)
+
+
+def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> Iterator[str]:
+    """Runs the teacher again, in the batches that the cache was made in; a sentence for each sample that differs."""
+    lesson = read_lesson(_as_made(config, store), device)
+    check_match(store, lesson)
+    chosen = set(random.Random(config.seed).sample(range(len(lesson.examples)),
+                                                   min(config.samples, len(lesson.examples))))
+    teacher = LiveTeacher(load_teacher(lesson, device))
+    tolerance = max(_TOLERANCE[store.dtype], _TOLERANCE[lesson.precision.dtype])
+    differences = []
+    for shard in store.shards:
+        for samples in batches(lesson.examples, shard, BATCH_TOKENS[device.type]):
+            if chosen.isdisjoint(samples):
+                continue
+            hidden = batch_rows(teacher, lesson.examples, samples, lesson.tokenizer.pad_token_id, device)
+            for sample in chosen.intersection(samples):
+                differences.append(_difference(store.read([sample]), hidden[sample].to(store.dtype)))
+                if not differences[-1] <= tolerance:
+                    yield f"sample {sample}: the teacher's hidden states differ by {differences[-1]:.2g}"
+    if differences:
+        logger.info("%d samples computed again: %d equal to the last bit, largest relative difference %.2g",
+                    len(differences), differences.count(0), max(differences))
+
+
+def _difference(stored: Tensor, computed: Tensor) -> float:
+    return ((computed.double() - stored.double()).norm() / stored.double().norm()).item()
+
+
+def _as_made(config: CacheConfig, store: CacheStore) -> CacheConfig:
+    """The settings that the cache was made with, but for those that were given now."""
+
+    def recalled(part: Any) -> dict[str, Any]:
+        return {field.name: store.made_from[field.name] for field in dataclasses.fields(part)
+                if field.name in store.made_from and getattr(part, field.name) == field.default}
+
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **recalled(config.teacher)),
+                               data=dataclasses.replace(config.data, **recalled(config.data)), **recalled(config))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,225 @@
+"""From settings to a teacher source: what a cache for them must hold, whether to use one, and how it is made."""
+
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import todi
+from todi.config import DataConfig, TeacherConfig
+from todi.data.records import checksum
+from todi.data.tokenize import Example, examples_checksum
+from todi.engine.cache.building import alone, fill
+from todi.engine.cache.choice import Estimate, estimate, free_bytes
+from todi.engine.cache.reading import CachedTeacher
+from todi.engine.cache.store import CacheStore, Layout
+from todi.engine.device import Precision, name_of
+from todi.engine.distributed import World
+from todi.engine.storage import StorageError
+from todi.engine.teacher import LiveTeacher, TeacherSource
+from todi.models.checksums import tokenizer_checksum, weights_checksum
+from todi.models.loading import check_head, empty_model, load_config, load_model, merge_adapter
+from todi.options import InputError
+
+logger = logging.getLogger(__name__)
+
+CACHE_FORMAT = 1  # counts up whenever other numbers, or the same ones otherwise, are stored
+SHARED_CACHES = Path("outputs/teacher_cache")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says about which samples: all that the contents of a cache follow from.
+
+    Attributes:
+        precision: that the teacher computes in.
+        stored_dtype: of the numbers in the cache.
+        examples: the samples, encoded.
+        train_file: that their records came from.
+    """
+
+    teacher: TeacherConfig
+    data: DataConfig
+    precision: Precision
+    stored_dtype: torch.dtype
+    tokenizer: Tokenizer
+    examples: Sequence[Example]
+    train_file: Path
+    trust_remote_code: bool = False
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the hidden states depend on; reads all weights once."""
+        adapter = self.teacher.teacher_peft_path
+        return {
+            "teacher weights": weights_checksum(self.teacher.teacher_model_path, self.trust_remote_code),
+            "teacher adapter": adapter and weights_checksum(adapter),
+            "tokenizer": tokenizer_checksum(self.tokenizer),
+            "data": checksum(self.train_file),
+            "records": len(self.examples),
+            "max_length": self.data.max_length,
+            "max_prompt_length": self.data.max_prompt_length,
+            "token ids": examples_checksum(self.examples),
+            "precision": self.precision.name,
+            "stored dtype": name_of(self.stored_dtype),
+            "code": f"todi {todi.__version__}, format {CACHE_FORMAT}, transformers {transformers.__version__}",
+        }
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The settings, for `todi.cache verify`; paths are absolute."""
+        settings = dataclasses.asdict(self.teacher) | dataclasses.asdict(self.data)
+        for name in ("teacher_model_path", "teacher_peft_path", "data_dir"):
+            if settings[name] and Path(settings[name]).exists():
+                settings[name] = str(Path(settings[name]).absolute())
+        return settings | {"precision": self.precision.name, "teacher_cache_dtype": name_of(self.stored_dtype)}
+
+    @cached_property
+    def layout(self) -> Layout:
+        config = load_config(self.teacher.teacher_model_path, self.trust_remote_code)
+        return Layout(tuple(example.response_tokens for example in self.examples), config.hidden_size,
+                      self.stored_dtype)
+
+    @property
+    def shared_folder(self) -> Path:
+        """Where every run with the same fingerprint looks for its cache."""
+        digest = hashlib.sha256(json.dumps(self.fingerprint).encode()).hexdigest()
+        return SHARED_CACHES / f"{self.teacher_name}-{digest[:12]}"
+
+    @property
+    def teacher_name(self) -> str:
+        """Last part of its path, fit for a file name."""
+        return re.sub(r"[^\w.-]+", "-", Path(self.teacher.teacher_model_path).name)
+
+    def estimate(self, passes: float, ranks: int, device: torch.device) -> Estimate:
+        """What a cache would take and save in a training of so many passes over the samples."""
+        model = empty_model(load_config(self.teacher.teacher_model_path, self.trust_remote_code),
+                            self.trust_remote_code)
+        matrices = sum(parameter.numel() for parameter in model.base_model.parameters())
+        return estimate(folder=SHARED_CACHES, bytes=self.layout.bytes,
+                        tokens=sum(len(example.ids) for example in self.examples),
+                        parameters=matrices - model.get_input_embeddings().weight.numel(), passes=passes,
+                        device=device, dtype=self.precision.dtype, ranks=ranks)
+
+
+def choose_cache(lesson: Lesson, mode: str, *, passes: float, ranks: int, device: torch.device,
+                 earlier: str | None) -> Path | None:
+    """The folder of the cache to use, to be filled where something is missing; None to run the teacher live.
+
+    Args:
+        mode: auto, on, off, or the folder.
+        passes: over the samples that training makes.
+        earlier: what `describe_choice` said when this run began, if it did; `auto` keeps to it, so that a resumed
+            run computes what it would have computed.
+
+    Raises:
+        InputError: there is a cache of something else in the folder; says what differs.
+        CorruptCache: its description is damaged.
+    """
+    if mode == "auto":
+        folder = _choose_automatically(lesson, passes, ranks, device, earlier)
+    else:
+        folder = {"off": None, "on": lesson.shared_folder}[mode] if mode in ("off", "on") else Path(mode)
+    if folder and (folder / "cache.json").is_file():
+        check_match(CacheStore(folder), lesson)
+    return folder
+
+
+def describe_choice(lesson: Lesson, folder: Path | None) -> str:
+    """Where hidden states come from, in as far as it alters what is computed."""
+    return "live" if folder is None else f"cached in {name_of(lesson.stored_dtype)}"
+
+
+def check_match(store: CacheStore, lesson: Lesson) -> None:
+    """Raises InputError, with every difference, when the cache is of something else than `lesson`."""
+    differing = store.differences(lesson.fingerprint)
+    if differing:
+        raise InputError(f"the teacher cache {store.folder} is of something else: {'; '.join(differing)}. Name "
+                         "another folder, or use --teacher-cache on, which finds its own")
+
+
+def open_teacher(lesson: Lesson, cache: Path | None, world: World, device: torch.device) -> TeacherSource:
+    """The teacher itself, or the cache that `choose_cache` named, filled first where something is missing.
+
+    Raises:
+        InputError, CorruptCache, StorageError: as `choose_cache`, and where the cache cannot be written.
+    """
+    if cache is None:
+        return LiveTeacher(load_teacher(lesson, device))
+    fill_cache(lesson, cache, world, device)
+    store = CacheStore(cache)
+    logger.info("teacher: read from %s, %.2f GB in %s; its weights are not loaded", cache, lesson.layout.bytes / 1e9,
+                store.dtype)
+    return CachedTeacher(store, device)
+
+
+def fill_cache(lesson: Lesson, folder: Path, world: World, device: torch.device) -> None:
+    """Makes a cache, or what is missing of it; writes nothing when there is nothing missing."""
+    if world.gather(_is_complete(folder))[0]:
+        return
+    with alone(folder, world):
+        if world.gather(_is_complete(folder))[0]:
+            return  # another run has filled it meanwhile
+        new = not (folder / "cache.json").is_file()
+        if world.is_main and new and lesson.layout.bytes > free_bytes(folder):
+            raise StorageError(f"the teacher cache {folder} would take {lesson.layout.bytes / 1e9:.2f} GB, and "
+                               f"{free_bytes(folder) / 1e9:.2f} GB are free")
+        teacher = LiveTeacher(load_teacher(lesson, device))
+        if world.is_main and new:
+            CacheStore.create(folder, lesson.fingerprint, lesson.made_from, lesson.layout, teacher.head)
+        world.barrier()
+        store = CacheStore(folder)
+        if world.is_main:
+            check_match(store, lesson)
+            store.sweep()
+        world.barrier()
+        logger.info("filling the teacher cache %s: %d of %d shards, %.2f GB in all", folder, len(store.missing()),
+                    len(store.shards), lesson.layout.bytes / 1e9)
+        fill(store, teacher, lesson.examples, lesson.tokenizer.pad_token_id, world, device)
+    del teacher
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def load_teacher(lesson: Lesson, device: torch.device) -> nn.Module:
+    """The frozen model that is imitated, its LoRA adapter merged."""
+    path, adapter = lesson.teacher.teacher_model_path, lesson.teacher.teacher_peft_path
+    model = load_model(path, lesson.precision.dtype, device, lesson.trust_remote_code)
+    if adapter:
+        model = merge_adapter(model, adapter)
+    check_head(model, path)
+    logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", path,
+                f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,
+                lesson.precision.name, model.config._attn_implementation)
+    return model
+
+
+def _choose_automatically(lesson: Lesson, passes: float, ranks: int, device: torch.device,
+                          earlier: str | None) -> Path | None:
+    if earlier:
+        logger.info("teacher cache: %s, as when this run began", earlier)
+        return None if earlier == "live" else lesson.shared_folder
+    # to name the cache takes a checksum of all weights, so only where there may be one
+    if any(SHARED_CACHES.glob(f"{lesson.teacher_name}-*")) and _is_complete(lesson.shared_folder):
+        return lesson.shared_folder
+    costs = lesson.estimate(passes, ranks, device)
+    against = costs.reason_against()
+    logger.info("teacher cache: %s: %s", f"none, {against}" if against else "yes", costs)
+    return None if against else lesson.shared_folder
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "cache.json").is_file() and not CacheStore(folder).missing()
