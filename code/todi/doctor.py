@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], world: World,
-            device: torch.device, cached: bool) -> Report:
+            device: torch.device, cached: bool = False) -> Report:
     """Estimates memory and disk space of a run whose input is in order; loads no weights.
 
     Args:
@@ -87,7 +87,7 @@ def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], wo
 
 
 def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, examples: Sequence[Example], world: World,
-                    device: torch.device, cached: bool) -> Memory:
+                    device: torch.device, cached: bool = False) -> Memory:
     """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
     optim, rows = config.optim, config.optim.batch_size * max(example.response_tokens for example in examples)
     teacher = vocabulary = 0
