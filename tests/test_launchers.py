@@ -174,7 +174,7 @@ class TestBadInput:
         assert not (tmp_path / "run").exists()
 
     def test_different_tokenizers(self, tmp_path, workshop, models):
-        other = workshop.model("other", family="gpt2")
+        other = workshop.model("other", family="gpt2", vocab=320)
         tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
         tokenizer.add_tokens(["a new one"])
         tokenizer.save_pretrained(other)
