@@ -7,7 +7,10 @@ or under torchrun for several devices. The launchers in scripts/ fill in the opt
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -38,6 +41,7 @@ from todi.engine.teacher import LiveTeacher
 from todi.engine.trainer import Trainer, TrainingError
 from todi.evaluation.generation import Decoding
 from todi.inputs import Inputs, ModelInputs, read_inputs
+from todi.models.card import Base, model_card
 from todi.models.loading import add_lora, check_head, load_model, merge_adapter
 from todi.options import parse, run_main
 
@@ -60,7 +64,7 @@ def main() -> None:
     start_process_group(world, device)
     try:
         if begin(folder, run, world, anew=config.run.resume == "never"):
-            _train(config, inputs, world, device)
+            _train(config, inputs, build_card(config, inputs, run), world, device)
     except (StorageError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except Interrupted as stop:
@@ -70,7 +74,8 @@ def main() -> None:
         stop_process_group()
 
 
-def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.device) -> None:
+def _train(config: TrainConfig, inputs: Inputs, card: Callable[[Mapping[str, float]], str], world: World,
+           device: torch.device) -> None:
     _log_decisions(inputs, world, device)
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
 
@@ -96,7 +101,7 @@ def _train(config: TrainConfig, inputs: Inputs, world: World, device: torch.devi
         teacher=teacher, tokenizer=inputs.student.tokenizer, world=world, folder=Path(config.run.save_dir),
         keep_best=config.run.keep_best_n_checkpoints, max_steps=max_steps, log_interval=config.run.log_interval,
         eval_interval=config.run.eval_interval, cadence=Cadence(config.run.save_state_every),
-        max_bad_steps=config.run.max_bad_steps)
+        max_bad_steps=config.run.max_bad_steps, card=card)
     trainer.train()
 
 
@@ -161,6 +166,14 @@ def build_dev_set(config: TrainConfig, inputs: Inputs) -> DevSet:
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         Decoding(data.max_length) if config.run.eval_gen else None,
         config.run.eval_batch_size, config.run.seed)
+
+
+def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
+    """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
+    data = {str(file): run["deciding"][file.name] for file in (inputs.train_file, inputs.dev_file)}
+    student = Base(inputs.student.path, inputs.student.family, config.student.peft_path)
+    teacher = inputs.teacher and Base(inputs.teacher.path, inputs.teacher.family, config.teacher.teacher_peft_path)
+    return partial(model_card, run["settings"], data, run["versions"], student, teacher)
 
 
 def _log_decisions(inputs: Inputs, world: World, device: torch.device) -> None:
