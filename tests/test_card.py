@@ -39,7 +39,8 @@ def test_sft_of_an_adapter():
     assert front["library_name"] == "peft"
     assert front["base_model_relation"] == "adapter"
     assert front["tags"] == ["todi", "sft", "lora"]
-    assert "A LoRA adapter of rank 16 on `model_hub/qwen2.5/qwen2.5-0.5b`" in body
+    assert '"peft_lora_r": 16' in body
+    assert "A LoRA adapter on `model_hub/qwen2.5/qwen2.5-0.5b`" in body
     assert 'base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B")' in body
     assert "teacher's" not in body
 

@@ -78,7 +78,7 @@ def _title(objective: Mapping[str, Any], student: Base) -> str:
 
 def _summary(settings: Mapping[str, Any], student: Base, teacher: Base | None) -> str:
     objective = settings["objective"]
-    what = f"A LoRA adapter of rank {settings['student']['peft_lora_r']} on" if settings["student"]["peft"] else "From"
+    what = "A LoRA adapter on" if settings["student"]["peft"] else "From"
     if teacher is None:
         return f"{what} {student}, trained by supervised fine-tuning (cross-entropy on the responses)."
     parameters = f" ({', '.join(objective['kd_params'])})" if objective["kd_params"] else ""
