@@ -73,6 +73,12 @@ class TestShape:
         assert checkpointed == whole // 8 + 8 * 2 * 30 * 32 * 4
 
 
+    def test_a_mixture_of_experts_has_a_rule_of_thumb(self, tmp_path, caplog):
+        model = empty_model(load_config(str(tiny_model(tmp_path, "mixtral", layers=3))), dtype=torch.float32)
+        assert measure_shape(model, 2, 30, CPU).activations == 3 * 17 * 2 * 30 * 32 * 4
+        assert caplog.text == ""
+
+
 def kept_bytes(model: torch.nn.Module) -> int:
     """What autograd keeps of a forward over padded texts, weights apart."""
     backbone, _ = backbone_and_head(model)

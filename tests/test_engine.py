@@ -66,6 +66,8 @@ class TestDeepSpeedConfig:
     @pytest.mark.parametrize(("override", "said"), [
         ({"train_micro_batch_size_per_gpu": 8, "bf16": {"enabled": True}},
          "changes train_micro_batch_size_per_gpu, bf16.enabled"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+         "offload_param needs ZeRO stage 3 or more, got 2"),
         ("{", "Expecting property name"), ("[]", "expected an object")])
     def test_what_a_file_may_not_do(self, tmp_path, override, said):
         with pytest.raises(InputError, match=said):

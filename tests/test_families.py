@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_multimodal_model
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch, collate
+from todi.data.records import checksum
 from todi.data.tokenize import Example
 from todi.engine.student import Student
 from todi.engine.teacher import LiveTeacher
@@ -160,6 +161,9 @@ class TestLaunchers:
         ours, theirs = ((path / "eval" / "tiny" / "seed1.jsonl").read_text() for path in started)
         assert ours == theirs
         assert ours.count("\n") == 6
+        card = (adapter / "README.md").read_text()
+        assert card.startswith(f"---\nlicense: {FAMILIES[family].licence_id}\nlibrary_name: peft\n")
+        assert f"| `{workshop.data / 'train.jsonl'}` | `{checksum(workshop.data / 'train.jsonl')}` |" in card
 
 
 def start_runs(workshop, family: str) -> dict:

@@ -11,11 +11,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from tiny import ARCHITECTURES, tiny_model, tiny_multimodal_model, tiny_tokenizer
+from tiny import ARCHITECTURES, tiny_gguf, tiny_model, tiny_multimodal_model, tiny_tokenizer
 from todi.models import fetch
 from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
+    add_lora,
     attention_for,
     backbone_and_head,
     check_head,
@@ -27,7 +28,14 @@ from todi.models.loading import (
 from todi.models.prune import keep_layers
 from todi.models.tokenizers import tokenizer_difference
 from todi.options import InputError
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CPU = torch.device("cpu")
 
@@ -100,6 +108,29 @@ class TestLoading:
         with pytest.raises(InputError, match="lacks 9 weights of a LlamaForCausalLM, the first: model.layers.2."):
             load_model(str(tmp_path), torch.float32, CPU)
 
+    def test_an_adapter_is_gone_on_with(self, tmp_path):
+        path = str(tiny_model(tmp_path / "base", "llama"))
+        torch.manual_seed(0)
+        first = add_lora(load_model(path, torch.bfloat16, CPU), FAMILIES["tinyllama"], 4, 8, 0.1)
+        torch.nn.init.normal_(next(p for name, p in first.named_parameters() if "lora_B" in name))
+        first.save_pretrained(tmp_path / "adapter")
+        again = add_lora(load_model(path, torch.bfloat16, CPU), FAMILIES["tinyllama"], 99, 1, 0.5,
+                         str(tmp_path / "adapter"))
+        trained = {name: p for name, p in again.named_parameters() if p.requires_grad}
+        assert trained and all("lora" in name and p.dtype == torch.bfloat16 for name, p in trained.items())
+        assert all(torch.equal(p, first.state_dict()[name]) for name, p in again.state_dict().items())
+        assert again.peft_config["default"].r == 4
+
+    def test_a_gguf_file(self, tmp_path):
+        folder = tiny_model(tmp_path / "folder", "qwen2", vocab=len(tiny_tokenizer(tmp_path / "folder")))
+        file = str(tiny_gguf(tmp_path / "tiny.gguf", folder))
+        ours, theirs = (load_model(path, torch.float32, CPU) for path in (file, str(folder)))
+        ids = torch.arange(40)[None]
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+        assert load_tokenizer(file).encode("a response") == load_tokenizer(str(folder)).encode("a response")
+        ours.save_pretrained(tmp_path / "saved")  # as a student would be
+        assert add_lora(ours, FAMILIES["qwen2.5"], 4, 8, 0.0).peft_config["default"].base_model_name_or_path == file
+
     def test_the_text_model_of_a_multimodal_one(self, tmp_path):
         whole = tiny_multimodal_model(tmp_path / "whole")
         assert load_config(str(whole)).model_type == "gemma3_text"
@@ -148,10 +179,23 @@ class TestTokenizers:
     def test_splitting_and_eos(self, tmp_path):
         ours, theirs = tiny_tokenizer(tmp_path / "a"), tiny_tokenizer(tmp_path / "b")
         theirs.backend_tokenizer.pre_tokenizer.add_prefix_space = True
-        assert tokenizer_difference(ours, theirs) == "pre_tokenizer"
+        assert "add_prefix_space': False" in tokenizer_difference(ours, theirs).split("teacher")[0]
+        assert tokenizer_difference(ours, theirs).startswith("pre_tokenizer (student {")
         theirs = tiny_tokenizer(tmp_path / "c")
         theirs.eos_token = "a"
         assert "EOS token" in tokenizer_difference(ours, theirs)
+
+
+    def test_merges_in_another_order(self, tmp_path):
+        ours = tiny_tokenizer(tmp_path / "a")
+        backend = json.loads(ours.backend_tokenizer.to_str())
+        merges = backend["model"]["merges"]
+        merges[1], merges[2] = merges[2], merges[1]
+        theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+                                         eos_token=ours.eos_token)
+        assert ours.get_vocab() == theirs.get_vocab()
+        assert tokenizer_difference(ours, theirs) == (
+            f"merges (the first: number 1 is {merges[2]} in the student and {merges[1]} in the teacher)")
 
 
 class TestPruning:

@@ -115,4 +115,5 @@ def _check_tokenizers(student: Tokenizer, teacher: Tokenizer) -> None:
     difference = tokenizer_difference(student, teacher)
     if difference:
         raise InputError(f"teacher and student have different tokenizers: {difference}. Distillation compares their "
-                         "distributions entry by entry; take two models of one family")
+                         "distributions entry by entry. Take two models of one family, or, if both were trained with "
+                         "one tokenizer, copy its files over the other's")

@@ -7,7 +7,8 @@ or under torchrun for several devices. The launchers in scripts/ fill in the opt
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from todi.engine.teacher import TeacherSource
 from todi.engine.trainer import Trainer, TrainingError
 from todi.evaluation.generation import Decoding
 from todi.inputs import Inputs, ModelInputs, read_inputs
+from todi.models.card import Base, model_card
 from todi.models.loading import add_lora, check_head, load_model
 from todi.options import parse, run_main
 from todi.teachers import Lesson, choose_cache, describe_choice, open_teacher
@@ -80,18 +82,18 @@ def _run(config: TrainConfig, world: World, device: torch.device) -> None:
     if config.run.check_only:
         return
     start_process_group(world, device)
+    run, cache = world.gather((run, cache))[0]
     if not begin(folder, run, world, anew=config.run.resume == "never"):
         return
     _log_decisions(inputs, world, device)
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
                 len(planner.examples), planner.step_samples, planner.batch_size, planner.accumulation, world.size,
                 max_steps, -(-max_steps // planner.steps_per_epoch))
-    cache = world.gather(cache)[0]
     if world.is_main:
         examine(config, inputs, planner.examples, world, device, cached=cache is not None).log()
     # before the student is there: a pass that fills a cache needs room for the teacher
     teacher = open_teacher(lesson, cache, world, device) if lesson else None
-    _train(config, inputs, planner, max_steps, teacher, world, device)
+    _train(config, inputs, planner, max_steps, teacher, build_card(config, inputs, run), world, device)
 
 
 def _decide(config: TrainConfig, inputs: Inputs, lesson: Lesson | None, passes: float, world: World,
@@ -114,7 +116,7 @@ def _decide(config: TrainConfig, inputs: Inputs, lesson: Lesson | None, passes: 
 
 
 def _train(config: TrainConfig, inputs: Inputs, planner: StepPlanner, max_steps: int, teacher: TeacherSource | None,
-           world: World, device: torch.device) -> None:
+           card: Callable[[Mapping[str, float]], str], world: World, device: torch.device) -> None:
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = build_student(config.student, inputs.student, device)
     engine = build_engine(student, config.optim, inputs, max_steps)
@@ -123,7 +125,7 @@ def _train(config: TrainConfig, inputs: Inputs, planner: StepPlanner, max_steps:
         teacher=teacher, tokenizer=inputs.student.tokenizer, world=world, folder=Path(config.run.save_dir),
         keep_best=config.run.keep_best_n_checkpoints, max_steps=max_steps, log_interval=config.run.log_interval,
         eval_interval=config.run.eval_interval, cadence=Cadence(config.run.save_state_every),
-        max_bad_steps=config.run.max_bad_steps)
+        max_bad_steps=config.run.max_bad_steps, card=card)
     trainer.train()
 
 
@@ -182,6 +184,14 @@ def build_dev_set(config: TrainConfig, inputs: Inputs) -> DevSet:
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         Decoding(data.max_length) if config.run.eval_gen else None,
         config.run.eval_batch_size, config.run.seed)
+
+
+def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
+    """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
+    data = {str(file): run["deciding"][file.name] for file in (inputs.train_file, inputs.dev_file)}
+    student = Base(inputs.student.path, inputs.student.family, config.student.peft_path)
+    teacher = inputs.teacher and Base(inputs.teacher.path, inputs.teacher.family, config.teacher.teacher_peft_path)
+    return partial(model_card, run["settings"], data, run["versions"], student, teacher)
 
 
 def _log_decisions(inputs: Inputs, world: World, device: torch.device) -> None:

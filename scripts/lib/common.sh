@@ -155,6 +155,7 @@ distil() {
   default TEACHER_MODEL_TYPE "$FAMILY"
   default TEACHER_CACHE auto
   default TEACHER_CACHE_DTYPE own
+  if [[ ${TEACHER_PEFT_PATH:-} == none ]]; then TEACHER_PEFT_PATH=; fi  # though the launcher has an adapter
   training_defaults
   # KD_PARAMS="beta=0.5": parameters of the divergence; SKEW_LAMBDA=0.1 is short for one of them
   local params="${KD_PARAMS:-}${SKEW_LAMBDA:+ skew_lambda=$SKEW_LAMBDA}"

@@ -37,6 +37,11 @@ class Score:
             return self.rouge_l
         return -math.inf if math.isnan(self.loss) else -self.loss
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What there is, by the name that a reader knows."""
+        return {"loss": self.loss} | ({} if self.rouge_l is None else {"ROUGE-L": self.rouge_l})
+
     def folder_name(self, epoch: int, step: int) -> str:
         """The published form, epochA_stepB_lossX_rougelY."""
         rouge = "" if self.rouge_l is None else f"_rougel{self.rouge_l:.4f}"
@@ -93,13 +98,17 @@ class BestCheckpoints:
                 discard(path)
 
 
-def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, writes_files: bool) -> None:
-    """Writes weights (safetensors), configuration, generation settings and tokenizer of a full or LoRA model."""
+def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, card: str, writes_files: bool) -> None:
+    """Writes weights (safetensors), configuration, generation settings, tokenizer and model card.
+
+    The model may be a full one or one with a LoRA adapter, of which the adapter is written alone.
+    """
     weights = gather_weights(model, keep=writes_files)
     if writes_files:
         folder.mkdir()
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")  # in place of peft's own
 
 
 def gather_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:

@@ -47,7 +47,16 @@ def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size:
     if changed:
         raise InputError(f"--deepspeed_config {override_file} changes {', '.join(changed)}; set the batch size, the "
                          "accumulation and the precision by their own options and leave them out of the file")
+    _check_zero(merged["zero_optimization"], override_file)
     return merged
+
+
+def _check_zero(zero: dict[str, Any], file: str) -> None:
+    """DeepSpeed passes over an offload that its stage has not, and the run is out of memory an hour later."""
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        wanted = (zero.get(name) or {}).get("device", "none") != "none"
+        if wanted and zero["stage"] < least:
+            raise InputError(f"--deepspeed_config {file}: {name} needs ZeRO stage {least} or more, got {zero['stage']}")
 
 
 def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """How much memory a training run will need on a device, from the shapes of its models alone."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from torch.func import functional_call
 from transformers import PretrainedConfig
 
 from todi.models.loading import backbone_and_head
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it reports is dealt with here
 
 _FP32, _ADAM = 4, 8  # bytes of a number, and of Adam's two moments of it
 
@@ -77,6 +80,22 @@ def measure_shape(model: nn.Module, samples: int, length: int, device: torch.dev
         checkpointing: keep the input of each layer only, and of one layer at a time the rest.
     """
     backbone, head = backbone_and_head(model.train())
+    layers, hidden = backbone.config.num_hidden_layers, samples * length * backbone.config.hidden_size
+    width = head.weight.element_size()
+    try:
+        activations = _kept_bytes(backbone, samples, length, device)
+    except RuntimeError:  # a way that depends on the numbers, as in a mixture of experts
+        # 17 for each of the layer's inputs, as in Korthikanti et al., 2022, table 2
+        activations = layers * 17 * hidden * width
+    if checkpointing:
+        activations = activations // layers + layers * hidden * width
+    parameters = list(model.parameters())
+    return Shape(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), width,
+                 activations, *head.weight.shape, head.weight.requires_grad)
+
+
+def _kept_bytes(backbone: nn.Module, samples: int, length: int, device: torch.device) -> int:
+    """Bytes that autograd keeps of a forward, weights apart."""
     with FakeTensorMode(), device:
         weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
                    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers())}
@@ -91,15 +110,8 @@ def measure_shape(model: nn.Module, samples: int, length: int, device: torch.dev
         ids = torch.zeros(samples, length, dtype=torch.long)
         mask = torch.ones_like(ids)  # without numbers it may hold padding, so attention goes the way with a mask
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = functional_call(backbone, weights, kwargs={"input_ids": ids, "attention_mask": mask,
-                                                                "use_cache": False}).last_hidden_state
-        activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        if checkpointing:
-            layers = backbone.config.num_hidden_layers
-            activations = activations // layers + layers * hidden.untyped_storage().nbytes()
-    parameters = list(model.parameters())
-    return Shape(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad),
-                 head.weight.element_size(), activations, *head.weight.shape, head.weight.requires_grad)
+            functional_call(backbone, weights, kwargs={"input_ids": ids, "attention_mask": mask, "use_cache": False})
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def training_state(shape: Shape, stage: int, ranks: int) -> State:

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -41,12 +42,13 @@ class Trainer:
         max_steps: the number of optimizer steps in all.
         cadence: when a resume state is due within an epoch; there is one at the end of each besides.
         max_bad_steps: so many steps in a row with numbers that are not finite end the run.
+        card: the README.md of a checkpoint with these metrics.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, *, planner: StepPlanner, dev: DevSet,
                  criterion: DistillationCriterion, teacher: TeacherSource | None, tokenizer: Tokenizer, world: World,
                  folder: Path, keep_best: int, max_steps: int, log_interval: int, eval_interval: int,
-                 cadence: Cadence, max_bad_steps: int):
+                 cadence: Cadence, max_bad_steps: int, card: Callable[[Mapping[str, float]], str]):
         self.engine = engine
         self.planner = planner
         self.dev = dev
@@ -63,6 +65,7 @@ class Trainer:
         self.eval_interval = eval_interval
         self.cadence = cadence
         self.max_bad_steps = max_bad_steps
+        self.card = card
         self.bad_steps = 0  # in a row
         self.at = Position()
         self.window = self._no_sums()  # this rank's sums over the steps since the last line of the log
@@ -216,10 +219,10 @@ class Trainer:
         rouge = "" if score.rouge_l is None else f" rouge-l {score.rouge_l:.2f}"
         logger.info("dev after epoch %d: loss %.4f acc %.3f%s (%.0f s)",
                     epoch, score.loss, mean.correct, rouge, seconds)
-        self.best.offer(score, epoch, self.at.step, self._save)
+        self.best.offer(score, epoch, self.at.step, partial(self._save, self.card(score.metrics)))
 
-    def _save(self, folder: Path) -> None:
-        save_model(self.engine.module.model, self.tokenizer, folder, writes_files=self.world.is_main)
+    def _save(self, card: str, folder: Path) -> None:
+        save_model(self.engine.module.model, self.tokenizer, folder, card, writes_files=self.world.is_main)
         self.world.barrier()
 
 

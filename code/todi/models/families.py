@@ -116,4 +116,4 @@ def family_of(model_type: str, architecture: str) -> Family:
         return FAMILIES[model_type]
     records = (FAMILIES[name] for name in FAMILIES)
     return next((family for family in records if family.architecture == architecture),
-                Family(architecture=architecture, hub={}, licence="see the model's card"))
+                Family(architecture=architecture, hub={}, licence="licence on its own card"))

@@ -1,6 +1,7 @@
 """Whether a teacher and a student read text as the same token ids: distillation compares them entry by entry."""
 
 import json
+from itertools import zip_longest
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -15,9 +16,10 @@ def tokenizer_difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
     if differing:
         return f"vocabulary ({differing})"
     ours, theirs = pipeline(student), pipeline(teacher)
-    parts = [part for part in ours if ours[part] != theirs.get(part)]
+    parts = [_part_difference(part, ours[part], theirs[part]) for part in ours.keys() & theirs.keys()
+             if ours[part] != theirs[part]]
     if parts:
-        return " and ".join(parts)
+        return " and ".join(sorted(parts))
     if student.eos_token_id != teacher.eos_token_id:
         return f"EOS token (student {student.eos_token!r}, teacher {teacher.eos_token!r})"
     return None
@@ -31,6 +33,14 @@ def _vocabulary_difference(student: dict[str, int], teacher: dict[str, int]) -> 
     examples = "; ".join(f"{token!r} is {student.get(token, 'absent')} in the student and "
                          f"{teacher.get(token, 'absent')} in the teacher" for token in differing[:3])
     return f"{len(differing)} entries, the first: {examples}"
+
+
+def _part_difference(part: str, student: object, teacher: object) -> str:
+    if part != "merges":
+        return f"{part} (student {student}, teacher {teacher})"
+    pairs = enumerate(zip_longest(student or [], teacher or [], fillvalue="absent"))
+    first, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    return f"merges (the first: number {first} is {ours} in the student and {theirs} in the teacher)"
 
 
 def pipeline(tokenizer: Tokenizer) -> dict[str, object]:
