@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import TrainConfig
+from todi.data.chat import render
 from todi.data.records import Record, load_records
 from todi.engine.deepspeed_config import build_deepspeed_config
 from todi.engine.device import Precision, choose_precision
@@ -59,6 +60,9 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             _, teacher_tokenizer = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
                                                config.student.trust_remote_code, config.teacher.teacher_peft_path)
             _check_tokenizers(tokenizer, teacher_tokenizer)
+    with gathered(problems):
+        if tokenizer and train and dev:
+            train, dev = render(train, tokenizer, train_file), render(dev, tokenizer, dev_file)
     if problems:
         raise InputError(problems)
     return Inputs(family, tokenizer, precision, deepspeed_config, train, dev, train_file, dev_file)
