@@ -13,6 +13,7 @@ streams, they write different texts of about the same length, and the table give
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,13 +24,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SEEDS = (10, 20, 30, 40, 50)
 PROMPT_TOKENS, NEW_TOKENS = 256, 256
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass
 class Measured:
-    """Seconds of `seeds` seeds over all prompts, the tokens written in them, and mean ROUGE-L."""
+    """Seconds and CPU seconds of `seeds` seeds over all prompts, the tokens written in them, and mean ROUGE-L."""
 
     seconds: float
+    cpu: float
     seeds: int
     tokens: int
     rouge_l: float
@@ -38,10 +41,28 @@ class Measured:
     def seconds_for_all(self) -> float:
         return self.seconds * len(SEEDS) / self.seeds
 
+    @property
+    def cpu_for_all(self) -> float:
+        return self.cpu * len(SEEDS) / self.seeds
 
-def plain(model_path: str, data: Path, prompts: int, batch_size: int, seed: int) -> Measured:
-    """One seed of the plain loop; run in a fresh process, whose start counts too."""
-    started = time.perf_counter()
+
+class Timer:
+    """Seconds, and CPU seconds of child processes, between two points of time."""
+
+    def __init__(self):
+        self._started, self._used = time.perf_counter(), self._cpu()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._started, self._cpu() - self._used
+
+    @staticmethod
+    def _cpu() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+
+def plain(model_path: str, data: Path, prompts: int, batch_size: int, precision: str, seed: int) -> Measured:
+    """One seed of the plain loop; run in a fresh process, whose time is taken outside."""
     import torch
     from rouge_score.rouge_scorer import RougeScorer
     from torch.nn import functional
@@ -50,7 +71,7 @@ def plain(model_path: str, data: Path, prompts: int, batch_size: int, seed: int)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, DTYPES[precision])).eval()
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_length=PROMPT_TOKENS + NEW_TOKENS,
         no_repeat_ngram_size=6, return_dict_in_generate=True, output_scores=True,
@@ -69,7 +90,7 @@ def plain(model_path: str, data: Path, prompts: int, batch_size: int, seed: int)
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             scores += [max(scorer.score(text, response)["rougeL"].fmeasure for text in several(record["output"]))
                        for record, response in zip(batch, texts, strict=True)]
-    return Measured(time.perf_counter() - started, 1, tokens, 100 * sum(scores) / len(scores))
+    return Measured(0, 0, 1, tokens, 100 * sum(scores) / len(scores))
 
 
 def with_responses(asked, responses: list[str], tokenizer):
@@ -97,12 +118,12 @@ def ours(model_path: str, data: Path, prompts: int, batch_size: int, precision: 
                    "--data-dir", f"{temporary}/data", "--sets", "set", "--seeds", *map(str, SEEDS),
                    "--limit", str(prompts), "--batch-size", str(batch_size), "--precision", precision,
                    "--max-length", str(PROMPT_TOKENS + NEW_TOKENS), "--max-prompt-length", str(PROMPT_TOKENS)]
-        started = time.perf_counter()
+        timer = Timer()
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "code")})
-        seconds = time.perf_counter() - started
+        seconds, cpu = timer.read()
         summary = json.loads((Path(temporary) / "eval" / "results.json").read_text())["sets"]["set"]
     tokens = round(summary["response_tokens"] * prompts * len(SEEDS))
-    return Measured(seconds, len(SEEDS), tokens, summary["rouge_l"])
+    return Measured(seconds, cpu, len(SEEDS), tokens, summary["rouge_l"])
 
 
 def read_records(data: Path, limit: int) -> list[dict]:
@@ -121,28 +142,29 @@ def first(output: str | list[str]) -> str:
     return several(output)[0]
 
 
-def plain_in_processes(options: argparse.Namespace) -> Measured:
+def plain_in_processes(options: argparse.Namespace, precision: str) -> Measured:
     """The plain loop over the first `options.plain_seeds` seeds, each in a process of its own as published."""
-    total = Measured(0, 0, 0, 0)
+    total = Measured(0, 0, 0, 0, 0)
     for seed in SEEDS[:options.plain_seeds]:
-        started = time.perf_counter()
-        answer = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one-plain-seed", str(seed)], check=True,
-                                stdout=subprocess.PIPE)
-        seconds = time.perf_counter() - started
+        command = [sys.executable, __file__, *sys.argv[1:], "--one-plain-seed", precision, str(seed)]
+        timer = Timer()
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        seconds, cpu = timer.read()
         part = Measured(**json.loads(answer.stdout.splitlines()[-1]))
-        total = Measured(total.seconds + seconds, total.seeds + 1, total.tokens + part.tokens,
+        total = Measured(total.seconds + seconds, total.cpu + cpu, total.seeds + 1, total.tokens + part.tokens,
                          total.rouge_l + (part.rouge_l - total.rouge_l) / (total.seeds + 1))
     return total
 
 
 def table(rows: dict[str, Measured]) -> str:
     """Markdown; the first row is what the others are compared to."""
-    base = next(iter(rows.values())).seconds_for_all
-    lines = [f"| | seeds run | measured | {len(SEEDS)} seeds | tokens a response | ROUGE-L | faster |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    base = next(iter(rows.values()))
+    lines = [f"| | seeds run | measured | {len(SEEDS)} seeds | faster | CPU time of {len(SEEDS)} | less | "
+             "tokens a response | ROUGE-L |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {row.seeds} | {row.seconds:.0f} s | {row.seconds_for_all:.0f} s | {row.tokens:.0f} | "
-                     f"{row.rouge_l:.1f} | {base / row.seconds_for_all:.1f} × |")
+        lines.append(f"| {name} | {row.seeds} | {row.seconds:.0f} s | {row.seconds_for_all:.0f} s | "
+                     f"{base.seconds_for_all / row.seconds_for_all:.1f} × | {row.cpu_for_all:.0f} s | "
+                     f"{base.cpu_for_all / row.cpu_for_all:.1f} × | {row.tokens:.0f} | {row.rouge_l:.1f} |")
     return "\n".join(lines)
 
 
@@ -152,19 +174,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo" / "valid.jsonl", help="a JSON-lines file")
     parser.add_argument("--prompts", type=int, default=32, help="how many of its records")
     parser.add_argument("--plain-batch-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=80, help="responses written together by todi")
-    parser.add_argument("--plain-seeds", type=int, default=1, choices=range(len(SEEDS) + 1),
-                        help="seeds that the plain loop is run for; its time is scaled to all; 0 leaves it out")
-    parser.add_argument("--precisions", nargs="*", default=["auto", "fp32"], help="of todi; the plain loop has fp32")
-    parser.add_argument("--one-plain-seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, default=160, help="responses written together by todi")
+    parser.add_argument("--plain-seeds", type=int, default=1, choices=range(1, len(SEEDS) + 1),
+                        help="seeds that the plain loop is run for; its time is scaled to all")
+    parser.add_argument("--plain-precisions", nargs="*", default=["fp32"], choices=list(DTYPES),
+                        help="of the plain loop; none leaves it out")
+    parser.add_argument("--precisions", nargs="*", default=["auto", "fp32"], help="of todi")
+    parser.add_argument("--one-plain-seed", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one_plain_seed is not None:
-        measured = plain(options.model, options.data, options.prompts, options.plain_batch_size, options.one_plain_seed)
+    if options.one_plain_seed:
+        precision, seed = options.one_plain_seed
+        measured = plain(options.model, options.data, options.prompts, options.plain_batch_size, precision, int(seed))
         print(json.dumps(vars(measured)))
         return
     rows = {}
-    if options.plain_seeds:
-        rows["plain loop, fp32"] = plain_in_processes(options)
+    for precision in options.plain_precisions:
+        rows[f"plain loop, {precision}"] = plain_in_processes(options, precision)
     for precision in options.precisions:
         rows[f"todi.evaluate, {precision}"] = ours(options.model, options.data, options.prompts, options.batch_size,
                                                    precision)

@@ -1,10 +1,12 @@
 """Fixtures that several files share."""
 
+import json
 from pathlib import Path
 
 import pytest
 from launching import Workshop
 from stopping import resumable
+from tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +39,22 @@ def filled(lesson, tmp_path, small_shards) -> Path:
 
     fill_cache(lesson, tmp_path / "cache", ALONE, CPU)
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return tiny_model(folder, "llama", vocab=len(tiny_tokenizer(folder)))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder with two sets of 3 and 2 records."""
+    for name, count in (("dolly", 3), ("sinst/11_", 2)):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        records = [{"prompt": f"Write the number {index}." * (index + 1), "output": ["The number", f"{index}"]}
+                   for index in range(count)]
+        (folder / "valid.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path / "data"

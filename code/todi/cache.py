@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from todi.config import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, TeacherConfig
+from todi.data.chat import render
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
 from todi.engine.cache.building import BATCH_TOKENS, batch_rows, batches
@@ -141,8 +142,8 @@ def read_lesson(config: CacheConfig, device: torch.device) -> Lesson:
                            config.trust_remote_code)
     if problems:
         raise InputError(problems)
-    examples = encode_examples(records, model.tokenizer, model.family, config.data.max_length,
-                               config.data.max_prompt_length)
+    examples = encode_examples(render(records, model.tokenizer, train_file), model.tokenizer, model.family,
+                               config.data.max_length, config.data.max_prompt_length)
     return Lesson(config.teacher, config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype),
                   model.tokenizer, examples, train_file, config.trust_remote_code)
 

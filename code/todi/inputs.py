@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import TrainConfig
+from todi.data.chat import render
 from todi.data.records import Record, load_records
 from todi.engine.deepspeed_config import build_deepspeed_config
 from todi.engine.device import Precision, choose_precision
@@ -78,6 +79,9 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     if student and teacher:
         with gathered(problems):
             _check_tokenizers(student.tokenizer, teacher.tokenizer)
+    with gathered(problems):
+        if student and train and dev:
+            train, dev = render(train, student.tokenizer, train_file), render(dev, student.tokenizer, dev_file)
     if problems:
         raise InputError(problems)
     return Inputs(student, teacher, deepspeed_config, train, dev, train_file, dev_file)

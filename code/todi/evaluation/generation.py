@@ -1,21 +1,27 @@
-"""Decoding responses in batches: one prefill for equal prompts, a KV cache, finished rows dropped at once.
+"""Decoding responses in batches: one prefill for equal prompts, a KV cache, finished rows dropped.
 
     keys = [stream_key("dolly", seed, example) for example in range(len(prompts))]
     responses = generate(model, prompts, keys, decoding=Decoding(), eos_ids={2}, pad_id=2, batch_size=16)
 """
 
-import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.data.records import Record
+from todi.data.tokenize import end_id
 from todi.evaluation.beam import beam_search
+from todi.evaluation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
+from todi.evaluation.continuation import Continuation, base_model
 from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
+
+# Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping computes in vain.
+_WORTH_DROPPING = 0.9
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,11 @@ class Response:
     cut: bool
 
 
-def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every token that ends a response: the tokenizer's EOS and those of the model's generation settings."""
+def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, records: Iterable[Record]) -> frozenset[int]:
+    """Every token that ends a response: the tokenizer's EOS, that of `records`, and the generation settings'."""
     theirs = model.generation_config.eos_token_id
-    return frozenset([tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])]) - {None}
+    ends = {end_id(record, tokenizer) for record in records}
+    return frozenset([tokenizer.eos_token_id, *ends, *(theirs if isinstance(theirs, list) else [theirs])]) - {None}
 
 
 def to_texts(responses: Sequence[Response], tokenizer: Tokenizer) -> list[str]:
@@ -104,8 +111,9 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
         if decoding.num_beams > 1:
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
-            for start in range(0, len(order), batch_size):
-                _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
+            with attention_over_blocks(base_model(model)):
+                for start in range(0, len(order), batch_size):
+                    _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
     finally:
         model.train(was_training)
     return [Response(row.written, cut=not row.ended) for row in rows]
@@ -119,13 +127,18 @@ class _Row:
     written: list[int] = field(default_factory=list)
     ended: bool = False
 
-    def take(self, token: int, eos_ids: Collection[int]) -> bool:
-        """Adds a token; returns whether the row wants another one."""
+    @property
+    def finished(self) -> bool:
+        return self.ended or len(self.written) == self.limit
+
+    def take(self, token: int, eos_ids: Collection[int]) -> None:
+        """Adds a token, unless the row is finished."""
+        if self.finished:
+            return
         if token in eos_ids:
             self.ended = True
-            return False
-        self.written.append(token)
-        return len(self.written) < self.limit
+        else:
+            self.written.append(token)
 
 
 def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
@@ -136,28 +149,30 @@ def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids:
                         eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size, progress=progress)
     for row, tokens in zip(rows, found, strict=True):
         for token in tokens:
-            if not row.take(token, eos_ids):
-                break
+            row.take(token, eos_ids)
 
 
 def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],
                   pad_id: int, progress: Callable[[int], object]) -> None:
     """Writes all of `rows` to their ends."""
-    text = _Continuation(model, [row.prompt for row in rows], pad_id)
+    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
+    text = continuation(model, [row.prompt for row in rows], pad_id, decoding.max_length)
     ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
     steps = max(row.limit for row in rows)
     numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
-    live = list(rows)
+    live, unfinished = list(rows), len(rows)
     for step in range(steps):
         tokens = _choose(ban(text.logits), decoding, None if numbers is None else numbers[:, step])
         ids = tokens.tolist()
         ban.append(ids)
-        going = [place for place, (row, token) in enumerate(zip(live, ids, strict=True))
-                 if row.take(token, eos_ids)]
-        if len(going) < len(live):
-            progress(len(live) - len(going))
-            if not going:
-                return
+        for row, token in zip(live, ids, strict=True):
+            row.take(token, eos_ids)
+        going = [place for place, row in enumerate(live) if not row.finished]
+        progress(unfinished - len(going))
+        unfinished = len(going)
+        if not going:
+            return
+        if len(going) <= _WORTH_DROPPING * len(live):
             live, tokens = [live[place] for place in going], tokens[going]
             numbers = None if numbers is None else numbers[going]
             text.keep(going)
@@ -176,60 +191,3 @@ def _choose(logits: Tensor, decoding: Decoding, numbers: Tensor | None) -> Tenso
     probabilities = next_token_probabilities(logits, decoding.temperature, decoding.top_k, decoding.top_p)
     return draw(probabilities, numbers)
 
-
-class _Continuation:
-    """The live rows of a batch, left-padded, with their KV cache.
-
-    Attributes:
-        logits: (B, V) of the next token of each row.
-    """
-
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int):
-        self._model = model
-        self._device = next(model.parameters()).device
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._cache = DynamicCache(config=base.config)
-        self._options = self._forward_options(base)
-        distinct = list(dict.fromkeys(prompts))
-        ids, self._mask = (tensor.to(self._device) for tensor in _left_padded(distinct, pad_id))
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self.logits = self._forward(ids, positions)
-        self._positions = positions[:, -1:]
-        if len(distinct) < len(prompts):
-            place = {prompt: place for place, prompt in enumerate(distinct)}
-            self.keep([place[prompt] for prompt in prompts])
-
-    def _forward_options(self, base: nn.Module) -> dict[str, object]:
-        parameters = inspect.signature(base.forward).parameters
-        # transformers renamed it between 5.17 and 5.24; models that bring their own code keep the old name.
-        cache = "cache" if "cache" in parameters else "past_key_values"
-        options: dict[str, object] = {cache: self._cache, "use_cache": True}
-        if "logits_to_keep" in parameters:
-            options["logits_to_keep"] = 1  # of a prompt, only the last position goes through the head
-        return options
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self._model(input_ids=ids, attention_mask=self._mask, position_ids=positions,
-                           **self._options).logits[:, -1]
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Goes on with the rows at `places`; one may come several times."""
-        index = torch.tensor(places, device=self._device)
-        self._cache.reorder_cache(index)  # selects by index for every kind of layer, sliding windows included
-        self._mask = self._mask[index]
-        self._positions = self._positions[index]
-        self.logits = self.logits[index]
-
-    def extend(self, tokens: Tensor) -> None:
-        """Appends a token (B,) to each row and computes the logits of the one after it."""
-        self._positions = self._positions + 1
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        self.logits = self._forward(tokens[:, None], self._positions)
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (B, T); every row's last token is in the last column."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import PRECISIONS
+from todi.data.chat import render
 from todi.data.records import Record, load_records
 from todi.engine.device import Precision, choose_precision
 from todi.evaluation.generation import Decoding
@@ -132,6 +133,10 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
             check_positions(model_config, config.max_length, model_path)
     with gathered(problems):
         sets = _read_sets(Path(config.data_dir), list(filter(is_set_name, config.sets)), config.limit)
+    if tokenizer and sets:
+        for name, records in sets.items():
+            with gathered(problems):
+                sets[name] = render(records, tokenizer, Path(config.data_dir) / name)
     if problems:
         raise InputError(problems)
     return Inputs(model_path, family, tokenizer, precision, sets)

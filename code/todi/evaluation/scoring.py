@@ -1,6 +1,6 @@
 """From the records of a set to scored responses, over one or several ranks."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,14 @@ from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.engine.distributed import World
-from todi.evaluation.generation import Decoding, Response, generate, stop_ids, to_texts
+from todi.evaluation.generation import Decoding, Response, generate, to_texts
 from todi.evaluation.results import Generation
 from todi.evaluation.rouge import exact_match, rouge_l
 from todi.evaluation.sampling import stream_key
 from todi.evaluation.store import Row
 from todi.models.loading import backbone_and_head
+
+_LOSS_BATCH = 8  # whole samples at a time; more of them bring more padding, and work enough is in these
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Writer:
     world: World
 
     def rounds(self, set_name: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], written: Container[Row],
-               progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
+               eos_ids: Collection[int], progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
         """Writes a response to each prompt with each seed, but for those that are `written`.
 
         In a round each rank has a batch, of prompts of about the same length, so that the ranks finish together.
@@ -55,16 +57,16 @@ class Writer:
         for start in range(0, len(rows), size):
             rest = [row for row in rows[start:start + size] if row not in written]
             if rest:
-                yield self._round(set_name, prompts, rest, progress)
+                yield self._round(set_name, prompts, rest, eos_ids, progress)
 
     def _round(self, set_name: str, prompts: Sequence[Sequence[int]], rows: Sequence[Row],
-               progress: Callable[[int], object]) -> dict[Row, Response]:
+               eos_ids: Collection[int], progress: Callable[[int], object]) -> dict[Row, Response]:
         rank, ranks = self.world.rank, self.world.size
         mine = rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
         responses = generate(self.model, [prompts[index] for _, index in mine],
                              [stream_key(set_name, seed, index) for seed, index in mine], decoding=self.decoding,
-                             eos_ids=stop_ids(self.model, self.tokenizer), pad_id=self.tokenizer.pad_token_id,
-                             batch_size=self.batch_size, progress=progress)
+                             eos_ids=eos_ids, pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size,
+                             progress=progress)
         everyone = self.world.gather(list(zip(mine, responses, strict=True)))
         progress(len(rows) - len(mine))
         return {row: response for part in everyone for row, response in part}
@@ -74,9 +76,10 @@ class Writer:
         """Mean cross-entropy over the response tokens of all `examples`."""
         backbone, head = backbone_and_head(self.model)
         order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+        size = min(self.batch_size, _LOSS_BATCH) * self.world.size
         sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(order), self.batch_size * self.world.size):
-            mine = order[start:start + self.batch_size * self.world.size][self.world.rank::self.world.size]
+        for start in range(0, len(order), size):
+            mine = order[start:start + size][self.world.rank::self.world.size]
             batch = collate(examples, mine, self.tokenizer.pad_token_id).to(self.model.device)
             hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             rows = hidden.last_hidden_state.flatten(0, 1)[batch.rows]
