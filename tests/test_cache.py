@@ -187,7 +187,9 @@ class TestFingerprint:
 
 class TestAuto:
     def test_a_single_pass_is_live_and_reads_no_weights(self, lesson, monkeypatch, todi_log):
+        lesson = dataclasses.replace(lesson)  # without a fingerprint that is remembered
         monkeypatch.setattr(teachers, "weights_checksum", None)
+        assert choose(lesson, "off") is None
         assert choose(lesson, "auto", passes=1.0) is None
         assert any("none, each sample is seen once: " in line and "min to fill" in line for line in todi_log)
 

@@ -112,7 +112,7 @@ class TestLaunchers:
             (again.checkpoint / "model.safetensors").read_bytes()
         assert "M parameters" in first.output.split("student")[0]
         assert f"teacher {settings['TEACHER_MODEL_PATH']}" not in again.output
-        assert "its weights are not loaded" in again.output
+        assert "its weights are not in memory" in again.output
         deciding = json.loads((again.folder / "args.json").read_text())["deciding"]
         assert deciding["teacher"] == "cached in fp32"
 

@@ -128,10 +128,12 @@ def choose_cache(lesson: Lesson, mode: str, *, passes: float, ranks: int, device
         InputError: there is a cache of something else in the folder; says what differs.
         CorruptCache: its description is damaged.
     """
+    if mode == "off":
+        return None
     if mode == "auto":
         folder = _choose_automatically(lesson, passes, ranks, device, earlier)
     else:
-        folder = {"off": None, "on": lesson.shared_folder}[mode] if mode in ("off", "on") else Path(mode)
+        folder = lesson.shared_folder if mode == "on" else Path(mode)
     if folder and (folder / "cache.json").is_file():
         check_match(CacheStore(folder), lesson)
     return folder
@@ -160,8 +162,8 @@ def open_teacher(lesson: Lesson, cache: Path | None, world: World, device: torch
         return LiveTeacher(load_teacher(lesson, device))
     fill_cache(lesson, cache, world, device)
     store = CacheStore(cache)
-    logger.info("teacher: read from %s, %.2f GB in %s; its weights are not loaded", cache, lesson.layout.bytes / 1e9,
-                store.dtype)
+    logger.info("teacher: read from %s (%.3g GB in %s); its weights are not in memory", cache,
+                lesson.layout.bytes / 1e9, name_of(store.dtype))
     return CachedTeacher(store, device)
 
 
@@ -185,7 +187,7 @@ def fill_cache(lesson: Lesson, folder: Path, world: World, device: torch.device)
             check_match(store, lesson)
             store.sweep()
         world.barrier()
-        logger.info("filling the teacher cache %s: %d of %d shards, %.2f GB in all", folder, len(store.missing()),
+        logger.info("filling the teacher cache %s: %d of %d shards, %.3g GB in all", folder, len(store.missing()),
                     len(store.shards), lesson.layout.bytes / 1e9)
         fill(store, teacher, lesson.examples, lesson.tokenizer.pad_token_id, world, device)
     del teacher
