@@ -21,11 +21,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from loss import Inputs, plain
+from loss import Inputs, in_fresh_process, plain
 
 try:
     import todi  # noqa: F401
@@ -139,11 +138,6 @@ class Workplace:
         """ToDi from the live teacher, or from its cache."""
         cache = str(self.cache(precision)) if cached else "off"
         return self.train(precision, "--teacher-model-path", self.model, "--teacher-cache", cache)
-
-
-def in_fresh_process(function, *args):
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
 
 
 def main() -> None:
