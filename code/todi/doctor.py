@@ -103,7 +103,7 @@ def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, example
                                  student.width)
     return peak(state, forward=max(student.activations + loss, generation),
                 accumulates=optim.gradient_accumulation_steps > 1, teacher=teacher,
-                base=resident_bytes() if device.type == "cpu" else 0)
+                base=resident_bytes() if device.type == "cpu" else 0, keeps_freed=device.type == "cpu")
 
 
 def _student_shape(config: StudentConfig, inputs: ModelInputs, samples: int, length: int,
