@@ -141,7 +141,8 @@ class TestReport:
 
     def test_everything_that_does_not_fit_is_said_at_once(self, settings, workshop, tmp_path):
         other = workshop.model("doctor teacher", family="llama", hidden=48, vocab=320)
-        add_lora(load_model(str(other), torch.float32, CPU), FAMILIES["tinyllama"], 4, 8, 0.1).save_pretrained(tmp_path)
+        adapted = add_lora(load_model(str(other), torch.float32, CPU), FAMILIES["tinyllama"], 4, 8, 0.1)
+        adapted.save_pretrained(tmp_path)
         tiny_model(tmp_path / "short", "llama", vocab=100)
         tiny_tokenizer(tmp_path / "short")
         words = dict(zip(settings[::2], settings[1::2], strict=True)) | {
