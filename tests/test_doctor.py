@@ -9,7 +9,7 @@ from todi.data.tokenize import encode_examples
 from todi.doctor import examine
 from todi.engine import memory
 from todi.engine.distributed import World
-from todi.engine.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, training_state
+from todi.engine.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, peak_on_cpu, training_state
 from todi.inputs import read_inputs
 from todi.models.families import FAMILIES
 from todi.models.loading import add_lora, backbone_and_head, empty_model, load_config, load_model
@@ -41,13 +41,17 @@ def test_an_adapter_has_gradients_and_moments_of_its_own_weights_alone():
 
 def test_the_fuller_moment_counts():
     state = State(weights=10, gradients=20, optimizer=30, step=40)
-    fixed = {"teacher": 5, "base": 1, "keeps_freed": False}
+    fixed = {"teacher": 5, "base": 1}
     long = peak(state, forward=100, accumulates=True, **fixed)
     assert long == Memory(base=1, teacher=5, weights=10, gradients=20, optimizer=30, working=100)
     assert peak(state, forward=100, accumulates=False, **fixed).total == long.total - 20
     assert peak(state, forward=50, accumulates=False, **fixed).total == 6 + 10 + 20 + 30 + 40
-    on_a_cpu = peak(state, forward=100, accumulates=False, **fixed | {"keeps_freed": True})
-    assert on_a_cpu.total == 6 + 10 + 20 + 30 + 40 + 125
+
+
+def test_on_a_cpu_both_moments_add_up_and_leave_something_behind():
+    state = State(weights=10, gradients=20, optimizer=30, step=40)
+    for width, left_behind in ((4, 25), (2, 75)):
+        assert peak_on_cpu(state, forward=100, width=width, teacher=5, base=1).total == 206 + left_behind
 
 
 def test_keys_and_values(tmp_path):
@@ -151,7 +155,8 @@ class TestReport:
         with pytest.raises(InputError) as caught:
             self.examine([word for pair in words.items() for word in pair])
         said = "\n".join(caught.value.problems)
-        for problem in ("unknown model family 'lama'", f"the LoRA adapter at {tmp_path} was made for another model than",
+        for problem in ("unknown model family 'lama'",
+                        f"the LoRA adapter at {tmp_path} was made for another model than",
                         f"{tmp_path / 'short'} has 100 vocabulary entries, but its tokenizer has",
                         f"--max-length is 600, but {tmp_path / 'short'} has 512 positions"):
             assert problem in said

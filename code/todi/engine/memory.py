@@ -15,6 +15,9 @@ from todi.models.loading import backbone_and_head
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it reports is dealt with here
 
 _FP32, _ADAM = 4, 8  # bytes of a number, and of Adam's two moments of it
+# Batches of many lengths leave holes in the heap of a CPU process: measured, as a share of activations and loss, by
+# bytes of a number (benchmarks/README.md).
+_LEFT_BEHIND = {4: 0.25, 2: 0.75}
 
 
 @dataclass(frozen=True)
@@ -129,21 +132,27 @@ def training_state(shape: Shape, stage: int, ranks: int) -> State:
     return State(weights, gradients // (ranks if stage >= 2 else 1), optimizer, step)
 
 
-def peak(state: State, *, forward: int, accumulates: bool, teacher: int, base: int, keeps_freed: bool) -> Memory:
-    """The fuller of two moments: the end of the forward, and the optimizer's step.
+def peak(state: State, *, forward: int, accumulates: bool, teacher: int, base: int) -> Memory:
+    """The fuller of two moments on a GPU: the end of the forward, and the optimizer's step.
 
     Args:
         forward: bytes of activations and loss.
         accumulates: gradients of earlier micro-batches are there while a later one is in its forward.
-        keeps_freed: the allocator hands freed blocks neither back nor out whole, as that of C on a CPU. Then both
-            moments add up, and a forward leaves a quarter more behind than it needed (benchmarks/README.md).
     """
-    if keeps_freed:
-        return Memory(base, teacher, state.weights, state.gradients, state.optimizer, forward * 5 // 4 + state.step)
     gradients = state.gradients if accumulates else 0
     if forward + gradients >= state.step + state.gradients:
         return Memory(base, teacher, state.weights, gradients, state.optimizer, forward)
     return Memory(base, teacher, state.weights, state.gradients, state.optimizer, state.step)
+
+
+def peak_on_cpu(state: State, *, forward: int, width: int, teacher: int, base: int) -> Memory:
+    """The whole process on a CPU, where C's allocator keeps what was freed, so that both moments add up.
+
+    Args:
+        width: bytes of a number of the student.
+    """
+    left_behind = round(forward * _LEFT_BEHIND[width])
+    return Memory(base, teacher, state.weights, state.gradients, state.optimizer, forward + left_behind + state.step)
 
 
 def cache_bytes(config: PretrainedConfig, samples: int, length: int, width: int) -> int:
