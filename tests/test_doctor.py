@@ -3,13 +3,13 @@
 import pytest
 import torch
 from launching import run
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from todi.config import TrainConfig
 from todi.data.tokenize import encode_examples
 from todi.doctor import examine
 from todi.engine import memory
 from todi.engine.distributed import World
-from todi.engine.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, training_state
+from todi.engine.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, peak_on_cpu, training_state
 from todi.inputs import read_inputs
 from todi.models.families import FAMILIES
 from todi.models.loading import add_lora, backbone_and_head, empty_model, load_config, load_model
@@ -41,10 +41,17 @@ def test_an_adapter_has_gradients_and_moments_of_its_own_weights_alone():
 
 def test_the_fuller_moment_counts():
     state = State(weights=10, gradients=20, optimizer=30, step=40)
-    long = peak(state, forward=100, accumulates=True, teacher=5, base=1)
+    fixed = {"teacher": 5, "base": 1}
+    long = peak(state, forward=100, accumulates=True, **fixed)
     assert long == Memory(base=1, teacher=5, weights=10, gradients=20, optimizer=30, working=100)
-    assert peak(state, forward=100, accumulates=False, teacher=5, base=1).total == long.total - 20
-    assert peak(state, forward=50, accumulates=False, teacher=0, base=0).total == 10 + 20 + 30 + 40
+    assert peak(state, forward=100, accumulates=False, **fixed).total == long.total - 20
+    assert peak(state, forward=50, accumulates=False, **fixed).total == 6 + 10 + 20 + 30 + 40
+
+
+def test_on_a_cpu_both_moments_add_up_and_leave_something_behind():
+    state = State(weights=10, gradients=20, optimizer=30, step=40)
+    for width, left_behind in ((4, 25), (2, 75)):
+        assert peak_on_cpu(state, forward=100, width=width, teacher=5, base=1).total == 206 + left_behind
 
 
 def test_keys_and_values(tmp_path):
@@ -135,6 +142,24 @@ class TestReport:
         with pytest.raises(InputError, match="--teacher-dtype fp16 does not train on a CPU"):
             self.examine([*settings, "--teacher-dtype", "fp16"])
         assert self.examine([*settings, "--teacher-dtype", "bf16"]).warnings == []
+
+    def test_everything_that_does_not_fit_is_said_at_once(self, settings, workshop, tmp_path):
+        other = workshop.model("doctor teacher", family="llama", hidden=48, vocab=320)
+        adapted = add_lora(load_model(str(other), torch.float32, CPU), FAMILIES["tinyllama"], 4, 8, 0.1)
+        adapted.save_pretrained(tmp_path)
+        tiny_model(tmp_path / "short", "llama", vocab=100)
+        tiny_tokenizer(tmp_path / "short")
+        words = dict(zip(settings[::2], settings[1::2], strict=True)) | {
+            "--teacher-model-path": str(tmp_path / "short"), "--peft": "lora", "--peft-path": str(tmp_path),
+            "--model-type": "lama", "--max-length": "600"}
+        with pytest.raises(InputError) as caught:
+            self.examine([word for pair in words.items() for word in pair])
+        said = "\n".join(caught.value.problems)
+        for problem in ("unknown model family 'lama'",
+                        f"the LoRA adapter at {tmp_path} was made for another model than",
+                        f"{tmp_path / 'short'} has 100 vocabulary entries, but its tokenizer has",
+                        f"--max-length is 600, but {tmp_path / 'short'} has 512 positions"):
+            assert problem in said
 
     def test_by_the_launcher(self, settings, workshop, tmp_path):
         done = run("smollm2/vanilla_kd_smollm2", DOCTOR=1, NPROC=2, SAVE_DIR=tmp_path / "run", PEFT="lora",

@@ -28,6 +28,7 @@ from todi.engine.memory import (
     cache_bytes,
     measure_shape,
     peak,
+    peak_on_cpu,
     resident_bytes,
     training_state,
 )
@@ -106,9 +107,10 @@ def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, example
     if config.run.eval_gen:
         generation = cache_bytes(inputs.student.config, config.run.eval_batch_size, config.data.max_length,
                                  student.width)
-    return peak(state, forward=max(student.activations + loss, generation),
-                accumulates=optim.gradient_accumulation_steps > 1, teacher=teacher,
-                base=resident_bytes() if device.type == "cpu" else 0)
+    forward = max(student.activations + loss, generation)
+    if device.type == "cpu":
+        return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
+    return peak(state, forward=forward, accumulates=optim.gradient_accumulation_steps > 1, teacher=teacher, base=0)
 
 
 def _student_shape(config: StudentConfig, inputs: ModelInputs, samples: int, length: int,
