@@ -1,4 +1,4 @@
-"""Decoding responses in batches: one prefill for equal prompts, a KV cache, finished rows dropped at once.
+"""Decoding responses in batches: one prefill for equal prompts, a KV cache, finished rows dropped.
 
     keys = [stream_key("dolly", seed, example) for example in range(len(prompts))]
     responses = generate(model, prompts, keys, decoding=Decoding(), eos_ids={2}, pad_id=2, batch_size=16)
@@ -15,7 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.evaluation.beam import beam_search
+from todi.evaluation.blocks import BlockCache, attention_over_blocks, can_use_blocks
 from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
+
+# Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping them computes in vain.
+_WORTH_DROPPING = 0.9
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,9 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
         if decoding.num_beams > 1:
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
-            for start in range(0, len(order), batch_size):
-                _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
+            with attention_over_blocks(_base(model)):
+                for start in range(0, len(order), batch_size):
+                    _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
     finally:
         model.train(was_training)
     return [Response(row.written, cut=not row.ended) for row in rows]
@@ -119,13 +124,21 @@ class _Row:
     written: list[int] = field(default_factory=list)
     ended: bool = False
 
-    def take(self, token: int, eos_ids: Collection[int]) -> bool:
-        """Adds a token; returns whether the row wants another one."""
+    @property
+    def finished(self) -> bool:
+        return self.ended or len(self.written) == self.limit
+
+    def take(self, token: int, eos_ids: Collection[int]) -> None:
+        """Adds a token, unless the row is finished."""
         if token in eos_ids:
-            self.ended = True
-            return False
-        self.written.append(token)
-        return len(self.written) < self.limit
+            self.ended = self.ended or not self.finished
+        elif not self.finished:
+            self.written.append(token)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model inside a LoRA wrapping."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
@@ -136,28 +149,29 @@ def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids:
                         eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size, progress=progress)
     for row, tokens in zip(rows, found, strict=True):
         for token in tokens:
-            if not row.take(token, eos_ids):
-                break
+            row.take(token, eos_ids)
 
 
 def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],
                   pad_id: int, progress: Callable[[int], object]) -> None:
     """Writes all of `rows` to their ends."""
-    text = _Continuation(model, [row.prompt for row in rows], pad_id)
+    text = _Continuation(model, [row.prompt for row in rows], pad_id, decoding.max_length)
     ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
     steps = max(row.limit for row in rows)
     numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
-    live = list(rows)
+    live, unfinished = list(rows), len(rows)
     for step in range(steps):
         tokens = _choose(ban(text.logits), decoding, None if numbers is None else numbers[:, step])
         ids = tokens.tolist()
         ban.append(ids)
-        going = [place for place, (row, token) in enumerate(zip(live, ids, strict=True))
-                 if row.take(token, eos_ids)]
-        if len(going) < len(live):
-            progress(len(live) - len(going))
-            if not going:
-                return
+        for row, token in zip(live, ids, strict=True):
+            row.take(token, eos_ids)
+        going = [place for place, row in enumerate(live) if not row.finished]
+        progress(unfinished - len(going))
+        unfinished = len(going)
+        if not going:
+            return
+        if len(going) <= _WORTH_DROPPING * len(live):
             live, tokens = [live[place] for place in going], tokens[going]
             numbers = None if numbers is None else numbers[going]
             text.keep(going)
@@ -184,11 +198,13 @@ class _Continuation:
         logits: (B, V) of the next token of each row.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int):
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int, max_length: int):
         self._model = model
         self._device = next(model.parameters()).device
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._cache = DynamicCache(config=base.config)
+        self._last_position = max_length - 1
+        base = _base(model)
+        self._in_blocks = can_use_blocks(base)
+        self._cache = BlockCache(base.config) if self._in_blocks else DynamicCache(config=base.config)
         self._options = self._forward_options(base)
         distinct = list(dict.fromkeys(prompts))
         ids, self._mask = (tensor.to(self._device) for tensor in _left_padded(distinct, pad_id))
@@ -198,6 +214,9 @@ class _Continuation:
         if len(distinct) < len(prompts):
             place = {prompt: place for place, prompt in enumerate(distinct)}
             self.keep([place[prompt] for prompt in prompts])
+        if self._in_blocks:
+            self._cache.split([ids.shape[1] - len(prompt) for prompt in prompts])
+            self._options["blocks"] = self._cache
 
     def _forward_options(self, base: nn.Module) -> dict[str, object]:
         parameters = inspect.signature(base.forward).parameters
@@ -213,7 +232,7 @@ class _Continuation:
                            **self._options).logits[:, -1]
 
     def keep(self, places: Sequence[int]) -> None:
-        """Goes on with the rows at `places`; one may come several times."""
+        """Goes on with the rows at `places`, in ascending order; one may come several times."""
         index = torch.tensor(places, device=self._device)
         self._cache.reorder_cache(index)  # selects by index for every kind of layer, sliding windows included
         self._mask = self._mask[index]
@@ -222,8 +241,11 @@ class _Continuation:
 
     def extend(self, tokens: Tensor) -> None:
         """Appends a token (B,) to each row and computes the logits of the one after it."""
-        self._positions = self._positions + 1
+        # A finished row that is not dropped yet may run over the end of its positions; nobody reads it.
+        self._positions = (self._positions + 1).clamp(max=self._last_position)
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        if self._in_blocks:
+            self._cache.add_column()
         self.logits = self._forward(tokens[:, None], self._positions)
 
 

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Entries of the vocabulary whose mass is summed in one go before a tree is built, which reads all of it once only.
+_LEAVES = 256
+
 
 def stream_key(*parts: str | int) -> int:
     """A stable 128-bit name for the random stream of, say, (set, seed, example)."""
@@ -41,24 +44,35 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (B,) token ids; never one of zero probability.
     """
-    levels = _mass_tree(probabilities)
-    node = torch.zeros(len(probabilities), 1, dtype=torch.long, device=probabilities.device)
-    for masses, uniform in zip(reversed(levels), uniforms.unbind(1), strict=True):
-        half = masses.shape[1] // 2
-        left, right = masses.gather(1, node), masses.gather(1, node + half)
+    size = min(_LEAVES, 1 << (probabilities.shape[1] - 1).bit_length())
+    if probabilities.shape[1] % size:
+        probabilities = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[1] % size))
+    groups = probabilities.unflatten(1, (-1, size))
+    levels = groups.shape[1] - 1
+    group = _descend(groups.sum(2), uniforms[:, :levels.bit_length()])
+    leaves = groups[torch.arange(len(groups), device=group.device), group]
+    return group * size + _descend(leaves, uniforms[:, levels.bit_length():])
+
+
+def _descend(masses: Tensor, uniforms: Tensor) -> Tensor:
+    """The leaf (B,) under a binary tree of the masses (B, n), by one number (B, levels) a level."""
+    levels = _mass_tree(masses)
+    node = torch.zeros(len(masses), 1, dtype=torch.long, device=masses.device)
+    for nodes, uniform in zip(reversed(levels), uniforms.unbind(1), strict=True):
+        half = nodes.shape[1] // 2
+        left, right = nodes.gather(1, node), nodes.gather(1, node + half)
         goes_right = (uniform[:, None] * (left + right) >= left) & (right > 0)
         node = torch.where(goes_right, node + half, node)
     return node.squeeze(1)
 
 
-def _mass_tree(probabilities: Tensor) -> list[Tensor]:
+def _mass_tree(masses: Tensor) -> list[Tensor]:
     """Masses of the nodes below the root, leaves first; node i of n has the children i and i + n."""
-    vocabulary = probabilities.shape[1]
-    size = 1 << (vocabulary - 1).bit_length()
-    levels = [torch.nn.functional.pad(probabilities, (0, size - vocabulary))]
+    depth = (masses.shape[1] - 1).bit_length()
+    levels = [torch.nn.functional.pad(masses, (0, (1 << depth) - masses.shape[1]))]
     while levels[-1].shape[1] > 2:
         levels.append(sum(levels[-1].chunk(2, dim=1)))
-    return levels
+    return levels[:depth]
 
 
 def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
