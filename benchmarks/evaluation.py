@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SEEDS = (10, 20, 30, 40, 50)
 PROMPT_TOKENS, NEW_TOKENS = 256, 256
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Measured:
         return self.seconds * len(SEEDS) / self.seeds
 
 
-def plain(model_path: str, data: Path, prompts: int, batch_size: int, seed: int) -> Measured:
+def plain(model_path: str, data: Path, prompts: int, batch_size: int, precision: str, seed: int) -> Measured:
     """One seed of the plain loop; run in a fresh process, whose start counts too."""
     started = time.perf_counter()
     import torch
@@ -50,7 +51,7 @@ def plain(model_path: str, data: Path, prompts: int, batch_size: int, seed: int)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, DTYPES[precision])).eval()
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_length=PROMPT_TOKENS + NEW_TOKENS,
         no_repeat_ngram_size=6, return_dict_in_generate=True, output_scores=True,
@@ -121,13 +122,13 @@ def first(output: str | list[str]) -> str:
     return several(output)[0]
 
 
-def plain_in_processes(options: argparse.Namespace) -> Measured:
+def plain_in_processes(options: argparse.Namespace, precision: str) -> Measured:
     """The plain loop over the first `options.plain_seeds` seeds, each in a process of its own as published."""
     total = Measured(0, 0, 0, 0)
     for seed in SEEDS[:options.plain_seeds]:
         started = time.perf_counter()
-        answer = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one-plain-seed", str(seed)], check=True,
-                                stdout=subprocess.PIPE)
+        command = [sys.executable, __file__, *sys.argv[1:], "--one-plain-seed", precision, str(seed)]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)
         seconds = time.perf_counter() - started
         part = Measured(**json.loads(answer.stdout.splitlines()[-1]))
         total = Measured(total.seconds + seconds, total.seeds + 1, total.tokens + part.tokens,
@@ -152,19 +153,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo" / "valid.jsonl", help="a JSON-lines file")
     parser.add_argument("--prompts", type=int, default=32, help="how many of its records")
     parser.add_argument("--plain-batch-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=80, help="responses written together by todi")
-    parser.add_argument("--plain-seeds", type=int, default=1, choices=range(len(SEEDS) + 1),
-                        help="seeds that the plain loop is run for; its time is scaled to all; 0 leaves it out")
-    parser.add_argument("--precisions", nargs="*", default=["auto", "fp32"], help="of todi; the plain loop has fp32")
-    parser.add_argument("--one-plain-seed", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, default=160, help="responses written together by todi")
+    parser.add_argument("--plain-seeds", type=int, default=1, choices=range(1, len(SEEDS) + 1),
+                        help="seeds that the plain loop is run for; its time is scaled to all")
+    parser.add_argument("--plain-precisions", nargs="*", default=["fp32"], choices=list(DTYPES),
+                        help="of the plain loop; none leaves it out")
+    parser.add_argument("--precisions", nargs="*", default=["auto", "fp32"], help="of todi")
+    parser.add_argument("--one-plain-seed", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one_plain_seed is not None:
-        measured = plain(options.model, options.data, options.prompts, options.plain_batch_size, options.one_plain_seed)
+    if options.one_plain_seed:
+        precision, seed = options.one_plain_seed
+        measured = plain(options.model, options.data, options.prompts, options.plain_batch_size, precision, int(seed))
         print(json.dumps(vars(measured)))
         return
     rows = {}
-    if options.plain_seeds:
-        rows["plain loop, fp32"] = plain_in_processes(options)
+    for precision in options.plain_precisions:
+        rows[f"plain loop, {precision}"] = plain_in_processes(options, precision)
     for precision in options.precisions:
         rows[f"todi.evaluate, {precision}"] = ours(options.model, options.data, options.prompts, options.batch_size,
                                                    precision)

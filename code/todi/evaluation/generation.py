@@ -4,21 +4,21 @@
     responses = generate(model, prompts, keys, decoding=Decoding(), eos_ids={2}, pad_id=2, batch_size=16)
 """
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.evaluation.beam import beam_search
-from todi.evaluation.blocks import BlockCache, attention_over_blocks, can_use_blocks
+from todi.evaluation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
+from todi.evaluation.continuation import Continuation, base_model
 from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
 
-# Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping them computes in vain.
+# Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping computes in vain.
 _WORTH_DROPPING = 0.9
 
 
@@ -108,7 +108,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
         if decoding.num_beams > 1:
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
-            with attention_over_blocks(_base(model)):
+            with attention_over_blocks(base_model(model)):
                 for start in range(0, len(order), batch_size):
                     _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
     finally:
@@ -130,15 +130,12 @@ class _Row:
 
     def take(self, token: int, eos_ids: Collection[int]) -> None:
         """Adds a token, unless the row is finished."""
+        if self.finished:
+            return
         if token in eos_ids:
-            self.ended = self.ended or not self.finished
-        elif not self.finished:
+            self.ended = True
+        else:
             self.written.append(token)
-
-
-def _base(model: nn.Module) -> nn.Module:
-    """The model inside a LoRA wrapping."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
@@ -155,7 +152,8 @@ def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids:
 def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],
                   pad_id: int, progress: Callable[[int], object]) -> None:
     """Writes all of `rows` to their ends."""
-    text = _Continuation(model, [row.prompt for row in rows], pad_id, decoding.max_length)
+    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
+    text = continuation(model, [row.prompt for row in rows], pad_id, decoding.max_length)
     ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
     steps = max(row.limit for row in rows)
     numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
@@ -190,68 +188,3 @@ def _choose(logits: Tensor, decoding: Decoding, numbers: Tensor | None) -> Tenso
     probabilities = next_token_probabilities(logits, decoding.temperature, decoding.top_k, decoding.top_p)
     return draw(probabilities, numbers)
 
-
-class _Continuation:
-    """The live rows of a batch, left-padded, with their KV cache.
-
-    Attributes:
-        logits: (B, V) of the next token of each row.
-    """
-
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int, max_length: int):
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._last_position = max_length - 1
-        base = _base(model)
-        self._in_blocks = can_use_blocks(base)
-        self._cache = BlockCache(base.config) if self._in_blocks else DynamicCache(config=base.config)
-        self._options = self._forward_options(base)
-        distinct = list(dict.fromkeys(prompts))
-        ids, self._mask = (tensor.to(self._device) for tensor in _left_padded(distinct, pad_id))
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self.logits = self._forward(ids, positions)
-        self._positions = positions[:, -1:]
-        if len(distinct) < len(prompts):
-            place = {prompt: place for place, prompt in enumerate(distinct)}
-            self.keep([place[prompt] for prompt in prompts])
-        if self._in_blocks:
-            self._cache.split([ids.shape[1] - len(prompt) for prompt in prompts])
-            self._options["blocks"] = self._cache
-
-    def _forward_options(self, base: nn.Module) -> dict[str, object]:
-        parameters = inspect.signature(base.forward).parameters
-        # transformers renamed it between 5.17 and 5.24; models that bring their own code keep the old name.
-        cache = "cache" if "cache" in parameters else "past_key_values"
-        options: dict[str, object] = {cache: self._cache, "use_cache": True}
-        if "logits_to_keep" in parameters:
-            options["logits_to_keep"] = 1  # of a prompt, only the last position goes through the head
-        return options
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self._model(input_ids=ids, attention_mask=self._mask, position_ids=positions,
-                           **self._options).logits[:, -1]
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Goes on with the rows at `places`, in ascending order; one may come several times."""
-        index = torch.tensor(places, device=self._device)
-        self._cache.reorder_cache(index)  # selects by index for every kind of layer, sliding windows included
-        self._mask = self._mask[index]
-        self._positions = self._positions[index]
-        self.logits = self.logits[index]
-
-    def extend(self, tokens: Tensor) -> None:
-        """Appends a token (B,) to each row and computes the logits of the one after it."""
-        # A finished row that is not dropped yet may run over the end of its positions; nobody reads it.
-        self._positions = (self._positions + 1).clamp(max=self._last_position)
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        if self._in_blocks:
-            self._cache.add_column()
-        self.logits = self._forward(tokens[:, None], self._positions)
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (B, T); every row's last token is in the last column."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask

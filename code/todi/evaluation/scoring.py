@@ -19,6 +19,8 @@ from todi.evaluation.sampling import stream_key
 from todi.evaluation.store import Row
 from todi.models.loading import backbone_and_head
 
+_LOSS_BATCH = 8  # whole samples at a time; more of them bring more padding, and work enough is in these
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -74,9 +76,10 @@ class Writer:
         """Mean cross-entropy over the response tokens of all `examples`."""
         backbone, head = backbone_and_head(self.model)
         order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+        size = min(self.batch_size, _LOSS_BATCH) * self.world.size
         sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(order), self.batch_size * self.world.size):
-            mine = order[start:start + self.batch_size * self.world.size][self.world.rank::self.world.size]
+        for start in range(0, len(order), size):
+            mine = order[start:start + size][self.world.rank::self.world.size]
             batch = collate(examples, mine, self.tokenizer.pad_token_id).to(self.model.device)
             hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             rows = hidden.last_hidden_state.flatten(0, 1)[batch.rows]
