@@ -1,8 +1,11 @@
 """Fixtures that several files share."""
 
+import json
+
 import pytest
 from launching import Workshop
 from stopping import resumable
+from tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,22 @@ def workshop(tmp_path_factory) -> Workshop:
 @pytest.fixture(scope="session")
 def settings(workshop) -> dict[str, object]:
     return resumable(workshop)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return tiny_model(folder, "llama", vocab=len(tiny_tokenizer(folder)))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder with two sets of 3 and 2 records."""
+    for name, count in (("dolly", 3), ("sinst/11_", 2)):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        records = [{"prompt": f"Write the number {index}." * (index + 1), "output": ["The number", f"{index}"]}
+                   for index in range(count)]
+        (folder / "valid.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path / "data"

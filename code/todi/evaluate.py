@@ -21,8 +21,9 @@ from todi.data.tokenize import encode_examples
 from todi.engine.device import choose_device
 from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.engine.logs import set_up_logging
+from todi.engine.storage import StorageError
 from todi.evaluation.inputs import EvalConfig, Inputs, read_inputs
-from todi.evaluation.results import average, markdown_table, summarise, write_results
+from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.store import Done, SetStore, files_checksum, records_checksum
 from todi.models.loading import attention_for, check_head, load_model, merge_adapter
@@ -44,6 +45,8 @@ def main() -> None:
         start_process_group(world, device)
     try:
         evaluate(config, inputs, world, device)
+    except StorageError as error:
+        sys.exit(f"error: {error}")
     finally:
         stop_process_group()
 
@@ -124,14 +127,16 @@ def build_model(inputs: Inputs, config: EvalConfig, world: World, device: torch.
 
 def report(config: EvalConfig, inputs: Inputs, stores: Mapping[str, SetStore]) -> None:
     """Writes results.json from the files of all sets, and prints its table."""
-    sets = {}
+    sets, scores = {}, []
     for name, store in stores.items():
-        sets[name] = summarise(store.generations(config.streams), store.done(()).loss)
+        by_seed = store.generations(config.streams)
+        sets[name] = summarise(by_seed, store.done(()).loss)
+        scores.append(example_scores(by_seed))
     results = {
         "model": inputs.model_path, "adapter": config.peft_path,
         "settings": {**dataclasses.asdict(config.decoding), "seeds": list(config.streams), "limit": config.limit,
                      "precision": inputs.precision.name},
-        "sets": sets, "average": average(sets),
+        "sets": sets, "average": average(sets, scores),
     }
     write_results(config.folder, results)
     logger.info("results are in %s", config.folder / "eval")

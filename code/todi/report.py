@@ -1,6 +1,7 @@
 """Puts the results of several checkpoints side by side in one Markdown table.
 
     python -m todi.report outputs/student-a/epoch3 outputs/student-b/epoch5 [--names ToDi forward_kl]
+    python -m todi.report outputs/student-a/epoch3 --baseline outputs/student-b/epoch5 --output scores.png
 """
 
 import logging
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from todi.engine.logs import set_up_logging
+from todi.evaluation.comparison import compare, comparison_table
 from todi.evaluation.results import markdown_table, read_results
-from todi.options import InputError, option, parse, run_main
+from todi.options import InputError, gathered, option, parse, run_main
 
 logger = logging.getLogger("todi.report")
+
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,31 @@ class ReportConfig:
 
     dirs: tuple[str, ...] = option((), "the folders", flag="dirs")
     names: tuple[str, ...] = option((), "what to call them in the table; the folders' paths when not given")
+    baseline: str | None = option(None, "a folder that the others are compared to by a paired bootstrap test")
+    output: str | None = option(None, "a bar chart to draw (png, pdf, svg)")
 
 
 def main() -> None:
-    """Reads, compares, prints."""
+    """Reads, compares, prints, draws."""
     config = parse(ReportConfig, prog="python -m todi.report")
     set_up_logging(is_main=True)
-    print(report(config.dirs, config.names))
+    if config.output and Path(config.output).suffix not in _PICTURES:
+        raise InputError(f"--output {config.output}: a picture is one of {', '.join(_PICTURES)}")
+    results = read_all(config.dirs, config.names)
+    comparison = config.baseline and against(config.baseline, dict(zip(results, config.dirs, strict=True)))
+    warn_of_differences(results)
+    print(markdown_table(results))
+    if comparison:
+        print(f"\n{comparison}")
+    if config.output:
+        from todi.evaluation.chart import draw  # a second of imports
+
+        draw(results, Path(config.output))
+        logger.info("chart: %s", config.output)
 
 
-def report(folders: Sequence[str], names: Sequence[str] = ()) -> str:
-    """The table: a row for each folder, a column for each set that any of them has, and the average.
+def read_all(folders: Sequence[str], names: Sequence[str] = ()) -> dict[str, Mapping[str, Any]]:
+    """The results of each folder by its name.
 
     Raises:
         InputError: no folder, a folder without results, or names that do not fit the folders.
@@ -45,17 +63,33 @@ def report(folders: Sequence[str], names: Sequence[str] = ()) -> str:
         problems.append(f"two rows would have the same name: {', '.join(names)}")
     results = {}
     for name, folder in zip(names, folders, strict=False):
-        try:
+        with gathered(problems):
             results[name] = read_results(Path(folder))
-        except InputError as error:
-            problems.extend(error.problems)
     if problems:
         raise InputError(problems)
-    _warn_of_differences(results)
-    return markdown_table(results)
+    return results
 
 
-def _warn_of_differences(results: Mapping[str, Mapping[str, Any]]) -> None:
+def against(baseline: str, folders: Mapping[str, str]) -> str:
+    """The table of differences between each folder, by its name, and the baseline.
+
+    Raises:
+        InputError: there is nothing to compare, or the examples are others.
+    """
+    names = {folder: name for name, folder in folders.items()}
+    problems, rows = [], {}
+    for name, folder in folders.items():
+        if Path(folder) != Path(baseline):
+            with gathered(problems):
+                rows[name] = compare(Path(folder), Path(baseline))
+    if not rows and not problems:
+        problems.append(f"nothing to compare with --baseline {baseline}: name other folders too")
+    if problems:
+        raise InputError(problems)
+    return comparison_table(names.get(baseline, baseline), rows)
+
+
+def warn_of_differences(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Scores that were not made in the same way do not compare; says in what they differ."""
     settings = [row.get("settings", {}) for row in results.values()]
     keys = dict.fromkeys(key for row in settings for key in row)

@@ -1,18 +1,22 @@
 """What an evaluation leaves behind: eval/<set>/seed<N>.jsonl, eval/results.json, and a table of it.
 
-results.json is {"model", "adapter", "settings", "sets": {name: summary}, "average": {"rouge_l", "rouge_l_std"}};
-a summary has the set's means over all seeds, "rouge_l_std", "examples", "loss" (mean cross-entropy of a token of the
-first reference), and the means of each seed by itself.
+results.json is {"model", "adapter", "settings", "sets": {name: summary}, "average"}; a summary has the set's means
+over all seeds, "rouge_l_std" (over seeds), "rouge_l_interval" (95 %, over examples), "examples", "loss" (mean
+cross-entropy of a token of the first reference), and the means of each seed by itself. The average has the three of
+ROUGE-L.
 """
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from todi.engine.storage import write_text
+from todi.evaluation.bootstrap import interval
 from todi.options import InputError
 
 RESULTS_FILE = Path("eval", "results.json")
@@ -61,6 +65,11 @@ def read_generations(folder: Path, set_name: str, seed: int) -> list[Generation]
         raise InputError(f"{file} is not a file of responses") from None
 
 
+def example_scores(by_seed: Mapping[int, Sequence[Generation]]) -> np.ndarray:
+    """(examples,) ROUGE-L of each example, the mean over seeds."""
+    return np.mean([[generation.score for generation in generations] for generations in by_seed.values()], axis=0)
+
+
 def summarise(by_seed: Mapping[int, Sequence[Generation]], loss: float | None = None) -> dict[str, Any]:
     """The entry of a set in results.json.
 
@@ -74,22 +83,29 @@ def summarise(by_seed: Mapping[int, Sequence[Generation]], loss: float | None = 
     means = {name: statistics.fmean(values[name] for values in seeds.values())
              for name in ("rouge_l", "exact_match", "response_tokens", "cut_share")}
     deviation = _deviation([values["rouge_l"] for values in seeds.values()])
-    return {"examples": len(next(iter(by_seed.values()))), **means, "rouge_l_std": deviation, "loss": loss,
-            "seeds": seeds}
+    return {"examples": len(next(iter(by_seed.values()))), **means, "rouge_l_std": deviation,
+            "rouge_l_interval": interval([example_scores(by_seed)]), "loss": loss, "seeds": seeds}
 
 
-def average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The mean over sets, and its standard deviation over seeds (each seed averaged over the sets first)."""
+def average(sets: Mapping[str, Mapping[str, Any]], scores: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The mean over sets, its standard deviation over seeds (each seed averaged over the sets first), its interval.
+
+    Args:
+        sets: the summary of each set.
+        scores: `example_scores` of each set.
+    """
     seeds = next(iter(sets.values()))["seeds"]
     by_seed = [statistics.fmean(summary["seeds"][seed]["rouge_l"] for summary in sets.values())
                for seed in seeds]
-    return {"rouge_l": statistics.fmean(by_seed), "rouge_l_std": _deviation(by_seed)}
+    return {"rouge_l": statistics.fmean(by_seed), "rouge_l_std": _deviation(by_seed),
+            "rouge_l_interval": interval(scores)}
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Writes eval/results.json in `folder`, and its table as eval/results.md."""
-    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_whole(folder / RESULTS_FILE.with_suffix(".md"), markdown_table({folder.name: results}) + "\n")
+    (folder / RESULTS_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / RESULTS_FILE.with_suffix(".md"), markdown_table({folder.name: results}) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -110,12 +126,20 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results by name -> a table of ROUGE-L: a row for each, a column for each set that any has, the average."""
+    """Results by name -> a table of ROUGE-L: a row for each, a column for each set that any has, the average.
+
+    A cell is "mean ± standard deviation over seeds [95 % interval over examples]".
+    """
     sets = list(dict.fromkeys(name for results in rows.values() for name in results["sets"]))
     cells = [["ROUGE-L", *sets, "average"]]
     for name, results in rows.items():
         summaries = [results["sets"].get(set_name) for set_name in sets]
-        cells.append([name, *map(_mean_and_deviation, [*summaries, results["average"]])])
+        cells.append([name, *map(_score, [*summaries, results["average"]])])
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
              for row in cells]
@@ -137,16 +161,9 @@ def _deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _mean_and_deviation(summary: Mapping[str, Any] | None) -> str:
+def _score(summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return "–"
-    deviation = summary["rouge_l_std"]
-    return f"{summary['rouge_l']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    deviation, limits = summary["rouge_l_std"], summary.get("rouge_l_interval")
+    return (f"{summary['rouge_l']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+            + (f" [{limits[0]:.2f}, {limits[1]:.2f}]" if limits else ""))

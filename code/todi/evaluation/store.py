@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from todi.data.records import Record, checksum
+from todi.engine.storage import write_text, writing
 from todi.evaluation.generation import Response
-from todi.evaluation.results import Generation, read_generations, seed_file, write_whole
+from todi.evaluation.results import Generation, read_generations, seed_file
 from todi.models.loading import load_config
 
 _MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
@@ -70,26 +71,32 @@ class SetStore:
     def add(self, responses: Mapping[Row, Response]) -> None:
         """Keeps the responses of a round, in case the run is interrupted before the set is done."""
         if not self._goes_on:
-            write_whole(self._unfinished_file, json.dumps(self._made_with))
+            self._make_folder()
+            write_text(self._unfinished_file, json.dumps(self._made_with))
             self._goes_on = True
         line = json.dumps([[*row, response.ids, response.cut] for row, response in responses.items()])
-        with self._unfinished_file.open("a", encoding="utf-8") as file:
+        with writing(self._unfinished_file), self._unfinished_file.open("a", encoding="utf-8") as file:
             file.write("\n" + line)  # in this order, so that a line torn by an interruption spoils no other
 
     def finish(self, by_seed: Mapping[int, Sequence[Generation]], loss: float) -> None:
         """Writes the files of finished seeds, and only then says that they are there."""
+        self._make_folder()
         for seed, generations in by_seed.items():
             file = seed_file(self._folder, self._set_name, seed)
             lines = (json.dumps(dataclasses.asdict(generation), ensure_ascii=False) for generation in generations)
-            write_whole(file, "\n".join(lines) + "\n")
+            write_text(file, "\n".join(lines) + "\n")
             self._record["seeds"][str(seed)] = checksum(file)
         self._record["loss"] = loss
-        write_whole(self._record_file, json.dumps(self._record, indent=2) + "\n")
+        write_text(self._record_file, json.dumps(self._record, indent=2) + "\n")
         self._unfinished_file.unlink(missing_ok=True)
 
     def generations(self, seeds: Sequence[int]) -> dict[int, list[Generation]]:
         """The scored responses of finished seeds."""
         return {seed: read_generations(self._folder, self._set_name, seed) for seed in seeds}
+
+    def _make_folder(self) -> None:
+        with writing(self._record_file.parent):
+            self._record_file.parent.mkdir(parents=True, exist_ok=True)
 
     def _is_whole(self, seed: int) -> bool:
         file = seed_file(self._folder, self._set_name, seed)

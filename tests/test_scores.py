@@ -1,0 +1,119 @@
+"""ROUGE-L, exact match, summaries, bootstrap."""
+
+import random
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from todi.evaluation.bootstrap import interval, paired_difference
+from todi.evaluation.results import Generation, average, example_scores, is_set_name, markdown_table, summarise
+from todi.evaluation.rouge import exact_match, rouge_l
+
+
+class TestRouge:
+    def test_equals_rouge_score_on_the_best_reference(self):
+        choose = random.Random(0)
+        words = ["running", "runs", "ran", "cats", "cat", "the", "a", "of,", "Budget", "budgets", "12", "naïve"]
+        responses = [" ".join(choose.choices(words, k=choose.randint(0, 12))) for _ in range(200)]
+        references = [[" ".join(choose.choices(words, k=choose.randint(0, 12))) for _ in range(choose.randint(1, 4))]
+                      for _ in responses]
+        scorer = RougeScorer(["rougeL"], use_stemmer=True)
+        expected = [100 * max(scorer.score(text, response)["rougeL"].fmeasure for text in texts)
+                    for response, texts in zip(responses, references, strict=True)]
+        assert rouge_l(responses, references) == pytest.approx(expected, abs=1e-9)
+        assert len(set(expected)) > 20
+        assert rouge_l(responses, references, processes=2) == rouge_l(responses, references, processes=1)
+
+    def test_exact_match_is_blind_to_case_punctuation_and_spacing(self):
+        assert exact_match(["The  answer: 7.", "seven", ""], [["no", "the answer 7"], ["seventh"], ["x"]]) == [
+            True, False, False]
+
+    @pytest.mark.parametrize("score", [rouge_l, exact_match])
+    def test_refuses_lists_that_do_not_match(self, score):
+        with pytest.raises(ValueError, match="1 responses for 2"):
+            score(["a"], [["a"], ["b"]])
+        with pytest.raises(ValueError, match="response 1 has no reference"):
+            score(["a", "b"], [["a"], []])
+
+
+class TestResults:
+    def test_means_and_deviations(self):
+        def generations(*scores):
+            return [Generation("p", "r", ("r",), score, exact_match=score == 100, tokens=10, cut=score == 0)
+                    for score in scores]
+        first_scores = {1: generations(0, 100), 2: generations(50, 70)}
+        first = summarise(first_scores)
+        assert first["examples"] == 2
+        assert (first["rouge_l"], first["exact_match"], first["response_tokens"], first["cut_share"]) == (
+            55, 25, 10, 0.25)
+        assert first["rouge_l_std"] == pytest.approx(50 ** 0.5)  # of 50 and 60, with n - 1
+        assert first["rouge_l_interval"] == (25, 85)  # the two examples' means over seeds: all that can be drawn
+        assert first["seeds"]["2"]["rouge_l"] == 60
+        second_scores = {1: generations(20), 2: generations(10)}
+        second = summarise(second_scores)
+        assert second["rouge_l_interval"] is None
+        both = average({"a": first, "b": second}, [*map(example_scores, (first_scores, second_scores))])
+        assert (both["rouge_l"], both["rouge_l_std"], both["rouge_l_interval"]) == (35, 0, None)  # both seeds are at 35
+        assert summarise({1: generations(3)})["rouge_l_std"] is None
+
+        other = {"a": summarise({1: generations(3)})}
+        rows = {"ours": {"sets": {"a": first, "b/11_": second}, "average": both},
+                "theirs": {"sets": other, "average": average(other, [np.array([3.0])])}}
+        assert markdown_table(rows).splitlines() == [
+            "| ROUGE-L | a                           | b/11_        | average      |",
+            "| ------- | --------------------------- | ------------ | ------------ |",
+            "| ours    | 55.00 ± 7.07 [25.00, 85.00] | 15.00 ± 7.07 | 35.00 ± 0.00 |",
+            "| theirs  | 3.00                        | –            | 3.00         |",
+        ]
+
+    def test_a_set_name_cannot_leave_its_folder(self):
+        assert all(map(is_set_name, ["dolly", "sinst/11_", "a.b"]))
+        assert not any(map(is_set_name, ["", ".", "..", "../dolly", "a/../../b", "/etc", "dolly/", "a//b", "./a"]))
+
+
+class TestBootstrap:
+    """Against the normal distribution, which a mean of 400 scores is close to."""
+
+    @staticmethod
+    def scores(seed, mean=30.0, examples=400):
+        return np.random.default_rng(seed).normal(mean, 20, examples)
+
+    def test_an_interval_of_one_set(self):
+        scores = self.scores(0)
+        error = scores.std() / 20
+        assert interval([scores]) == pytest.approx((scores.mean() - 1.96 * error, scores.mean() + 1.96 * error),
+                                                   abs=0.05 * error)
+        assert interval([scores]) == interval([scores])
+
+    def test_an_average_weighs_sets_and_not_examples(self):
+        samples = [self.scores(0, 10, 400), self.scores(1, 50, 100)]
+        low, high = interval(samples)
+        error = np.hypot(samples[0].std() / 20, samples[1].std() / 10) / 2
+        assert (low + high) / 2 == pytest.approx(np.mean([sample.mean() for sample in samples]), abs=0.1 * error)
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+    def test_pairs_see_what_intervals_do_not(self):
+        baseline = self.scores(0)
+        gain = np.random.default_rng(1).normal(0.5, 2, 400)
+        found = paired_difference([baseline + gain], [baseline])
+        assert found.mean == pytest.approx(gain.mean())
+        error = gain.std() / 20
+        assert found.interval == pytest.approx((gain.mean() - 1.96 * error, gain.mean() + 1.96 * error),
+                                               abs=0.1 * error)
+        assert found.p_value < 0.001
+        low, high = interval([baseline])
+        assert low < (baseline + gain).mean() < high
+
+    def test_a_p_value_is_that_of_a_z_test(self):
+        baseline = self.scores(0)
+        noise = np.random.default_rng(2).normal(0, 2, 400)
+        gain = noise - noise.mean() + 1.5 * noise.std() / 20  # z = 1.5
+        assert paired_difference([baseline + gain], [baseline]).p_value == pytest.approx(0.134, abs=0.015)
+        assert paired_difference([baseline], [baseline]).p_value == 1
+        assert paired_difference([baseline[:1]], [baseline[1:2]]).p_value is None
+
+    def test_refuses_what_does_not_pair(self):
+        with pytest.raises(ValueError):
+            paired_difference([self.scores(0)], [self.scores(0, examples=399)])
+        with pytest.raises(ValueError):
+            paired_difference([self.scores(0)], [self.scores(0)] * 2)
