@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import TrainConfig
+from todi.data.chat import render
 from todi.data.records import Record, load_records
 from todi.data.tokenize import check_ids
 from todi.engine.deepspeed_config import build_deepspeed_config
@@ -53,22 +54,26 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             override_file=config.run.deepspeed_config)
     if config.student.model_path:
         with gathered(problems):
-            family, tokenizer = _read_model(config.student.model_path, config.student.model_type,
-                                            config.student.trust_remote_code, config.student.peft_path,
-                                            [*(train or []), *(dev or [])])
+            family, tokenizer, vocabulary = _read_model(
+                config.student.model_path, config.student.model_type, config.student.trust_remote_code,
+                config.student.peft_path)
+            train, dev = render(train or [], tokenizer, train_file), render(dev or [], tokenizer, dev_file)
+            check_ids([*train, *dev], tokenizer, vocabulary, config.student.model_path)
     if config.objective.distils and config.teacher.teacher_model_path:
         with gathered(problems):
-            _, teacher_tokenizer = _read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                                               config.student.trust_remote_code, config.teacher.teacher_peft_path,
-                                               train or [])
+            _, teacher_tokenizer, vocabulary = _read_model(
+                config.teacher.teacher_model_path, config.teacher.teacher_model_type,
+                config.student.trust_remote_code, config.teacher.teacher_peft_path)
+            check_ids(train or [], teacher_tokenizer, vocabulary, config.teacher.teacher_model_path)
             _check_tokenizers(tokenizer, teacher_tokenizer)
     if problems:
         raise InputError(problems)
     return Inputs(family, tokenizer, precision, deepspeed_config, train, dev, train_file, dev_file)
 
 
-def _read_model(path: str, model_type: str, trust_remote_code: bool, adapter: str | None,
-                records: list[Record]) -> tuple[Family, Tokenizer]:
+def _read_model(path: str, model_type: str, trust_remote_code: bool,
+                adapter: str | None) -> tuple[Family, Tokenizer, int]:
+    """Family, tokenizer, and rows of the embedding matrix."""
     model_config = load_config(path, trust_remote_code).get_text_config()
     try:
         family = family_of(model_type, model_config.model_type)
@@ -76,9 +81,7 @@ def _read_model(path: str, model_type: str, trust_remote_code: bool, adapter: st
         raise InputError(str(error)) from None
     if adapter:
         find_adapter(adapter)
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    check_ids(records, tokenizer, model_config.vocab_size, path)
-    return family, tokenizer
+    return family, load_tokenizer(path, trust_remote_code), model_config.vocab_size
 
 
 def _check_tokenizers(student: Tokenizer | None, teacher: Tokenizer) -> None:

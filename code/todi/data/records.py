@@ -11,21 +11,37 @@ from todi.options import InputError
 MOST_PROBLEMS = 20  # a file of the wrong kind has a problem on every line; nobody reads more than these
 
 
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Record:
     """One instruction.
 
     Attributes:
-        prompt: the filled-in prompt template.
+        prompt: the filled-in prompt template; of chat data, empty until `todi.data.chat.render` fills it in.
         references: the acceptable responses; training uses the first.
+        messages: of chat data, the conversation before the response.
+        end: the token that ends the response; EOS when empty.
     """
 
     prompt: str
     references: tuple[str, ...]
+    messages: tuple[Message, ...] = ()
+    end: str = ""
 
 
 def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
-    """Reads a JSON-lines file of objects with `prompt` (a string) and `output` (a string or a list of strings).
+    """Reads a JSON-lines file of objects with `prompt` (a string) and `output` (a string or a list of strings), or of
+    objects with `messages`, each with `role` and `content`, the last one the assistant's.
 
     Blank lines are passed over; any other field is ignored.
 
@@ -41,7 +57,11 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
         if limit is not None and len(records) == limit:
             break
         try:
-            records.append(_parse_record(line))
+            record = _parse_record(line)
+            if records and bool(record.messages) != bool(records[0].messages):
+                raise ValueError("a file has either `prompt` and `output` or `messages`, and the first line has the "
+                                 "other")
+            records.append(record)
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     if len(problems) > MOST_PROBLEMS:
@@ -76,6 +96,8 @@ def _parse_record(line: bytes) -> Record:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"expected an object, got {type(fields).__name__}")
+    if "messages" in fields:
+        return _parse_chat(fields["messages"])
     missing = [name for name in ("prompt", "output") if name not in fields]
     if missing:
         present = ", ".join(ascii(name)[1:-1] for name in sorted(fields)[:8])
@@ -89,3 +111,17 @@ def _parse_record(line: bytes) -> Record:
     if not references[0].strip():
         raise ValueError("`output` is empty")
     return Record(prompt, references)
+
+
+def _parse_chat(messages: object) -> Record:
+    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("`messages` must be a list of at least two objects with `role` and `content`")
+    for number, turn in enumerate(messages, 1):
+        if turn.get("role") not in ROLES:
+            raise ValueError(f"message {number} has the role {turn.get('role')!r}; allowed: {', '.join(ROLES)}")
+        if not isinstance(turn.get("content"), str) or not turn["content"].strip():
+            raise ValueError(f"`content` of message {number} must be a non-empty string")
+    *before, last = (Message(turn["role"], turn["content"]) for turn in messages)
+    if last.role != "assistant":
+        raise ValueError(f"the last message must be the assistant's, not the {last.role}'s")
+    return Record("", (last.content,), tuple(before))

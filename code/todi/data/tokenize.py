@@ -40,18 +40,19 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, family: Fami
     """Token ids of each prompt, BOS first where the family wants it, cut to its first `max_prompt_length` tokens."""
     bos = [tokenizer.bos_token_id] if family.prepend_bos else []
     encoded = tokenizer([record.prompt for record in records], add_special_tokens=False)["input_ids"]
-    prompts = [bos + list(ids) for ids in encoded]
+    # A chat template may have written the BOS already.
+    prompts = [list(ids) if ids[:1] == bos else bos + list(ids) for ids in encoded]
     _log_cut("prompts", sum(len(ids) > max_prompt_length for ids in prompts), len(prompts), max_prompt_length)
     return [ids[:max_prompt_length] for ids in prompts]
 
 
 def encode_examples(records: Sequence[Record], tokenizer: Tokenizer, family: Family, max_length: int,
                     max_prompt_length: int) -> list[Example]:
-    """Prompt and first reference of each record, closed by EOS, cut to `max_length` tokens in all."""
+    """Prompt and first reference of each record, closed by its end (EOS), cut to `max_length` tokens in all."""
     prompts = encode_prompts(records, tokenizer, family, max_prompt_length)
     responses = tokenizer([record.references[0] for record in records], add_special_tokens=False)["input_ids"]
-    whole = [tuple(prompt) + tuple(response) + (tokenizer.eos_token_id,)
-             for prompt, response in zip(prompts, responses, strict=True)]
+    whole = [(*prompt, *response, end_id(record, tokenizer))
+             for prompt, response, record in zip(prompts, responses, records, strict=True)]
     _log_cut("samples", sum(len(ids) > max_length for ids in whole), len(whole), max_length)
     return [Example(ids[:max_length], len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
 
@@ -67,7 +68,8 @@ def check_ids(records: Sequence[Record], tokenizer: Tokenizer, vocabulary: int, 
     """
     if len(tokenizer) <= vocabulary:  # of any text
         return
-    encoded = tokenizer([record.prompt + record.references[0] for record in records], add_special_tokens=False)
+    texts = [record.prompt + record.references[0] + record.end for record in records]
+    encoded = tokenizer(texts, add_special_tokens=False)
     beyond = [[i for i in ids if i >= vocabulary] for ids in encoded["input_ids"]]
     affected = [ids for ids in beyond if ids]
     if affected:
@@ -76,6 +78,11 @@ def check_ids(records: Sequence[Record], tokenizer: Tokenizer, vocabulary: int, 
                          f"{len(affected)} of {len(records)} records hold such as have none, the first "
                          f"{tokenizer.convert_ids_to_tokens(first)!r} (id {first}). Take the tokenizer that belongs "
                          "to the model")
+
+
+def end_id(record: Record, tokenizer: Tokenizer) -> int:
+    """The token that ends the response of `record`."""
+    return tokenizer.convert_tokens_to_ids(record.end) if record.end else tokenizer.eos_token_id
 
 
 def _log_cut(what: str, cut: int, of: int, limit: int) -> None:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.config import PRECISIONS
+from todi.data.chat import render
 from todi.data.records import Record, load_records
 from todi.data.tokenize import check_ids
 from todi.engine.device import Precision, choose_precision
@@ -133,9 +134,11 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
             _check_positions(model_config, config.max_length)
     with gathered(problems):
         sets = _read_sets(Path(config.data_dir), list(filter(is_set_name, config.sets)), config.limit)
-        if tokenizer:
-            check_ids([record for records in sets.values() for record in records], tokenizer, model_config.vocab_size,
-                      model_path)
+    if tokenizer and sets:
+        for name, records in sets.items():
+            with gathered(problems):
+                sets[name] = render(records, tokenizer, Path(config.data_dir) / name)
+                check_ids(sets[name], tokenizer, model_config.vocab_size, model_path)
     if problems:
         raise InputError(problems)
     return Inputs(model_path, family, tokenizer, precision, sets)

@@ -1,0 +1,130 @@
+"""Makes instruction sets from their public sources, in the published form and split sizes.
+
+    python -m todi.data.prepare dolly self-inst vicuna sinst/11_ uinst/11_
+    python -m todi.data.prepare dolly --raw-dir downloads --tokenizer model_hub/gpt2/gpt2-base
+
+A set is data/<set>/{train,dev,valid}.jsonl; sources.json beside has the checksums of what went in and what came out.
+"""
+
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from todi.data.records import checksum
+from todi.data.sources import SOURCES, Item, RawFiles, Source
+from todi.data.templates import alpaca_prompt
+from todi.engine.logs import set_up_logging
+from todi.engine.storage import write_text
+from todi.models.loading import load_tokenizer
+from todi.options import InputError, gathered, option, parse, run_main
+from todi.registry import did_you_mean
+
+logger = logging.getLogger("todi.data.prepare")
+
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Makes instruction sets from their public sources."""
+
+    sets: tuple[str, ...] = option((), "dolly (with its train and dev), self-inst, vicuna, sinst/11_, uinst/11_",
+                                   flag="sets")
+    raw_dir: str = option("data/raw", "the sources' own files; what is not there is downloaded to it")
+    data_dir: str = option("data", "where the sets go")
+    tokenizer: str | None = option(None, "a model whose tokens the length limits count; without, a token is a word or "
+                                         "a punctuation mark")
+    max_prompt_length: int = option(256, "longest prompt, in tokens; longer ones are left out")
+    limit: int | None = option(None, "at most so many records of a split")
+    seed: int = option(10, "of shuffling and sampling")
+
+
+def main() -> None:
+    """Checks all input, then makes one set after the other."""
+    config = parse(PrepareConfig, prog="python -m todi.data.prepare")
+    set_up_logging(is_main=True)
+    problems = [] if config.sets else [f"name at least one set of {', '.join(SOURCES)}"]
+    for name in config.sets:
+        if name not in SOURCES:
+            problems.append(f"unknown set {name!r}; {did_you_mean(name, SOURCES)}allowed: {', '.join(SOURCES)}")
+    for name, value in (("max_prompt_length", config.max_prompt_length), ("limit", config.limit)):
+        if value is not None and value < 1:
+            problems.append(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if problems:
+        raise InputError(problems)
+    count = _counter(config.tokenizer)
+    for name in dict.fromkeys(map(SOURCES.canonical, config.sets)):
+        with gathered(problems):
+            prepare(name, config, count)
+    if problems:
+        raise InputError(problems)
+
+
+def prepare(name: str, config: PrepareConfig, count: Count) -> None:
+    """Makes one set.
+
+    Raises:
+        InputError: a file of its source is missing and cannot be downloaded, or is not of the source's form.
+    """
+    source, raw = SOURCES[name], RawFiles(Path(config.raw_dir))
+    try:
+        items = [item | {"prompt": alpaca_prompt(item["instruction"], item["input"])} for item in source.read(raw)]
+        kept = [item for item in items if count(item["prompt"]) <= config.max_prompt_length
+                and count(_first_response(item)) >= source.cut.shortest_response]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{', '.join(raw.used)} in {raw.folder}: not of the form of {name} ({error!r})") from None
+    if not kept:
+        raise InputError(f"{', '.join(raw.used)} in {raw.folder}: no item of {name} is left")
+    folder = Path(config.data_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for split, records in _splits(kept, source, config.seed).items():
+        records = records[:config.limit]
+        file = folder / f"{split}.jsonl"
+        write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+        made[file.name] = {"records": len(records), "sha256": checksum(file)}
+    settings = {"seed": config.seed, "tokenizer": config.tokenizer, "limit": config.limit,
+                "max_prompt_length": config.max_prompt_length, "shortest_response": source.cut.shortest_response}
+    about = {"set": name, "licence": source.licence, "settings": settings, "sources": raw.used, "files": made}
+    write_text(folder / "sources.json", json.dumps(about, indent=2) + "\n")
+    logger.info("%s: %s; %d of %d items were left out by length; licence: %s", name,
+                ", ".join(f"{file} {what['records']}" for file, what in made.items()), len(items) - len(kept),
+                len(items), source.licence)
+
+
+def _splits(items: Sequence[Item], source: Source, seed: int) -> dict[str, Sequence[Item]]:
+    """Cuts a set into its files."""
+    order = list(items)
+    choose = random.Random(seed)
+    if source.cut.sample is not None and len(order) > source.cut.sample:
+        order = [order[index] for index in sorted(choose.sample(range(len(order)), source.cut.sample))]
+    if len(source.cut.sizes) > 1:
+        choose.shuffle(order)
+    splits, start = {}, 0
+    for split, size in source.cut.sizes.items():
+        end = len(order) if size is None else start + size
+        splits[split] = order[start:end]
+        start = end
+    return splits
+
+
+def _first_response(item: Item) -> str:
+    output = item["output"]
+    return output if isinstance(output, str) else next(iter(output), "")
+
+
+def _counter(tokenizer: str | None) -> Count:
+    """How many tokens a text has."""
+    if tokenizer is None:
+        logger.info("lengths are counted in words and punctuation marks; --tokenizer counts a model's tokens")
+        return lambda text: len(re.findall(r"\w+|[^\w\s]", text))
+    loaded = load_tokenizer(tokenizer)
+    return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"])
+
+
+if __name__ == "__main__":
+    run_main(main)

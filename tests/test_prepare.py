@@ -1,0 +1,140 @@
+"""Instruction sets from local raw files; a source that is out of reach."""
+
+import hashlib
+import json
+import socket
+
+import pytest
+from evaluating import run
+from launching import run as launch
+from todi.data import prepare, sources
+from todi.data.records import load_records
+from todi.data.templates import alpaca_prompt
+
+LONG = "one two three four five six seven eight nine ten eleven"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise socket.gaierror("Name or service not known")
+    monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
+
+
+def write_lines(path, *items):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def prepared(monkeypatch, tmp_path, *words):
+    code = run(monkeypatch, prepare, *words, "--raw-dir", tmp_path / "raw", "--data-dir", tmp_path / "data")
+    assert code == 0
+    return {file.relative_to(tmp_path / "data").as_posix(): [json.loads(line) for line in file.open()]
+            for file in sorted((tmp_path / "data").rglob("*.jsonl"))}
+
+
+def test_dolly_is_split_at_random_and_without_long_prompts(monkeypatch, tmp_path):
+    items = [{"instruction": f"Do {i}", "context": "word " * 300 if i % 100 == 7 else "a text" * (i % 2),
+              "response": f"done {i}", "category": "open_qa"} for i in range(1700)]
+    write_lines(tmp_path / "raw/databricks-dolly-15k.jsonl", *items)
+    made = prepared(monkeypatch, tmp_path, "dolly")
+    assert {name: len(lines) for name, lines in made.items()} == {
+        "dolly/dev.jsonl": 1000, "dolly/train.jsonl": 183, "dolly/valid.jsonl": 500}  # 17 prompts are too long
+    everything = [line["instruction"] for lines in made.values() for line in lines]
+    assert len(set(everything)) == len(everything) == 1683
+    first = made["dolly/valid.jsonl"][0]
+    assert list(first) == ["topic", "instruction", "input", "output", "prompt"]
+    assert first["prompt"] == alpaca_prompt(first["instruction"], first["input"])
+    assert {record.references[0].split()[0] for record in load_records(tmp_path / "data/dolly/train.jsonl")} == {"done"}
+
+    about = json.loads((tmp_path / "data/dolly/sources.json").read_text())
+    for name, what in about["files"].items():
+        assert what["sha256"] == hashlib.sha256((tmp_path / "data/dolly" / name).read_bytes()).hexdigest()
+    assert list(about["sources"]) == ["databricks-dolly-15k.jsonl"]
+    assert prepared(monkeypatch, tmp_path, "dolly") == made
+    other = prepared(monkeypatch, tmp_path, "dolly", "--seed", 11, "--limit", 20)
+    assert {len(lines) for lines in other.values()} == {20}
+    assert other["dolly/valid.jsonl"] != made["dolly/valid.jsonl"][:20]
+
+
+def test_the_other_sets(monkeypatch, tmp_path):
+    raw = tmp_path / "raw"
+    write_lines(raw / "user_oriented_instructions.jsonl", {
+        "id": "user_oriented_task_0", "motivation_app": "Gmail", "instruction": "Reply.",
+        "instances": [{"input": "Hello", "output": "Hi"}]})
+    write_lines(raw / "vicuna/question.jsonl", {"question_id": 2, "text": "Why?", "category": "generic"},
+                {"question_id": 1, "text": "Who?", "category": "generic"})
+    write_lines(raw / "vicuna/answer-gpt-3.5-turbo.jsonl", {"question_id": 1, "text": "Me."},
+                {"question_id": 2, "text": "So."})
+    ni = raw / "natural-instructions"
+    for name in ("task1_a", "task2_b", "task3_train"):
+        write_lines(ni / f"tasks/{name}.json", {"Definition": [f"Define {name}."], "Instances": [
+            {"input": f"i{i}", "output": [f"{LONG} {i}", "short"] if i % 2 else ["short"]} for i in range(103)]})
+    (ni / "splits/default").mkdir(parents=True)
+    (ni / "splits/default/test_tasks.txt").write_text("task1_a\ntask2_b\n")
+    write_lines(raw / "unnatural-instructions/core_data.jsonl", {"instruction": "Say.", "instances": [
+        {"input": f"i{i}", "constraints": "None.", "output": LONG} for i in range(10_003)]},
+        {"instruction": "Short.", "instances": [{"input": "i", "output": "short"}]})
+
+    made = prepared(monkeypatch, tmp_path, "self-inst", "vicuna", "sinst/11_", "UINST/11_")
+    assert made["self-inst/valid.jsonl"] == [{
+        "topic": "Gmail", "instruction": "Reply.", "input": "Hello", "output": "Hi",
+        "prompt": alpaca_prompt("Reply.", "Hello")}]
+    assert [(line["instruction"], line["output"]) for line in made["vicuna/valid.jsonl"]] == [
+        ("Why?", "So."), ("Who?", "Me.")]
+    natural = made["sinst/11_/valid.jsonl"]
+    assert len(natural) == 100  # of two tasks, half of 100 each
+    assert natural[0] == {"topic": "task1_a", "instruction": "Define task1_a.", "input": "i1",
+                          "output": [f"{LONG} 1", "short"], "prompt": alpaca_prompt("Define task1_a.", "i1")}
+    unnatural = made["uinst/11_/valid.jsonl"]
+    assert len(unnatural) == 10_000
+    assert {line["instruction"] for line in unnatural} == {"Say."}
+
+
+def test_a_source_out_of_reach_says_where_to_put_what(monkeypatch, tmp_path, capsys):
+    words = ["self-inst", "sinst/11_", "uinst/11_", "--raw-dir", tmp_path / "raw", "--data-dir", tmp_path / "data"]
+    assert run(monkeypatch, prepare, *words) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    github = "https://raw.githubusercontent.com"
+    assert first == (
+        f"error: cannot download {github}/yizhongw/self-instruct/main/human_eval/user_oriented_instructions.jsonl "
+        f"(Name or service not known); put user_oriented_instructions.jsonl at "
+        f"{tmp_path}/raw/user_oriented_instructions.jsonl")
+    assert second.endswith(f"or a checkout of https://github.com/allenai/natural-instructions at {tmp_path}/raw/"
+                           "natural-instructions")
+    assert third.endswith(f"put core_data.jsonl at {tmp_path}/raw/unnatural-instructions/core_data.jsonl")
+    assert not (tmp_path / "data").exists()
+    assert not [path for path in (tmp_path / "raw").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "name at least one set of dolly, self-inst, vicuna, sinst/11_, uinst/11_"),
+    (["doly"], "unknown set 'doly'; did you mean dolly? allowed: dolly"),
+    (["dolly", "--limit", 0], "--limit must be at least 1, got 0"),
+    (["dolly", "--tokenizer", "no/such/folder/here"], "no model at no/such/folder/here"),
+])
+def test_bad_settings(monkeypatch, tmp_path, capsys, words, message):
+    assert run(monkeypatch, prepare, *words, "--raw-dir", tmp_path) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ('{"instruction": "a"}\n', "not of the form of dolly (KeyError('category'))"),
+    ("[]\n", "databricks-dolly-15k.jsonl:1: expected an object, got list"),
+    ("{\n", "databricks-dolly-15k.jsonl:1: not JSON"),
+    ("", "no item of dolly is left"),
+    ('{"instruction": "a", "context": "", "response": null, "category": "b"}\n', "not of the form of dolly"),
+])
+def test_raw_files_of_another_form(monkeypatch, tmp_path, capsys, lines, message):
+    (tmp_path / "databricks-dolly-15k.jsonl").write_text(lines)
+    assert run(monkeypatch, prepare, "dolly", "--raw-dir", tmp_path, "--data-dir", tmp_path / "data") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_a_shell(tmp_path):
+    write_lines(tmp_path / "user_oriented_instructions.jsonl", *[
+        {"motivation_app": "Gmail", "instruction": "Reply.", "instances": [{"input": "", "output": "Hi"}]}] * 3)
+    done = launch("data/prepare", "self-inst", RAW_DIR=tmp_path, DATA_DIR=tmp_path / "data", LIMIT=2)
+    assert done.returncode == 0, done.stdout
+    assert "self-inst: valid.jsonl 2; 0 of 3 items were left out by length" in done.stdout
