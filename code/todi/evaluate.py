@@ -22,6 +22,7 @@ from todi.engine.device import choose_device
 from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.engine.logs import set_up_logging
 from todi.engine.storage import StorageError
+from todi.evaluation.generation import stop_ids
 from todi.evaluation.inputs import EvalConfig, Inputs, read_inputs
 from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
 from todi.evaluation.scoring import Writer, score
@@ -100,7 +101,8 @@ def write_set(writer: Writer, inputs: Inputs, name: str, seeds: Sequence[int], d
                                writer.decoding.max_prompt_length)
     loss = writer.loss(examples) if done.loss is None else done.loss
     responses = dict(done.rows)
-    for part in writer.rounds(name, [example.prompt for example in examples], seeds, done.rows, progress):
+    stops = stop_ids(writer.model, inputs.tokenizer, records)
+    for part in writer.rounds(name, [example.prompt for example in examples], seeds, done.rows, stops, progress):
         responses |= part
         if store:
             store.add(part)

@@ -26,8 +26,8 @@ def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) 
     if not any(record.messages for record in records):
         return list(records)
     if not tokenizer.chat_template:
-        raise InputError(f"{source} has `messages`, but the tokenizer of {tokenizer.name_or_path} has no chat template; "
-                         "give `prompt` and `output`, or take a model with a template")
+        raise InputError(f"{source} has `messages`, but the tokenizer of {tokenizer.name_or_path} has no chat "
+                         "template; give `prompt` and `output`, or take a model with a template")
     end = _end(tokenizer)
     rendered = []
     for number, record in enumerate(records, 1):
@@ -45,9 +45,9 @@ def _prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
 
 
 def _end(tokenizer: Tokenizer) -> str:
-    """The special token behind a message of the assistant's; EOS where the template has none."""
+    """The added token behind a message of the assistant's; EOS where the template has none."""
     question = [{"role": "user", "content": "question"}]
     whole = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "answer"}], tokenize=False)
     behind = whole[whole.rindex("answer") + len("answer"):].lstrip()
-    special = [token for token in tokenizer.all_special_tokens if behind.startswith(token)]
-    return max(special, key=len, default=tokenizer.eos_token)
+    added = [token for token in tokenizer.get_added_vocab() if behind.startswith(token)]
+    return max(added, key=len, default=tokenizer.eos_token)

@@ -63,8 +63,8 @@ def dev_rouge_l(model: torch.nn.Module, dev: DevSet, tokenizer: Tokenizer, world
     stride, first = (1, 0) if is_partitioned(model) else (world.size, world.rank)
     mine = range(first, len(dev.prompts), stride)
     responses = generate(model, [dev.prompts[i] for i in mine], [stream_key("dev", dev.seed, i) for i in mine],
-                         decoding=dev.decoding, eos_ids=stop_ids(model, tokenizer), pad_id=tokenizer.pad_token_id,
-                         batch_size=dev.batch_size)
+                         decoding=dev.decoding, eos_ids=stop_ids(model, tokenizer, dev.records),
+                         pad_id=tokenizer.pad_token_id, batch_size=dev.batch_size)
     scores = rouge_l(to_texts(responses, tokenizer), [dev.records[i].references for i in mine])
     everyone = [score for part in world.gather(scores) for score in part]
     return sum(everyone) / len(everyone)

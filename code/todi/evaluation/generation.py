@@ -4,7 +4,7 @@
     responses = generate(model, prompts, keys, decoding=Decoding(), eos_ids={2}, pad_id=2, batch_size=16)
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.data.records import Record
+from todi.data.tokenize import end_id
 from todi.evaluation.beam import beam_search
 from todi.evaluation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
 from todi.evaluation.continuation import Continuation, base_model
@@ -60,10 +62,11 @@ class Response:
     cut: bool
 
 
-def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every token that ends a response: the tokenizer's EOS and those of the model's generation settings."""
+def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, records: Iterable[Record]) -> frozenset[int]:
+    """Every token that ends a response: the tokenizer's EOS, that of `records`, and the generation settings'."""
     theirs = model.generation_config.eos_token_id
-    return frozenset([tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])]) - {None}
+    ends = {end_id(record, tokenizer) for record in records}
+    return frozenset([tokenizer.eos_token_id, *ends, *(theirs if isinstance(theirs, list) else [theirs])]) - {None}
 
 
 def to_texts(responses: Sequence[Response], tokenizer: Tokenizer) -> list[str]:

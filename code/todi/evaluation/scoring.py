@@ -1,6 +1,6 @@
 """From the records of a set to scored responses, over one or several ranks."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.engine.distributed import World
-from todi.evaluation.generation import Decoding, Response, generate, stop_ids, to_texts
+from todi.evaluation.generation import Decoding, Response, generate, to_texts
 from todi.evaluation.results import Generation
 from todi.evaluation.rouge import exact_match, rouge_l
 from todi.evaluation.sampling import stream_key
@@ -37,7 +37,7 @@ class Writer:
     world: World
 
     def rounds(self, set_name: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], written: Container[Row],
-               progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
+               eos_ids: Collection[int], progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
         """Writes a response to each prompt with each seed, but for those that are `written`.
 
         In a round each rank has a batch, of prompts of about the same length, so that the ranks finish together.
@@ -57,16 +57,16 @@ class Writer:
         for start in range(0, len(rows), size):
             rest = [row for row in rows[start:start + size] if row not in written]
             if rest:
-                yield self._round(set_name, prompts, rest, progress)
+                yield self._round(set_name, prompts, rest, eos_ids, progress)
 
     def _round(self, set_name: str, prompts: Sequence[Sequence[int]], rows: Sequence[Row],
-               progress: Callable[[int], object]) -> dict[Row, Response]:
+               eos_ids: Collection[int], progress: Callable[[int], object]) -> dict[Row, Response]:
         rank, ranks = self.world.rank, self.world.size
         mine = rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
         responses = generate(self.model, [prompts[index] for _, index in mine],
                              [stream_key(set_name, seed, index) for seed, index in mine], decoding=self.decoding,
-                             eos_ids=stop_ids(self.model, self.tokenizer), pad_id=self.tokenizer.pad_token_id,
-                             batch_size=self.batch_size, progress=progress)
+                             eos_ids=eos_ids, pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size,
+                             progress=progress)
         everyone = self.world.gather(list(zip(mine, responses, strict=True)))
         progress(len(rows) - len(mine))
         return {row: response for part in everyone for row, response in part}

@@ -1,0 +1,149 @@
+"""Chat data: records with messages, the tokenizer's template, training and evaluation on it."""
+
+import json
+
+import pytest
+from evaluating import generations, run_evaluate
+from launching import run as launch
+from tiny import EOS, tiny_model, tiny_tokenizer
+from todi.data.chat import render
+from todi.data.records import Message, load_records
+from todi.data.tokenize import encode_examples, end_id
+from todi.models.families import FAMILIES
+from todi.models.loading import load_tokenizer
+from todi.options import InputError
+
+TEMPLATE = ("{% for turn in messages %}"
+            "{% if turn.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
+            "<|{{ turn.role }}|>{{ turn.content }}<|end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def chat_tokenizer(folder):
+    """A tiny tokenizer with a chat template; saved in `folder` and loaded from it."""
+    tokenizer = tiny_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+def turns(*contents):
+    """Messages of user and assistant, in turn."""
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class TestRecords:
+    def test_the_last_message_is_the_reference(self, tmp_path):
+        system = {"role": "system", "content": "Be short."}
+        record, = load_records(write(tmp_path / "a.jsonl", {"messages": [system, *turns("Hi", "Yes?", "Why?", "So.")]}))
+        assert record.references == ("So.",)
+        assert record.messages == (Message("system", "Be short."), Message("user", "Hi"), Message("assistant", "Yes?"),
+                                   Message("user", "Why?"))
+
+    @pytest.mark.parametrize(("messages", "said"), [
+        ([], "`messages` must be a list of at least two objects"),
+        (["Hi", "Yes?"], "`messages` must be a list of at least two objects"),
+        (turns("Hi"), "`messages` must be a list of at least two objects"),
+        (turns("Hi", "Yes?", "Why?"), "the last message must be the assistant's, not the user's"),
+        ([{"role": "human", "content": "Hi"}, *turns("Hi", "Yes?")],
+         "message 1 has the role 'human'; allowed: system, user, assistant"),
+        ([{"content": "Hi"}, *turns("Hi", "Yes?")], "message 1 has the role None"),
+        (turns("Hi", " "), "`content` of message 2 must be a non-empty string"),
+        (turns("Hi", ["Yes?"]), "`content` of message 2 must be a non-empty string"),
+    ])
+    def test_a_bad_conversation_is_named(self, tmp_path, messages, said):
+        path = write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")}, {"messages": messages})
+        with pytest.raises(InputError) as error:
+            load_records(path)
+        assert error.value.problems[0].startswith(f"{path}:2: {said}")
+
+    def test_kinds_do_not_mix(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", {"prompt": "a", "output": "b"}, {"messages": turns("Hi", "Yes?")})
+        with pytest.raises(InputError, match=r":2: a file has either `prompt` and `output` or `messages`"):
+            load_records(path)
+
+
+class TestTemplate:
+    def test_prompt_and_response_are_the_templated_conversation(self, tmp_path):
+        tokenizer = chat_tokenizer(tmp_path)
+        messages = turns("Hi", "Yes?", "Which number?", "The number is 7.")
+        records = render(load_records(write(tmp_path / "a.jsonl", {"messages": messages})), tokenizer, "a.jsonl")
+        assert records[0].prompt == "<|user|>Hi<|end|>\n<|assistant|>Yes?<|end|>\n<|user|>Which number?<|end|>\n" \
+                                    "<|assistant|>"
+        example, = encode_examples(records, tokenizer, FAMILIES["gpt2"], 512, 256)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(example.ids) + "\n" == whole
+        assert tokenizer.decode(example.ids[example.prompt_length:]) == "The number is 7.<|end|>"
+        assert example.ids[-1] == end_id(records[0], tokenizer) != tokenizer.eos_token_id
+
+    def test_a_template_without_an_end_of_turn_ends_by_eos(self, tmp_path):
+        tokenizer = chat_tokenizer(tmp_path)
+        tokenizer.chat_template = TEMPLATE.replace("<|end|>", "")
+        record, = render(load_records(write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")})), tokenizer, "a")
+        assert record.end == EOS
+
+    def test_bos_is_not_doubled(self, tmp_path):
+        tokenizer = chat_tokenizer(tmp_path)
+        tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+        records = render(load_records(write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")})), tokenizer, "a")
+        example, = encode_examples(records, tokenizer, FAMILIES["gemma3"], 512, 256)
+        assert example.ids.count(tokenizer.bos_token_id) == 1 == example.ids[:1].count(tokenizer.bos_token_id)
+
+    def test_plain_records_need_no_template(self, tmp_path):
+        records = load_records(write(tmp_path / "a.jsonl", {"prompt": "a", "output": "b"}))
+        assert render(records, tiny_tokenizer(tmp_path), "a.jsonl") == records
+
+    def test_no_template_and_a_refused_conversation(self, tmp_path):
+        late = {"messages": [*turns("Hi", "Yes?")[:1], {"role": "system", "content": "No."}, *turns("Hi", "Yes?")[1:]]}
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")}, late))
+        with pytest.raises(InputError, match=r"a.jsonl: the chat template of .* refuses conversation 2: system comes"):
+            render(records, chat_tokenizer(tmp_path / "chat"), "a.jsonl")
+        with pytest.raises(InputError, match=r"a.jsonl has `messages`, but the tokenizer of .* has no chat template"):
+            render(records, tiny_tokenizer(tmp_path / "plain"), "a.jsonl")
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A model with a chat template, and a set of chat data below data/."""
+    tokenizer = chat_tokenizer(tmp_path / "model")
+    lines = [{"messages": turns("Hi", "Yes?", f"Which number, {i}?", f"The number is {i}.")} for i in range(6)]
+    for split in ("train", "dev", "valid"):
+        write(tmp_path / f"data/chat/{split}.jsonl", *lines)
+    return tiny_model(tmp_path / "model", "llama", vocab=len(tokenizer))
+
+
+def evaluated(monkeypatch, checkpoint, tmp_path, *words):
+    return run_evaluate(monkeypatch, checkpoint, tmp_path / "data", tmp_path / "out", "--sets", "chat", "--seeds", 1,
+                        "--max-length", 64, "--max-prompt-length", 48, *words)
+
+
+def test_evaluation(monkeypatch, chat, tmp_path, capsys):
+    assert evaluated(monkeypatch, chat, tmp_path) == 0
+    written = generations(tmp_path / "out")["chat/seed1.jsonl"]
+    assert [line["references"] for line in written] == [[f"The number is {i}."] for i in range(6)]
+    assert written[0]["prompt"].endswith("<|user|>Which number, 0?<|end|>\n<|assistant|>")
+
+    tiny_tokenizer(chat)  # the same without a template
+    (chat / "chat_template.jinja").unlink()
+    capsys.readouterr()
+    assert evaluated(monkeypatch, chat, tmp_path) == 2
+    assert "chat has `messages`, but the tokenizer of" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training(monkeypatch, chat, tmp_path):
+    done = launch("smollm2/sft_smollm2", "--model-type", "auto", MODEL_PATH=chat, PRECISION="fp32",
+                  DATA_DIR=tmp_path / "data/chat", SAVE_DIR=tmp_path / "run", MAX_LENGTH=64, MAX_PROMPT_LENGTH=48,
+                  EPOCH=30, LR="1e-2", EVAL_GEN=0)
+    assert done.returncode == 0, done.stdout
+    checkpoint, = (tmp_path / "run").glob("epoch*")
+    assert evaluated(monkeypatch, checkpoint, tmp_path, "--no-do-sample") == 0
+    written = generations(tmp_path / "out")["chat/seed1.jsonl"]
+    assert all(line["response"].startswith("The number is") and not line["cut"] for line in written), written
