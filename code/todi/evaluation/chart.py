@@ -28,7 +28,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
                  color=f"C{index % 10}", yerr=list(zip(*(_reach(summary) for _, summary in shown), strict=True)),
                  capsize=2, error_kw={"linewidth": 1})
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylabel="ROUGE-L (bars: 95 % interval)", ylim=(0, None))
+    axis.set(ylabel="ROUGE-L, with its 95 % interval", ylim=(0, None))
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     if len(rows) > 1:
