@@ -1,6 +1,7 @@
 """Runs todi.evaluate and other entry points in this process, on tiny checkpoints and data."""
 
 import json
+import logging
 import sys
 
 import pytest
@@ -15,9 +16,15 @@ SETTINGS = {"PRECISION": "fp32", "MAX_LENGTH": 40, "MAX_PROMPT_LENGTH": 16}  # w
 
 def run(monkeypatch, module, *words):
     """Runs an entry point as the command line does; returns its exit code."""
+    ours = logging.getLogger("todi")
+    before = ours.handlers, ours.propagate, ours.level
     monkeypatch.setattr(sys, "argv", ["prog", *map(str, words)])
-    with pytest.raises(SystemExit) as exit:
-        run_main(module.main)
+    try:
+        with pytest.raises(SystemExit) as exit:
+            run_main(module.main)
+    finally:  # what it set up writes to an output that is captured for this test alone
+        ours.handlers, ours.propagate = before[:2]
+        ours.setLevel(before[2])
     return exit.value.code
 
 
