@@ -25,7 +25,7 @@ class TestBadInput:
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
         (["--limit", 0], "--limit must be at least 1, got 0"),
         (["--max-prompt-length", 40], "--max-prompt-length (40) must be below --max-length (40)"),
-        (["--max-length", 513], "--max-length is 513, but the model has 512 positions"),
+        (["--max-length", 513], "has 512 positions"),
         (["--temperature", 0], "--temperature must be above 0, got 0.0"),
         (["--temperature", "nan"], "--temperature must be above 0, got nan"),
         (["--top-p", 0], "--top-p must be in (0, 1], got 0.0"),
