@@ -22,6 +22,7 @@ from todi.models.families import FAMILIES
 _ATTENTION = "todi_blocks"
 _ROWS = 32  # of a block; more have more padding, fewer cost more calls
 _SPARE = 32  # columns that a block grows by
+_NOT_HERE = ("softcap", "position_bias", "s_aux")  # what some architectures' attention has besides
 
 
 def can_use_blocks(model: PreTrainedModel) -> bool:
@@ -203,6 +204,9 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
                scaling: float | None = None, blocks: _BlockCache | None = None, **kwargs) -> tuple[Tensor, None]:
     """transformers' attention interface: to the blocks where they are given, else sdpa."""
     if blocks is not None:
+        if any(kwargs.get(name) is not None for name in _NOT_HERE):
+            raise NotImplementedError(f"{type(module).__name__} needs one of {', '.join(_NOT_HERE)}, which attention "
+                                      "over blocks does not have; leave its architecture out of `can_use_blocks`")
         return blocks.layers[module.layer_idx].attend(query, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
