@@ -44,6 +44,8 @@ class TestReport:
             assert run(monkeypatch, report, tmp_path / name, "--baseline", tmp_path / "base") == 2
             return capsys.readouterr().err.splitlines()
         assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "base", "--seeds", 1, 2) == 0
+        assert run(monkeypatch, report, tmp_path / "base", "--baseline", tmp_path / "base") == 2
+        assert "error: nothing to compare with --baseline" in capsys.readouterr().err
         here, base = tmp_path, tmp_path / "base"
         assert refused("sets", "--seeds", 1, 2, "--sets", "dolly") == [
             f"error: {here}/sets has the sets dolly, the baseline {base} dolly, sinst/11_: only the same sets compare"]
