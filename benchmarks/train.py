@@ -94,7 +94,7 @@ def hidden_and_weight(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tenso
     return hidden.last_hidden_state, head.weight
 
 
-class Workplace:
+class Workspace:
     """A temporary folder with data, student and caches, and the commands that run in it."""
 
     def __init__(self, folder: Path, model: str, records: list[str]):
@@ -152,7 +152,7 @@ def main() -> None:
     records = random.Random(SEED).sample(args.data.read_text().splitlines(), args.samples)
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Workplace(Path(folder), args.model, records)
+        work = Workspace(Path(folder), args.model, records)
         print("| training | precision | samples / s | against plain | peak memory | against SFT |")
         print("| --- | --- | --- | --- | --- | --- |")
         base = in_fresh_process(plain_loop, work.model, work.student, work.folder / "train.jsonl", args.plain_steps)
