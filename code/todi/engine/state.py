@@ -5,6 +5,7 @@ rank<R>.pt with what only that rank knows, and state.json with the rest. It gets
 newest two are kept; a finished run leaves state/finished.json alone.
 """
 
+import copyreg
 import dataclasses
 import json
 import logging
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # All that DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled.
 _DEEPSPEED_TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+# Python before 3.11.4 writes an enumeration as a call of getattr, which no file may ask for.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 KEPT_STATES = 2  # the newest, and one more in case its files are damaged
 
 
