@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,13 @@ def start(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: 
                    "GPUS": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {name: str(value) for name, value in settings.items()}
     return subprocess.Popen([*prefix, "bash", f"scripts/{launcher}.sh", *words], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                            preexec_fn=_heed_interrupts)
+
+
+def _heed_interrupts() -> None:
+    """A background job ignores SIGINT, these tests may be one, and a shell cannot trap what it was born to ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: object) -> subprocess.CompletedProcess:
