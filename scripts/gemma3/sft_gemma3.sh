@@ -5,12 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 default FAMILY gemma3
 default CKPT_NAME gemma3-1b
 default PEFT lora
-default LORA_RANK 256
-default LORA_ALPHA 8
-default LORA_DROPOUT 0.1
 default LR 1e-3
-default BATCH_SIZE 4
-default GRAD_ACC 2
 default EPOCH 10
 
 sft "$@"

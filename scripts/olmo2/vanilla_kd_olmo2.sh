@@ -9,12 +9,7 @@ default TEACHER_NAME olmo2-7b
 default TEACHER_MODEL_PATH model_hub/olmo2/olmo2-7b
 default TEACHER_PEFT_PATH "$(best_checkpoint outputs/olmo2/olmo2-7b/sft)"
 default PEFT lora
-default LORA_RANK 256
-default LORA_ALPHA 8
-default LORA_DROPOUT 0.1
 default LR 1e-3
-default BATCH_SIZE 4
-default GRAD_ACC 2
 default EPOCH 10
 default KD_RATE 0.5
 default KD_TEMP 2.0
