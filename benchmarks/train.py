@@ -35,9 +35,9 @@ from todi.criterions.linear import IGNORE_INDEX
 from todi.data.batches import Batch, collate
 from todi.data.records import load_records
 from todi.data.tokenize import Example, encode_examples
-from todi.engine.logs import peak_memory_gib
 from todi.models.families import family_of
 from todi.models.loading import backbone_and_head, load_model, load_tokenizer
+from todi.runtime.logs import peak_memory_gib
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from todi.data.tokenize import encode_examples
 from todi.engine.cache.building import fill
 from todi.engine.cache.reading import CachedTeacher
 from todi.engine.cache.store import CacheStore
-from todi.engine.device import Precision
-from todi.engine.distributed import World
 from todi.engine.teacher import LiveTeacher
 from todi.models.families import family_of
 from todi.models.loading import add_lora, load_model, load_tokenizer
+from todi.runtime.device import Precision
+from todi.runtime.distributed import World
 from todi.teachers import Lesson, load_teacher
 
 CPU = torch.device("cpu")

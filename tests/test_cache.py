@@ -18,13 +18,13 @@ from todi.data.batches import StepPlanner, collate
 from todi.engine.cache.building import BATCH_TOKENS, alone, fill
 from todi.engine.cache.choice import Estimate
 from todi.engine.cache.store import CacheStore, CorruptCache
-from todi.engine.device import Precision
 from todi.engine.optimizer import build_optimizer
-from todi.engine.storage import StorageError
 from todi.engine.student import Student
 from todi.engine.teacher import LiveTeacher, TeacherSource
 from todi.models.loading import load_model
 from todi.options import InputError
+from todi.runtime.device import Precision
+from todi.runtime.storage import StorageError
 from todi.teachers import Lesson, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
 
 

@@ -8,12 +8,12 @@ from todi.config import TrainConfig
 from todi.data.tokenize import encode_examples
 from todi.doctor import examine
 from todi.engine import memory
-from todi.engine.distributed import World
 from todi.engine.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, peak_on_cpu, training_state
 from todi.inputs import read_inputs
 from todi.models.families import FAMILIES
 from todi.models.loading import add_lora, backbone_and_head, empty_model, load_config, load_model
 from todi.options import InputError, parse
+from todi.runtime.distributed import World
 
 CPU = torch.device("cpu")
 

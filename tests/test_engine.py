@@ -6,10 +6,10 @@ import pytest
 import torch
 from todi.engine.checkpoints import BestCheckpoints, Score
 from todi.engine.deepspeed_config import build_deepspeed_config
-from todi.engine.device import Precision, choose_precision
 from todi.engine.optimizer import SCHEDULES, build_optimizer, build_schedule
-from todi.engine.storage import StorageError
 from todi.options import InputError
+from todi.runtime.device import Precision, choose_precision
+from todi.runtime.storage import StorageError
 
 FP32 = Precision("fp32", "test")
 

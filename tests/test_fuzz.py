@@ -10,10 +10,10 @@ from launching import ROOT, run
 from test_options import options_of
 from todi.config import TrainConfig
 from todi.data.records import load_records
-from todi.engine.device import choose_device
 from todi.evaluation.inputs import EvalConfig
 from todi.inputs import read_inputs
 from todi.options import InputError, parse
+from todi.runtime.device import choose_device
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from todi.engine.cadence import Cadence
 from todi.options import option
+from todi.runtime.cadence import Cadence
 
 CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")

@@ -18,9 +18,6 @@ from peft import PeftConfig
 from todi.config import StudentConfig, TrainConfig
 from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example, encode_examples
-from todi.engine.device import choose_device
-from todi.engine.distributed import World, world_from_environment
-from todi.engine.logs import set_up_logging
 from todi.engine.memory import (
     Memory,
     Shape,
@@ -36,6 +33,9 @@ from todi.engine.state import KEPT_STATES
 from todi.inputs import Inputs, ModelInputs, read_inputs
 from todi.models.loading import add_lora, empty_model
 from todi.options import parse, run_main
+from todi.runtime.device import choose_device
+from todi.runtime.distributed import World, world_from_environment
+from todi.runtime.logs import set_up_logging
 
 logger = logging.getLogger("todi.doctor")
 

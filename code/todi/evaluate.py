@@ -18,10 +18,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from todi.data.tokenize import encode_examples
-from todi.engine.device import choose_device
-from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
-from todi.engine.logs import set_up_logging
-from todi.engine.storage import StorageError
 from todi.evaluation.generation import stop_ids
 from todi.evaluation.inputs import EvalConfig, Inputs, read_inputs
 from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
@@ -29,6 +25,10 @@ from todi.evaluation.scoring import Writer, score
 from todi.evaluation.store import Done, SetStore, files_checksum, records_checksum
 from todi.models.loading import check_head, load_model, merge_adapter
 from todi.options import parse, run_main
+from todi.runtime.device import choose_device
+from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.logs import set_up_logging
+from todi.runtime.storage import StorageError
 
 logger = logging.getLogger("todi.evaluate")
 

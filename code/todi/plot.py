@@ -17,8 +17,8 @@ import matplotlib
 matplotlib.use("Agg")  # draws files, needs no screen
 import matplotlib.pyplot as plt
 
-from todi.engine.logs import set_up_logging
 from todi.options import InputError, option, parse, run_main
+from todi.runtime.logs import set_up_logging
 
 logger = logging.getLogger("todi.plot")
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from todi.engine.logs import set_up_logging
 from todi.evaluation.comparison import compare, comparison_table
 from todi.evaluation.results import markdown_table, read_results
 from todi.options import InputError, gathered, option, parse, run_main
+from todi.runtime.logs import set_up_logging
 
 logger = logging.getLogger("todi.report")
 

@@ -25,13 +25,13 @@ from todi.engine.cache.building import alone, fill
 from todi.engine.cache.choice import Estimate, estimate, free_bytes
 from todi.engine.cache.reading import CachedTeacher
 from todi.engine.cache.store import CacheStore, Layout
-from todi.engine.device import Precision, name_of
-from todi.engine.distributed import World
-from todi.engine.storage import StorageError
 from todi.engine.teacher import LiveTeacher, TeacherSource
 from todi.models.checksums import tokenizer_checksum, weights_checksum
 from todi.models.loading import check_head, empty_model, load_config, load_model, merge_adapter
 from todi.options import InputError
+from todi.runtime.device import Precision, name_of
+from todi.runtime.distributed import World
+from todi.runtime.storage import StorageError
 
 logger = logging.getLogger(__name__)
 

@@ -28,15 +28,9 @@ from todi.data.batches import StepPlanner
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.engine.cache.store import CorruptCache
-from todi.engine.cadence import Cadence
 from todi.engine.dev import DevSet
-from todi.engine.device import choose_device, dtype_of
-from todi.engine.distributed import World, start_process_group, stop_process_group, world_from_environment
-from todi.engine.logs import set_up_logging
 from todi.engine.optimizer import build_optimizer, build_schedule
 from todi.engine.runs import begin, check_same_run, decided_earlier, describe_run
-from todi.engine.signals import Interrupted
-from todi.engine.storage import StorageError
 from todi.engine.student import Student
 from todi.engine.teacher import TeacherSource
 from todi.engine.trainer import Trainer, TrainingError
@@ -45,6 +39,12 @@ from todi.inputs import Inputs, ModelInputs, read_inputs
 from todi.models.card import Base, model_card
 from todi.models.loading import add_lora, check_head, load_model
 from todi.options import parse, run_main
+from todi.runtime.cadence import Cadence
+from todi.runtime.device import choose_device, dtype_of
+from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.logs import set_up_logging
+from todi.runtime.signals import Interrupted
+from todi.runtime.storage import StorageError
 from todi.teachers import Lesson, choose_cache, describe_choice, open_teacher
 
 logger = logging.getLogger("todi.train")

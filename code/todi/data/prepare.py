@@ -17,11 +17,11 @@ from pathlib import Path
 from todi.data.records import checksum
 from todi.data.sources import SOURCES, Item, RawFiles, Source
 from todi.data.templates import alpaca_prompt
-from todi.engine.logs import set_up_logging
-from todi.engine.storage import write_text
 from todi.models.loading import load_tokenizer
 from todi.options import InputError, gathered, option, parse, run_main
 from todi.registry import did_you_mean
+from todi.runtime.logs import set_up_logging
+from todi.runtime.storage import write_text
 
 logger = logging.getLogger("todi.data.prepare")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from todi.data.records import checksum
-from todi.engine.storage import publish, unfinished
 from todi.options import InputError
 from todi.registry import Registry
+from todi.runtime.storage import publish, unfinished
 
 _GITHUB = "https://raw.githubusercontent.com"
 _TIMEOUT = 60  # seconds without a byte

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from todi.engine.device import Precision
 from todi.options import InputError
+from todi.runtime.device import Precision
 
 # What the data plan and the model's dtype already rest on: a file may repeat these, not change them.
 _OWNED = (("train_micro_batch_size_per_gpu",), ("gradient_accumulation_steps",), ("bf16", "enabled"),

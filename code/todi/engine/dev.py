@@ -11,11 +11,11 @@ from todi.criterions import DistillationCriterion, LossSums
 from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
-from todi.engine.distributed import World
 from todi.engine.student import is_partitioned
 from todi.evaluation.generation import Decoding, generate, stop_ids, to_texts
 from todi.evaluation.rouge import rouge_l
 from todi.evaluation.sampling import stream_key
+from todi.runtime.distributed import World
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any
 from todi.config import TrainConfig
 from todi.data.records import checksum
 from todi.engine.checkpoints import BestCheckpoints
-from todi.engine.distributed import World
 from todi.engine.state import StateStore
-from todi.engine.storage import discard, write_text, writing
 from todi.options import InputError
+from todi.runtime.distributed import World
+from todi.runtime.storage import discard, write_text, writing
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from todi.engine.distributed import World
-from todi.engine.storage import discard, publish, sweep, unfinished, write_text, writing
 from todi.options import InputError
+from todi.runtime.distributed import World
+from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from todi.engine.storage import write_text
 from todi.evaluation.bootstrap import interval
 from todi.options import InputError
+from todi.runtime.storage import write_text
 
 RESULTS_FILE = Path("eval", "results.json")
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from todi.data.records import Record, checksum
-from todi.engine.storage import write_text, writing
 from todi.evaluation.generation import Response
 from todi.evaluation.results import Generation, read_generations, seed_file
 from todi.models.loading import load_config
+from todi.runtime.storage import write_text, writing
 
 _MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
 

@@ -31,12 +31,12 @@ from huggingface_hub.errors import (
 )
 
 from todi.data.records import checksum
-from todi.engine.logs import set_up_logging
-from todi.engine.storage import publish, unfinished
 from todi.models.families import FAMILIES, Family, Wheel
 from todi.models.loading import load_model, load_tokenizer
 from todi.options import InputError, option, parse, run_main
 from todi.registry import did_you_mean
+from todi.runtime.logs import set_up_logging
+from todi.runtime.storage import publish, unfinished
 
 logger = logging.getLogger("todi.models.fetch")
 

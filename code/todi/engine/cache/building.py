@@ -14,9 +14,9 @@ from torch import Tensor
 from todi.data.batches import collate
 from todi.data.tokenize import Example
 from todi.engine.cache.store import CacheStore
-from todi.engine.distributed import World
-from todi.engine.storage import writing
 from todi.engine.teacher import TeacherSource
+from todi.runtime.distributed import World
+from todi.runtime.storage import writing
 
 logger = logging.getLogger(__name__)
 

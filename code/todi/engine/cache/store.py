@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from todi.criterions import LinearHead
-from todi.engine.device import DTYPES, name_of
-from todi.engine.storage import publish, sweep, unfinished, write_text, writing
 from todi.options import InputError
+from todi.runtime.device import DTYPES, name_of
+from todi.runtime.storage import publish, sweep, unfinished, write_text, writing
 
 SHARD_BYTES = 256 << 20
 SHARD_SAMPLES = 256  # so that several ranks find something to do, and little is lost when a pass is cut short

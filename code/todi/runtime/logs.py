@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from todi.engine.storage import writing
+from todi.runtime.storage import writing
 
 
 def set_up_logging(is_main: bool) -> None:
