@@ -28,14 +28,14 @@ def lesson(workshop):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr("todi.engine.cache.store.SHARD_SAMPLES", 5)
+    monkeypatch.setattr("todi.teacher.cache_files.SHARD_SAMPLES", 5)
 
 
 @pytest.fixture
 def filled(lesson, tmp_path, small_shards) -> Path:
     """A complete teacher cache of 18 samples in 4 shards."""
     from lessons import ALONE, CPU
-    from todi.teachers import fill_cache
+    from todi.teacher.opening import fill_cache
 
     fill_cache(lesson, tmp_path / "cache", ALONE, CPU)
     return tmp_path / "cache"

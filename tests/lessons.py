@@ -8,15 +8,15 @@ from launching import Workshop
 from todi.config import DataConfig, TeacherConfig
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
-from todi.engine.cache.building import fill
-from todi.engine.cache.reading import CachedTeacher
-from todi.engine.cache.store import CacheStore
-from todi.engine.teacher import LiveTeacher
 from todi.models.families import family_of
 from todi.models.loading import add_lora, load_model, load_tokenizer
 from todi.runtime.device import Precision
 from todi.runtime.distributed import World
-from todi.teachers import Lesson, load_teacher
+from todi.teacher.cache_files import CacheStore
+from todi.teacher.cached import CachedTeacher
+from todi.teacher.filling import fill
+from todi.teacher.live import LiveTeacher
+from todi.teacher.opening import Lesson, load_teacher
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1)

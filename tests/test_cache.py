@@ -11,21 +11,21 @@ import torch
 from launching import write_data
 from lessons import ALONE, CPU, SPECIAL, filled_by, flip, lesson_of, make_adapter
 from tiny import ARCHITECTURES
-from todi import teachers
 from todi.config import TeacherConfig
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner, collate
-from todi.engine.cache.building import BATCH_TOKENS, alone, fill
-from todi.engine.cache.choice import Estimate
-from todi.engine.cache.store import CacheStore, CorruptCache
 from todi.engine.optimizer import build_optimizer
 from todi.engine.student import Student
-from todi.engine.teacher import LiveTeacher, TeacherSource
 from todi.models.loading import load_model
 from todi.options import InputError
 from todi.runtime.device import Precision
 from todi.runtime.storage import StorageError
-from todi.teachers import Lesson, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
+from todi.teacher import opening
+from todi.teacher.cache_files import CacheStore, CorruptCache
+from todi.teacher.choice import Estimate
+from todi.teacher.filling import BATCH_TOKENS, alone, fill
+from todi.teacher.live import LiveTeacher, TeacherSource
+from todi.teacher.opening import Lesson, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
 
 
 def distil(student: Path, teacher: TeacherSource, lesson: Lesson, batch_size: int) -> tuple[list, dict]:
@@ -117,8 +117,8 @@ class TestFilling:
 
     def test_a_second_run_waits_and_finds_it_done(self, lesson, tmp_path, monkeypatch, small_shards, todi_log):
         folder, loaded = tmp_path / "cache", []
-        monkeypatch.setattr("todi.engine.cache.building._RETRY_SECONDS", 0.05)
-        monkeypatch.setattr(teachers, "load_teacher", lambda *args: loaded.append(1) or load_teacher(*args))
+        monkeypatch.setattr("todi.teacher.filling._RETRY_SECONDS", 0.05)
+        monkeypatch.setattr(opening, "load_teacher", lambda *args: loaded.append(1) or load_teacher(*args))
         waits = threading.Event()
         todi_log.called = lambda line: "waiting for it" in line and waits.set()
         with alone(folder, ALONE):
@@ -133,8 +133,8 @@ class TestFilling:
         assert not loaded
 
     def test_a_full_disk_is_said_before_the_teacher_is_loaded(self, lesson, tmp_path, monkeypatch):
-        monkeypatch.setattr(teachers, "free_bytes", lambda folder: 1000)
-        monkeypatch.setattr(teachers, "load_teacher", None)
+        monkeypatch.setattr(opening, "free_bytes", lambda folder: 1000)
+        monkeypatch.setattr(opening, "load_teacher", None)
         with pytest.raises(StorageError, match=r"would take 0\.00 GB, and 0\.00 GB are free"):
             fill_cache(lesson, tmp_path, ALONE, CPU)
 
@@ -188,7 +188,7 @@ class TestFingerprint:
 class TestAuto:
     def test_a_single_pass_is_live_and_reads_no_weights(self, lesson, monkeypatch, todi_log):
         lesson = dataclasses.replace(lesson)  # without a fingerprint that is remembered
-        monkeypatch.setattr(teachers, "weights_checksum", None)
+        monkeypatch.setattr(opening, "weights_checksum", None)
         assert choose(lesson, "off") is None
         assert choose(lesson, "auto", passes=1.0) is None
         assert any("none, each sample is seen once: " in line and "min to fill" in line for line in todi_log)
@@ -202,7 +202,7 @@ class TestAuto:
         assert costs.saving == (costs.passes - 1) * costs.seconds
 
     def test_it_takes_what_is_there(self, lesson, filled, monkeypatch):
-        monkeypatch.setattr(teachers, "SHARED_CACHES", filled.parent / "shared")
+        monkeypatch.setattr(opening, "SHARED_CACHES", filled.parent / "shared")
         lesson.shared_folder.parent.mkdir()
         filled.rename(lesson.shared_folder)
         assert choose(lesson, "auto", passes=1.0) == lesson.shared_folder

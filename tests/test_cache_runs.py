@@ -11,10 +11,10 @@ import torch
 from launching import ROOT, run, write_data
 from lessons import flip
 from todi import cache as command
-from todi import teachers
-from todi.engine.cache.store import CacheStore
 from todi.options import run_main
-from todi.teachers import check_match
+from todi.teacher import opening
+from todi.teacher.cache_files import CacheStore
+from todi.teacher.opening import check_match
 
 
 class TestCommands:
@@ -96,7 +96,7 @@ class TestLaunchers:
 
     def test_on_twice_and_off(self, workshop, settings):
         """The second run does not load the teacher; all three come to the same."""
-        remains = ROOT / teachers.SHARED_CACHES
+        remains = ROOT / opening.SHARED_CACHES
         self.remove_caches(remains)
         try:
             eps = ("--adam-eps", "1e-2")

@@ -25,16 +25,16 @@ from todi.config import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, Teacher
 from todi.data.chat import render
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
-from todi.engine.cache.building import BATCH_TOKENS, batch_rows, batches
-from todi.engine.cache.store import CacheStore, CorruptCache
-from todi.engine.teacher import LiveTeacher
 from todi.inputs import read_model
 from todi.options import InputError, gathered, option, parse, run_main
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.storage import StorageError
-from todi.teachers import Lesson, check_match, fill_cache, load_teacher
+from todi.teacher.cache_files import CacheStore, CorruptCache
+from todi.teacher.filling import BATCH_TOKENS, batch_rows, batches
+from todi.teacher.live import LiveTeacher
+from todi.teacher.opening import Lesson, check_match, fill_cache, load_teacher
 
 logger = logging.getLogger("todi.cache")
 

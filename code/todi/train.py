@@ -27,12 +27,10 @@ from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
-from todi.engine.cache.store import CorruptCache
 from todi.engine.dev import DevSet
 from todi.engine.optimizer import build_optimizer, build_schedule
 from todi.engine.runs import begin, check_same_run, decided_earlier, describe_run
 from todi.engine.student import Student
-from todi.engine.teacher import TeacherSource
 from todi.engine.trainer import Trainer, TrainingError
 from todi.evaluation.generation import Decoding
 from todi.inputs import Inputs, ModelInputs, read_inputs
@@ -45,7 +43,9 @@ from todi.runtime.distributed import World, start_process_group, stop_process_gr
 from todi.runtime.logs import set_up_logging
 from todi.runtime.signals import Interrupted
 from todi.runtime.storage import StorageError
-from todi.teachers import Lesson, choose_cache, describe_choice, open_teacher
+from todi.teacher.cache_files import CorruptCache
+from todi.teacher.live import TeacherSource
+from todi.teacher.opening import Lesson, choose_cache, describe_choice, open_teacher
 
 logger = logging.getLogger("todi.train")
 

@@ -17,12 +17,12 @@ from todi.data.batches import StepPlan, StepPlanner, collate
 from todi.engine.checkpoints import BestCheckpoints, Score, save_model
 from todi.engine.dev import DevSet, dev_loss, dev_rouge_l, means
 from todi.engine.state import Position, StateStore
-from todi.engine.teacher import TeacherSource
 from todi.runtime.cadence import Cadence
 from todi.runtime.distributed import World
 from todi.runtime.logs import Metrics, peak_memory_gib
 from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
+from todi.teacher.live import TeacherSource
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 
 from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch
-from todi.engine.cache.store import CacheStore
+from todi.teacher.cache_files import CacheStore
 
 
 class CachedTeacher:

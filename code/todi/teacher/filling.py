@@ -13,10 +13,10 @@ from torch import Tensor
 
 from todi.data.batches import collate
 from todi.data.tokenize import Example
-from todi.engine.cache.store import CacheStore
-from todi.engine.teacher import TeacherSource
 from todi.runtime.distributed import World
 from todi.runtime.storage import writing
+from todi.teacher.cache_files import CacheStore
+from todi.teacher.live import TeacherSource
 
 logger = logging.getLogger(__name__)
 

@@ -21,17 +21,17 @@ import todi
 from todi.config import DataConfig, TeacherConfig
 from todi.data.records import checksum
 from todi.data.tokenize import Example, examples_checksum
-from todi.engine.cache.building import alone, fill
-from todi.engine.cache.choice import Estimate, estimate, free_bytes
-from todi.engine.cache.reading import CachedTeacher
-from todi.engine.cache.store import CacheStore, Layout
-from todi.engine.teacher import LiveTeacher, TeacherSource
 from todi.models.checksums import tokenizer_checksum, weights_checksum
 from todi.models.loading import check_head, empty_model, load_config, load_model, merge_adapter
 from todi.options import InputError
 from todi.runtime.device import Precision, name_of
 from todi.runtime.distributed import World
 from todi.runtime.storage import StorageError
+from todi.teacher.cache_files import CacheStore, Layout
+from todi.teacher.cached import CachedTeacher
+from todi.teacher.choice import Estimate, estimate, free_bytes
+from todi.teacher.filling import alone, fill
+from todi.teacher.live import LiveTeacher, TeacherSource
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Who answers for the labelled rows: a live model or a cache."""
