@@ -7,10 +7,10 @@ import torch
 from evaluating import add_adapter
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, tiny_model
-from todi.evaluation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
-from todi.evaluation.continuation import Continuation
-from todi.evaluation.generation import Decoding, generate
-from todi.evaluation.sampling import stream_key
+from todi.generation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
+from todi.generation.continuation import Continuation
+from todi.generation.decoding import Decoding, generate
+from todi.generation.sampling import stream_key
 from todi.models.loading import merge_adapter
 from transformers import AutoModelForCausalLM
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, stream_key, uniforms
+from todi.generation.sampling import RepetitionBan, draw, next_token_probabilities, stream_key, uniforms
 from transformers import NoRepeatNGramLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 

@@ -32,7 +32,7 @@ from todi.engine.optimizer import build_optimizer, build_schedule
 from todi.engine.runs import begin, check_same_run, decided_earlier, describe_run
 from todi.engine.student import Student
 from todi.engine.trainer import Trainer, TrainingError
-from todi.evaluation.generation import Decoding
+from todi.generation.decoding import Decoding
 from todi.inputs import Inputs, ModelInputs, read_inputs
 from todi.models.card import Base, model_card
 from todi.models.loading import add_lora, check_head, load_model

@@ -12,9 +12,9 @@ from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.engine.student import is_partitioned
-from todi.evaluation.generation import Decoding, generate, stop_ids, to_texts
 from todi.evaluation.rouge import rouge_l
-from todi.evaluation.sampling import stream_key
+from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
+from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
 
 

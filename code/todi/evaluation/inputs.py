@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from todi.config import PRECISIONS
 from todi.data.chat import render
 from todi.data.records import Record, load_records
-from todi.evaluation.generation import Decoding
 from todi.evaluation.results import is_set_name
+from todi.generation.decoding import Decoding
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import find_adapter, load_config, load_tokenizer

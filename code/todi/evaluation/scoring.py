@@ -11,11 +11,11 @@ from todi.criterions import DistillationCriterion
 from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
-from todi.evaluation.generation import Decoding, Response, generate, to_texts
 from todi.evaluation.results import Generation
 from todi.evaluation.rouge import exact_match, rouge_l
-from todi.evaluation.sampling import stream_key
 from todi.evaluation.store import Row
+from todi.generation.decoding import Decoding, Response, generate, to_texts
+from todi.generation.sampling import stream_key
 from todi.models.loading import backbone_and_head
 from todi.runtime.distributed import World
 

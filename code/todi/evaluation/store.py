@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from todi.data.records import Record, checksum
-from todi.evaluation.generation import Response
 from todi.evaluation.results import Generation, read_generations, seed_file
+from todi.generation.decoding import Response
 from todi.models.loading import load_config
 from todi.runtime.storage import write_text, writing
 

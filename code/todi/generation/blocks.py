@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from todi.evaluation.continuation import Forward, left_padded
+from todi.generation.continuation import Forward, left_padded
 from todi.models.families import FAMILIES
 
 _ATTENTION = "todi_blocks"
@@ -47,7 +47,7 @@ def attention_over_blocks(model: PreTrainedModel) -> Iterator[None]:
 
 
 class BlockContinuation:
-    """The live rows of a batch in blocks; as `todi.evaluation.continuation.Continuation`, which see.
+    """The live rows of a batch in blocks; as `todi.generation.continuation.Continuation`, which see.
 
     The rows' prompts are best sorted by length, with equal ones together.
     """

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Record
 from todi.data.tokenize import end_id
-from todi.evaluation.beam import beam_search
-from todi.evaluation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
-from todi.evaluation.continuation import Continuation, base_model
-from todi.evaluation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
+from todi.generation.beam import beam_search
+from todi.generation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
+from todi.generation.continuation import Continuation, base_model
+from todi.generation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
 
 # Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping computes in vain.
 _WORTH_DROPPING = 0.9
