@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 from launching import Workshop
-from todi.config import DataConfig, TeacherConfig
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
 from todi.models.families import family_of
 from todi.models.loading import add_lora, load_model, load_tokenizer
 from todi.runtime.device import Precision
 from todi.runtime.distributed import World
+from todi.settings import DataConfig, TeacherConfig
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.cached import CachedTeacher
 from todi.teacher.filling import fill

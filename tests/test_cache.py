@@ -11,21 +11,21 @@ import torch
 from launching import write_data
 from lessons import ALONE, CPU, SPECIAL, filled_by, flip, lesson_of, make_adapter
 from tiny import ARCHITECTURES
-from todi.config import TeacherConfig
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner, collate
-from todi.engine.optimizer import build_optimizer
-from todi.engine.student import Student
 from todi.models.loading import load_model
 from todi.options import InputError
 from todi.runtime.device import Precision
 from todi.runtime.storage import StorageError
+from todi.settings import TeacherConfig
 from todi.teacher import opening
 from todi.teacher.cache_files import CacheStore, CorruptCache
 from todi.teacher.choice import Estimate
 from todi.teacher.filling import BATCH_TOKENS, alone, fill
 from todi.teacher.live import LiveTeacher, TeacherSource
 from todi.teacher.opening import Lesson, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
+from todi.training.optimizer import build_optimizer
+from todi.training.student import Student
 
 
 def distil(student: Path, teacher: TeacherSource, lesson: Lesson, batch_size: int) -> tuple[list, dict]:

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import yaml
-from todi.config import TrainConfig
 from todi.models.card import Base, model_card
 from todi.models.families import FAMILIES, family_of
 from todi.options import parse
+from todi.settings import TrainConfig
 
 STUDENT = Base("model_hub/qwen2.5/qwen2.5-0.5b", FAMILIES["qwen2.5"])
 TEACHER = Base("model_hub/qwen2.5/qwen2.5-7b", FAMILIES["qwen2.5"], adapter="outputs/teacher")

@@ -4,16 +4,16 @@ import pytest
 import torch
 from launching import run
 from tiny import tiny_model, tiny_tokenizer
-from todi.config import TrainConfig
 from todi.data.tokenize import encode_examples
 from todi.doctor import examine
-from todi.engine import memory
-from todi.engine.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, peak_on_cpu, training_state
-from todi.inputs import read_inputs
 from todi.models.families import FAMILIES
 from todi.models.loading import add_lora, backbone_and_head, empty_model, load_config, load_model
 from todi.options import InputError, parse
 from todi.runtime.distributed import World
+from todi.settings import TrainConfig
+from todi.training import memory
+from todi.training.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, peak_on_cpu, training_state
+from todi.training.train_inputs import read_inputs
 
 CPU = torch.device("cpu")
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from todi.engine.checkpoints import BestCheckpoints, Score
-from todi.engine.deepspeed_config import build_deepspeed_config
-from todi.engine.optimizer import SCHEDULES, build_optimizer, build_schedule
 from todi.options import InputError
 from todi.runtime.device import Precision, choose_precision
 from todi.runtime.storage import StorageError
+from todi.training.checkpoints import BestCheckpoints, Score
+from todi.training.deepspeed_config import build_deepspeed_config
+from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule
 
 FP32 = Precision("fp32", "test")
 

@@ -13,10 +13,10 @@ from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch, collate
 from todi.data.records import checksum
 from todi.data.tokenize import Example
-from todi.engine.student import Student
 from todi.models.families import FAMILIES
 from todi.models.loading import add_lora, load_model, load_tokenizer, merge_adapter
 from todi.teacher.live import LiveTeacher
+from todi.training.student import Student
 
 CPU = torch.device("cpu")
 TEMPERATURE, KD_RATE = 2.0, 0.5

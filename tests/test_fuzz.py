@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import ROOT, run
 from test_options import options_of
-from todi.config import TrainConfig
 from todi.data.records import load_records
-from todi.evaluation.inputs import EvalConfig
-from todi.inputs import read_inputs
+from todi.evaluation.eval_inputs import EvalConfig
 from todi.options import InputError, parse
 from todi.runtime.device import choose_device
+from todi.settings import TrainConfig
+from todi.training.train_inputs import read_inputs
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

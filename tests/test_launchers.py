@@ -9,10 +9,10 @@ import torch
 from launching import ROOT, run, write_data
 from peft import PeftModel
 from tiny import tiny_tokenizer
-from todi.config import TrainConfig
 from todi.criterions import DIVERGENCES
 from todi.data.records import checksum
 from todi.options import parse
+from todi.settings import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SFT = {"gpt2/sft_gpt2_base": "gpt2", "gpt2/sft_gpt2_xlarge": "gpt2", "smollm2/sft_teacher_smollm2": "llama",

@@ -7,8 +7,8 @@ import typing
 from pathlib import Path
 
 import pytest
-from todi.config import TrainConfig, parse_kd_params
 from todi.options import InputError, parse
+from todi.settings import TrainConfig, parse_kd_params
 
 CODE = Path(__file__).parents[1] / "code" / "todi"
 

@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from todi.config import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, TeacherConfig
 from todi.data.chat import render
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
-from todi.inputs import read_model
 from todi.options import InputError, gathered, option, parse, run_main
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.storage import StorageError
+from todi.settings import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, TeacherConfig
 from todi.teacher.cache_files import CacheStore, CorruptCache
 from todi.teacher.filling import BATCH_TOKENS, batch_rows, batches
 from todi.teacher.live import LiveTeacher
 from todi.teacher.opening import Lesson, check_match, fill_cache, load_teacher
+from todi.training.train_inputs import read_model
 
 logger = logging.getLogger("todi.cache")
 

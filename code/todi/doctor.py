@@ -15,10 +15,15 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 
-from todi.config import StudentConfig, TrainConfig
 from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example, encode_examples
-from todi.engine.memory import (
+from todi.models.loading import add_lora, empty_model
+from todi.options import parse, run_main
+from todi.runtime.device import choose_device
+from todi.runtime.distributed import World, world_from_environment
+from todi.runtime.logs import set_up_logging
+from todi.settings import StudentConfig, TrainConfig
+from todi.training.memory import (
     Memory,
     Shape,
     available_bytes,
@@ -29,13 +34,8 @@ from todi.engine.memory import (
     resident_bytes,
     training_state,
 )
-from todi.engine.state import KEPT_STATES
-from todi.inputs import Inputs, ModelInputs, read_inputs
-from todi.models.loading import add_lora, empty_model
-from todi.options import parse, run_main
-from todi.runtime.device import choose_device
-from todi.runtime.distributed import World, world_from_environment
-from todi.runtime.logs import set_up_logging
+from todi.training.state import KEPT_STATES
+from todi.training.train_inputs import Inputs, ModelInputs, read_inputs
 
 logger = logging.getLogger("todi.doctor")
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from todi.data.tokenize import encode_examples
-from todi.evaluation.inputs import EvalConfig, Inputs, read_inputs
+from todi.evaluation.eval_inputs import EvalConfig, Inputs, read_inputs
 from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
 from todi.evaluation.scoring import Writer, score
-from todi.evaluation.store import Done, SetStore, files_checksum, records_checksum
+from todi.evaluation.set_files import Done, SetStore, files_checksum, records_checksum
 from todi.generation.decoding import stop_ids
 from todi.models.loading import check_head, load_model, merge_adapter
 from todi.options import parse, run_main

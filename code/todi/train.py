@@ -16,24 +16,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from todi.config import (
-    ObjectiveConfig,
-    OptimConfig,
-    StudentConfig,
-    TrainConfig,
-    parse_kd_params,
-)
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import StepPlanner
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
-from todi.engine.dev import DevSet
-from todi.engine.optimizer import build_optimizer, build_schedule
-from todi.engine.runs import begin, check_same_run, decided_earlier, describe_run
-from todi.engine.student import Student
-from todi.engine.trainer import Trainer, TrainingError
 from todi.generation.decoding import Decoding
-from todi.inputs import Inputs, ModelInputs, read_inputs
 from todi.models.card import Base, model_card
 from todi.models.loading import add_lora, check_head, load_model
 from todi.options import parse, run_main
@@ -43,9 +30,22 @@ from todi.runtime.distributed import World, start_process_group, stop_process_gr
 from todi.runtime.logs import set_up_logging
 from todi.runtime.signals import Interrupted
 from todi.runtime.storage import StorageError
+from todi.settings import (
+    ObjectiveConfig,
+    OptimConfig,
+    StudentConfig,
+    TrainConfig,
+    parse_kd_params,
+)
 from todi.teacher.cache_files import CorruptCache
 from todi.teacher.live import TeacherSource
 from todi.teacher.opening import Lesson, choose_cache, describe_choice, open_teacher
+from todi.training.dev import DevSet
+from todi.training.optimizer import build_optimizer, build_schedule
+from todi.training.run_folder import begin, check_same_run, decided_earlier, describe_run
+from todi.training.student import Student
+from todi.training.train_inputs import Inputs, ModelInputs, read_inputs
+from todi.training.trainer import Trainer, TrainingError
 
 logger = logging.getLogger("todi.train")
 

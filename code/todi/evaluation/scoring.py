@@ -13,7 +13,7 @@ from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.evaluation.results import Generation
 from todi.evaluation.rouge import exact_match, rouge_l
-from todi.evaluation.store import Row
+from todi.evaluation.set_files import Row
 from todi.generation.decoding import Decoding, Response, generate, to_texts
 from todi.generation.sampling import stream_key
 from todi.models.loading import backbone_and_head

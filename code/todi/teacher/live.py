@@ -8,8 +8,8 @@ from torch import nn
 
 from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch
-from todi.engine.student import labelled_rows
 from todi.models.loading import backbone_and_head
+from todi.training.student import labelled_rows
 
 
 class TeacherSource(Protocol):

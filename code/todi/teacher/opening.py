@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import todi
-from todi.config import DataConfig, TeacherConfig
 from todi.data.records import checksum
 from todi.data.tokenize import Example, examples_checksum
 from todi.models.checksums import tokenizer_checksum, weights_checksum
@@ -27,6 +26,7 @@ from todi.options import InputError
 from todi.runtime.device import Precision, name_of
 from todi.runtime.distributed import World
 from todi.runtime.storage import StorageError
+from todi.settings import DataConfig, TeacherConfig
 from todi.teacher.cache_files import CacheStore, Layout
 from todi.teacher.cached import CachedTeacher
 from todi.teacher.choice import Estimate, estimate, free_bytes

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import DistillationCriterion, LossSums
 from todi.data.batches import StepPlan, StepPlanner, collate
-from todi.engine.checkpoints import BestCheckpoints, Score, save_model
-from todi.engine.dev import DevSet, dev_loss, dev_rouge_l, means
-from todi.engine.state import Position, StateStore
 from todi.runtime.cadence import Cadence
 from todi.runtime.distributed import World
 from todi.runtime.logs import Metrics, peak_memory_gib
 from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
 from todi.teacher.live import TeacherSource
+from todi.training.checkpoints import BestCheckpoints, Score, save_model
+from todi.training.dev import DevSet, dev_loss, dev_rouge_l, means
+from todi.training.state import Position, StateStore
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from todi.criterions import DistillationCriterion, LossSums
 from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
-from todi.engine.student import is_partitioned
 from todi.evaluation.rouge import rouge_l
 from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
+from todi.training.student import is_partitioned
 
 
 @dataclass(frozen=True)

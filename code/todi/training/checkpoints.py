@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from todi.engine.student import is_partitioned
 from todi.runtime.storage import discard, publish, sweep, unfinished, writing
+from todi.training.student import is_partitioned
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from todi.config import TrainConfig
 from todi.data.records import checksum
-from todi.engine.checkpoints import BestCheckpoints
-from todi.engine.state import StateStore
 from todi.options import InputError
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, write_text, writing
+from todi.settings import TrainConfig
+from todi.training.checkpoints import BestCheckpoints
+from todi.training.state import StateStore
 
 logger = logging.getLogger(__name__)
 

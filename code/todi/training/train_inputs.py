@@ -8,16 +8,16 @@ import torch
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from todi.config import TrainConfig
 from todi.data.chat import render
 from todi.data.records import Record, load_records
-from todi.engine.deepspeed_config import build_deepspeed_config
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
 from todi.options import InputError, gathered
 from todi.runtime.device import Precision, choose_precision
+from todi.settings import TrainConfig
+from todi.training.deepspeed_config import build_deepspeed_config
 
 
 @dataclass(frozen=True)

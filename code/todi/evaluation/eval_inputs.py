@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from todi.config import PRECISIONS
 from todi.data.chat import render
 from todi.data.records import Record, load_records
 from todi.evaluation.results import is_set_name
@@ -21,6 +20,7 @@ from todi.models.families import Family, family_of
 from todi.models.loading import find_adapter, load_config, load_tokenizer
 from todi.options import InputError, gathered, option
 from todi.runtime.device import Precision, choose_precision
+from todi.settings import PRECISIONS
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,0 @@
-"""Training: devices, the DeepSpeed engine, the loop, checkpoints and logs."""

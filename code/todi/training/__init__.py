@@ -1,0 +1,1 @@
+"""The training run: inputs, student, optimizer, the loop, and what it leaves behind."""
