@@ -7,8 +7,8 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import make_demo as demo
 import pytest
-from todi.data import demo
 from todi.data.templates import alpaca_prompt
 
 DATA = Path(__file__).parents[1] / "data" / "demo"

@@ -1,7 +1,7 @@
-"""Word banks and sentence patterns of the demo data set (see `todi.data.demo`); all sentences are our own.
+"""Word banks and sentence patterns of the demo data set (see make_demo.py); all sentences are our own.
 
-Patterns hold `{slots}` that `demo.draw_cast` fills; a slot that starts with `a_` carries its article. A word
-written `one>other` has two sides (present and past, wrong and right) that `demo.two_sides` tells apart.
+Patterns hold `{slots}` that `make_demo.draw_cast` fills; a slot that starts with `a_` carries its article. A word
+written `one>other` has two sides (present and past, wrong and right) that `make_demo.two_sides` tells apart.
 """
 
 
@@ -27,7 +27,7 @@ MEN = _items("""Omar; Tom; Daniel; Kofi; Hugo; Pavel; Marco; Ravi; Jonas; Felix;
 SURNAMES = _items("""Silva; Novak; Brown; Okafor; Lindberg; Rossi; Haddad; Moreau; Tanaka; Singh; Weber;
     Costa; Murphy; Jansen; Petrov; Mensah; Garcia; Larsen; Hall; Fischer""")
 DAYS = _items("Monday; Tuesday; Wednesday; Thursday; Friday; Saturday; Sunday")
-# Slots with a bank of their own; `demo.draw_cast` draws one word of each.
+# Slots with a bank of their own; `make_demo.draw_cast` draws one word of each.
 BANKS = {
     "month": _items("""January; February; March; April; May; June; July; August; September; October;
         November; December"""),

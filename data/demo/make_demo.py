@@ -1,8 +1,10 @@
 """A small instruction data set made from a seed: every kind of task is one function that drafts an example.
 
-`python -m todi.data.demo` writes `train.jsonl`, `dev.jsonl` and `valid.jsonl`; the same seed gives the same
-bytes. The splits share kinds of task and ways of asking, but no answer: the words of an answer, in whatever
-order, occur once within a kind, so a held-out record cannot be solved by recalling a training record.
+    PYTHONPATH=code python data/demo/make_demo.py
+
+writes `train.jsonl`, `dev.jsonl` and `valid.jsonl`; the same seed gives the same bytes. The splits share kinds of
+task and ways of asking, but no answer: the words of an answer, in whatever order, occur once within a kind, so a
+held-out record cannot be solved by recalling a training record.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from todi.data import demo_words as words
+import demo_words as words
 from todi.data.templates import alpaca_prompt
 
 SPLITS = {"train": 60, "dev": 6, "valid": 8}  # records of each kind
