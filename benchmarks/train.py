@@ -35,8 +35,9 @@ from todi.criterions.linear import IGNORE_INDEX
 from todi.data.batches import Batch, collate
 from todi.data.records import load_records
 from todi.data.tokenize import Example, encode_examples
+from todi.models.backbone import backbone_and_head
 from todi.models.families import family_of
-from todi.models.loading import backbone_and_head, load_model, load_tokenizer
+from todi.models.loading import load_model, load_tokenizer
 from todi.runtime.logs import peak_memory_gib
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def plain_loop(teacher_path: str, student_path: str, data: Path, steps: int) -> 
 
 def padded(examples: list[Example], samples: range, pad_id: int) -> Batch:
     """The batch of `samples`, padded to LENGTH."""
-    batch = collate(examples, samples, pad_id)
+    batch = collate([examples[i] for i in samples], pad_id)
     missing = LENGTH - batch.input_ids.shape[1]
     fills = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE_INDEX}
     tensors = {name: torch.nn.functional.pad(getattr(batch, name), (0, missing), value=value)

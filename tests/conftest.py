@@ -20,10 +20,10 @@ def settings(workshop) -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def lesson(workshop):
-    from lessons import lesson_of  # imports DeepSpeed, for which most tests need not wait
+def spec(workshop):
+    from teachers import teacher_spec_of  # imports DeepSpeed, for which most tests need not wait
 
-    return lesson_of(workshop)
+    return teacher_spec_of(workshop)
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def small_shards(monkeypatch):
 
 
 @pytest.fixture
-def filled(lesson, tmp_path, small_shards) -> Path:
+def filled(spec, tmp_path, small_shards) -> Path:
     """A complete teacher cache of 18 samples in 4 shards."""
-    from lessons import ALONE, CPU
+    from teachers import ALONE, CPU
     from todi.teacher.opening import fill_cache
 
-    fill_cache(lesson, tmp_path / "cache", ALONE, CPU)
+    fill_cache(spec, tmp_path / "cache", ALONE, CPU)
     return tmp_path / "cache"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from todi import evaluate
-from todi.options import run_main
+from todi.errors import run_main
 from transformers import AutoModelForCausalLM
 
 SETTINGS = {"PRECISION": "fp32", "MAX_LENGTH": 40, "MAX_PROMPT_LENGTH": 16}  # what run_evaluate gives, for a launcher

@@ -9,36 +9,36 @@ from pathlib import Path
 import pytest
 import torch
 from launching import write_data
-from lessons import ALONE, CPU, SPECIAL, filled_by, flip, lesson_of, make_adapter
+from teachers import ALONE, CPU, SPECIAL, filled_by, flip, make_adapter, teacher_spec_of
 from tiny import ARCHITECTURES
 from todi.criterions import DistillationCriterion, build_divergence
-from todi.data.batches import StepPlanner, collate
+from todi.data.batches import collate
+from todi.data.plans import DatasetSource, StepShape
+from todi.errors import InputError, StorageError
 from todi.models.loading import load_model
-from todi.options import InputError
 from todi.runtime.device import Precision
-from todi.runtime.storage import StorageError
 from todi.settings import TeacherConfig
 from todi.teacher import opening
 from todi.teacher.cache_files import CacheStore, CorruptCache
 from todi.teacher.choice import Estimate
-from todi.teacher.filling import BATCH_TOKENS, alone, fill
+from todi.teacher.filling import BATCH_TOKENS, fill, filling_alone
 from todi.teacher.live import LiveTeacher, TeacherSource
-from todi.teacher.opening import Lesson, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
+from todi.teacher.opening import TeacherSpec, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
 from todi.training.optimizer import build_optimizer
 from todi.training.student import Student
 
 
-def distil(student: Path, teacher: TeacherSource, lesson: Lesson, batch_size: int) -> tuple[list, dict]:
+def distil(student: Path, teacher: TeacherSource, spec: TeacherSpec, batch_size: int) -> tuple[list, dict]:
     """The loss of every micro-batch of three epochs, and the weights after them."""
     model = Student(load_model(str(student), torch.float32, CPU))
     # a large epsilon: Adam would blow up the rounding errors of gradients that are zero in truth
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.01)
     criterion = DistillationCriterion(build_divergence("ToDi"), temperature=2.0, kd_rate=0.5)
-    planner, losses = StepPlanner(lesson.examples, batch_size, accumulation=2, seed=3), []
+    source, losses = DatasetSource(spec.examples, StepShape(batch_size, accumulation=2), seed=3), []
     for epoch in range(1, 4):
-        for plan in planner.epoch(epoch):
+        for plan in source.steps(epoch):
             for samples in plan.micro_batches:
-                batch = collate(lesson.examples, samples, lesson.tokenizer.pad_token_id)
+                batch = collate(samples, spec.tokenizer.pad_token_id)
                 sums, _ = model(batch, criterion, teacher.rows(batch))
                 (sums.loss / plan.tokens).backward()
                 losses.append(sums.loss.item())
@@ -50,59 +50,59 @@ def distil(student: Path, teacher: TeacherSource, lesson: Lesson, batch_size: in
 class TestExactness:
     @pytest.mark.parametrize("family", ARCHITECTURES)
     def test_three_epochs_are_the_same(self, workshop, tmp_path, family):
-        lesson = lesson_of(workshop, family)
+        spec = teacher_spec_of(workshop, family)
         student = workshop.model(f"cache-{family}-student", family=family, seed=2, **SPECIAL.get(family, {}))
-        live = LiveTeacher(load_teacher(lesson, CPU))
-        alone = filled_by(lesson, tmp_path / "alone", batch_tokens=1)
-        losses, weights = distil(student, live, lesson, batch_size=1)
-        cached_losses, cached_weights = distil(student, alone, lesson, batch_size=1)
+        live = LiveTeacher(load_teacher(spec, CPU))
+        alone = filled_by(spec, tmp_path / "alone", batch_tokens=1)
+        losses, weights = distil(student, live, spec, batch_size=1)
+        cached_losses, cached_weights = distil(student, alone, spec, batch_size=1)
         assert cached_losses == losses
         assert all(torch.equal(cached_weights[name], weight) for name, weight in weights.items())
 
-        batched = filled_by(lesson, tmp_path / "batched", batch_tokens=BATCH_TOKENS["cpu"])
-        losses, weights = distil(student, live, lesson, batch_size=4)
-        cached_losses, cached_weights = distil(student, batched, lesson, batch_size=4)
+        batched = filled_by(spec, tmp_path / "batched", batch_tokens=BATCH_TOKENS["cpu"])
+        losses, weights = distil(student, live, spec, batch_size=4)
+        cached_losses, cached_weights = distil(student, batched, spec, batch_size=4)
         assert cached_losses == pytest.approx(losses, rel=1e-6)
         for name, weight in weights.items():
             torch.testing.assert_close(cached_weights[name], weight, rtol=1e-6, atol=1e-6, msg=name)
 
-    def test_an_adapter_is_merged(self, workshop, lesson, tmp_path):
-        adapter = make_adapter(lesson.teacher.teacher_model_path, tmp_path / "adapter")
-        adapted = lesson_of(workshop, adapter=adapter)
+    def test_an_adapter_is_merged(self, workshop, spec, tmp_path):
+        adapter = make_adapter(spec.teacher.teacher_model_path, tmp_path / "adapter")
+        adapted = teacher_spec_of(workshop, adapter=adapter)
         cached = filled_by(adapted, tmp_path / "cache", batch_tokens=1)
-        live, plain = (LiveTeacher(load_teacher(which, CPU)) for which in (adapted, lesson))
-        batch = collate(lesson.examples, [7], 0)
+        live, plain = (LiveTeacher(load_teacher(which, CPU)) for which in (adapted, spec))
+        batch = collate([spec.examples[7]], 0)
         assert torch.equal(cached.rows(batch).hidden, live.rows(batch).hidden)
         assert not torch.allclose(live.rows(batch).hidden, plain.rows(batch).hidden)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_teachers_and_stores(self, lesson, tmp_path, dtype):
-        live = LiveTeacher(load_teacher(lesson, CPU))
-        halved = filled_by(dataclasses.replace(lesson, stored_dtype=dtype), tmp_path / "cache", batch_tokens=1)
-        batch = collate(lesson.examples, [7], 0)
+    def test_half_precision_teachers_and_stores(self, spec, tmp_path, dtype):
+        live = LiveTeacher(load_teacher(spec, CPU))
+        halved = filled_by(dataclasses.replace(spec, stored_dtype=dtype), tmp_path / "cache", batch_tokens=1)
+        batch = collate([spec.examples[7]], 0)
         assert torch.equal(halved.rows(batch).hidden, live.rows(batch).hidden.to(dtype))
         assert torch.equal(halved.head.weight, live.head.weight)
 
-    def test_a_bf16_teacher(self, lesson, tmp_path):
-        lesson = dataclasses.replace(lesson, precision=Precision("bf16", "test"), stored_dtype=torch.bfloat16)
-        cached, live = filled_by(lesson, tmp_path / "cache", batch_tokens=1), LiveTeacher(load_teacher(lesson, CPU))
-        batch = collate(lesson.examples, [7], 0)
+    def test_a_bf16_teacher(self, spec, tmp_path):
+        spec = dataclasses.replace(spec, precision=Precision("bf16", "test"), stored_dtype=torch.bfloat16)
+        cached, live = filled_by(spec, tmp_path / "cache", batch_tokens=1), LiveTeacher(load_teacher(spec, CPU))
+        batch = collate([spec.examples[7]], 0)
         assert torch.equal(cached.rows(batch).hidden, live.rows(batch).hidden)
         assert cached.head.weight.dtype == torch.bfloat16
 
-    def test_any_batch_of_any_rank(self, lesson, filled):
-        cached, live = open_teacher(lesson, filled, ALONE, CPU), LiveTeacher(load_teacher(lesson, CPU))
+    def test_any_batch_of_any_rank(self, spec, filled):
+        cached, live = open_teacher(spec, filled, ALONE, CPU), LiveTeacher(load_teacher(spec, CPU))
         for rank in range(3):
-            planner = StepPlanner(lesson.examples, batch_size=3, accumulation=1, seed=1, rank=rank, world=3)
-            for plan in planner.epoch(2):
-                cached.expect([i for ids in plan.micro_batches for i in ids])
+            source = DatasetSource(spec.examples, StepShape(3, 1, rank, world=3), seed=1)
+            for plan in source.steps(2):
+                cached.expect([example.sample_id for samples in plan.micro_batches for example in samples])
                 for samples in [*plan.micro_batches, ()]:  # the last one is a filler
-                    batch = collate(lesson.examples, samples, 0)
+                    batch = collate(samples, 0)
                     torch.testing.assert_close(cached.rows(batch).hidden, live.rows(batch).hidden, rtol=0, atol=1e-5)
 
 
 class TestFilling:
-    def test_what_is_there_stays(self, lesson, filled, monkeypatch):
+    def test_what_is_there_stays(self, spec, filled, monkeypatch):
         before = {path: path.read_bytes() for path in filled.rglob("*") if path.is_file()}
         shutil.rmtree(filled / "shard00001")
         (filled / ".shard00002.unfinished").mkdir()
@@ -110,45 +110,45 @@ class TestFilling:
         asked, written, rows = [], kept.stat().st_mtime_ns, LiveTeacher.rows
         monkeypatch.setattr(LiveTeacher, "rows",
                             lambda self, batch: asked.extend(batch.sample_ids.tolist()) or rows(self, batch))
-        fill_cache(lesson, filled, ALONE, CPU)
+        fill_cache(spec, filled, ALONE, CPU)
         assert sorted(asked) == [5, 6, 7, 8, 9]
         assert kept.stat().st_mtime_ns == written
         assert {path: path.read_bytes() for path in filled.rglob("*") if path.is_file()} == before
 
-    def test_a_second_run_waits_and_finds_it_done(self, lesson, tmp_path, monkeypatch, small_shards, todi_log):
+    def test_a_second_run_waits_and_finds_it_done(self, spec, tmp_path, monkeypatch, small_shards, todi_log):
         folder, loaded = tmp_path / "cache", []
         monkeypatch.setattr("todi.teacher.filling._RETRY_SECONDS", 0.05)
         monkeypatch.setattr(opening, "load_teacher", lambda *args: loaded.append(1) or load_teacher(*args))
         waits = threading.Event()
         todi_log.called = lambda line: "waiting for it" in line and waits.set()
-        with alone(folder, ALONE):
-            second = threading.Thread(target=fill_cache, args=(lesson, folder, ALONE, CPU))
+        with filling_alone(folder, ALONE):
+            second = threading.Thread(target=fill_cache, args=(spec, folder, ALONE, CPU))
             second.start()
             assert waits.wait(10)
-            live = LiveTeacher(load_teacher(lesson, CPU))
-            store = CacheStore.create(folder, lesson.fingerprint, lesson.made_from, lesson.layout, live.head)
-            fill(store, live, lesson.examples, 0, ALONE, CPU)
+            live = LiveTeacher(load_teacher(spec, CPU))
+            store = CacheStore.create(folder, spec.fingerprint, spec.made_from, spec.layout, live.head)
+            fill(store, live, spec.examples, 0, ALONE, CPU)
         second.join(10)
         assert not second.is_alive()
         assert not loaded
 
-    def test_a_full_disk_is_said_before_the_teacher_is_loaded(self, lesson, tmp_path, monkeypatch):
+    def test_a_full_disk_is_said_before_the_teacher_is_loaded(self, spec, tmp_path, monkeypatch):
         monkeypatch.setattr(opening, "free_bytes", lambda folder: 1000)
         monkeypatch.setattr(opening, "load_teacher", None)
         with pytest.raises(StorageError, match=r"would take 0\.00 GB, and 0\.00 GB are free"):
-            fill_cache(lesson, tmp_path, ALONE, CPU)
+            fill_cache(spec, tmp_path, ALONE, CPU)
 
-    def test_reading_writes_nothing(self, lesson, filled):
+    def test_reading_writes_nothing(self, spec, filled):
         (filled / "lock").unlink()
         before = {path: path.stat().st_mtime_ns for path in [filled, *filled.rglob("*")]}
-        teacher = open_teacher(lesson, filled, ALONE, CPU)
-        teacher.rows(collate(lesson.examples, range(18), 0))
+        teacher = open_teacher(spec, filled, ALONE, CPU)
+        teacher.rows(collate(spec.examples, 0))
         assert {path: path.stat().st_mtime_ns for path in [filled, *filled.rglob("*")]} == before
 
 
 class TestFingerprint:
-    def test_a_cache_of_something_else_is_refused_with_every_difference(self, workshop, lesson, filled, tmp_path):
-        other = lesson_of(workshop, "llama", train_num=7, precision=Precision("bf16", "test"),
+    def test_a_cache_of_something_else_is_refused_with_every_difference(self, workshop, spec, filled, tmp_path):
+        other = teacher_spec_of(workshop, "llama", train_num=7, precision=Precision("bf16", "test"),
                           stored_dtype=torch.bfloat16)
         with pytest.raises(InputError) as refused:
             choose(other, str(filled))
@@ -159,38 +159,38 @@ class TestFingerprint:
         for part in ("tokenizer was", "data was", "max_length was"):
             assert part not in said
 
-    def test_what_it_depends_on(self, workshop, lesson, tmp_path):
-        base = lesson.fingerprint
-        adapter = make_adapter(lesson.teacher.teacher_model_path, tmp_path / "adapter")
-        copy = shutil.copytree(lesson.teacher.teacher_model_path, tmp_path / "copy")
+    def test_what_it_depends_on(self, workshop, spec, tmp_path):
+        base = spec.fingerprint
+        adapter = make_adapter(spec.teacher.teacher_model_path, tmp_path / "adapter")
+        copy = shutil.copytree(spec.teacher.teacher_model_path, tmp_path / "copy")
         data = write_data(tmp_path / "data", train=18) / "train.jsonl"
         with data.open("a") as file:
             file.write("\n")  # another file, the same records
-        moved = dataclasses.replace(lesson, teacher=TeacherConfig(teacher_model_path=str(copy)))
+        moved = dataclasses.replace(spec, teacher=TeacherConfig(teacher_model_path=str(copy)))
         assert moved.fingerprint == base
         flip(copy / "model.safetensors", -1)
         changes = {"teacher weights": dataclasses.replace(moved),
-                   "teacher adapter": lesson_of(workshop, adapter=adapter),
-                   "data": dataclasses.replace(lesson, train_file=data),
-                   "max_length": dataclasses.replace(lesson, data=dataclasses.replace(lesson.data, max_length=65)),
-                   "token ids": dataclasses.replace(lesson, examples=lesson.examples[::-1])}
+                   "teacher adapter": teacher_spec_of(workshop, adapter=adapter),
+                   "data": dataclasses.replace(spec, train_file=data),
+                   "max_length": dataclasses.replace(spec, data=dataclasses.replace(spec.data, max_length=65)),
+                   "token ids": dataclasses.replace(spec, examples=spec.examples[::-1])}
         for name, changed in changes.items():
             assert {part for part in base if changed.fingerprint[part] != base[part]} == {name}
-            assert changed.shared_folder != lesson.shared_folder
+            assert changed.shared_folder != spec.shared_folder
 
-    def test_a_resumed_run_keeps_its_choice(self, lesson, monkeypatch):
-        monkeypatch.setattr(Lesson, "estimate", None)  # nothing is weighed again
+    def test_a_resumed_run_keeps_its_choice(self, spec, monkeypatch):
+        monkeypatch.setattr(TeacherSpec, "estimate", None)  # nothing is weighed again
         for mode in ("off", "on"):
-            cache = choose(lesson, mode)
-            assert choose(lesson, "auto", earlier=describe_choice(lesson, cache)) == cache
+            cache = choose(spec, mode)
+            assert choose(spec, "auto", earlier=describe_choice(spec, cache)) == cache
 
 
 class TestAuto:
-    def test_a_single_pass_is_live_and_reads_no_weights(self, lesson, monkeypatch, todi_log):
-        lesson = dataclasses.replace(lesson)  # without a fingerprint that is remembered
+    def test_a_single_pass_is_live_and_reads_no_weights(self, spec, monkeypatch, todi_log):
+        spec = dataclasses.replace(spec)  # without a fingerprint that is remembered
         monkeypatch.setattr(opening, "weights_checksum", None)
-        assert choose(lesson, "off") is None
-        assert choose(lesson, "auto", passes=1.0) is None
+        assert choose(spec, "off") is None
+        assert choose(spec, "auto", passes=1.0) is None
         assert any("none, each sample is seen once: " in line and "min to fill" in line for line in todi_log)
 
     @pytest.mark.parametrize(("changed", "reason"), [
@@ -201,41 +201,41 @@ class TestAuto:
         assert (costs.reason_against() or "") == "" if reason is None else reason in costs.reason_against()
         assert costs.saving == (costs.passes - 1) * costs.seconds
 
-    def test_it_takes_what_is_there(self, lesson, filled, monkeypatch):
+    def test_it_takes_what_is_there(self, spec, filled, monkeypatch):
         monkeypatch.setattr(opening, "SHARED_CACHES", filled.parent / "shared")
-        lesson.shared_folder.parent.mkdir()
-        filled.rename(lesson.shared_folder)
-        assert choose(lesson, "auto", passes=1.0) == lesson.shared_folder
+        spec.shared_folder.parent.mkdir()
+        filled.rename(spec.shared_folder)
+        assert choose(spec, "auto", passes=1.0) == spec.shared_folder
 
 
 class TestCorruption:
-    def read_all(self, lesson, folder):
-        teacher = open_teacher(lesson, folder, ALONE, CPU)
+    def read_all(self, spec, folder):
+        teacher = open_teacher(spec, folder, ALONE, CPU)
         for sample in range(18):
-            teacher.rows(collate(lesson.examples, [sample], 0))
+            teacher.rows(collate([spec.examples[sample]], 0))
 
     @pytest.mark.parametrize("position", [0, -1])
-    def test_a_flipped_byte(self, lesson, filled, position):
+    def test_a_flipped_byte(self, spec, filled, position):
         flip(filled / "shard00001" / "hidden.bin", position)
         sample = 5 if position == 0 else 9
         with pytest.raises(CorruptCache, match=f"shard00001/hidden.bin: sample {sample} fails its checksum; remove"):
-            self.read_all(lesson, filled)
+            self.read_all(spec, filled)
         shutil.rmtree(filled / "shard00001")  # as the message says
-        self.read_all(lesson, filled)
+        self.read_all(spec, filled)
 
     @pytest.mark.parametrize(("file", "said"), [
         ("shard00002/hidden.bin", r"shard00002/hidden.bin: has \d+ bytes and should have"),
         ("shard00002/index.json", "shard00002/hidden.bin: has a damaged index"),
         ("head.safetensors", "head.safetensors fails its checksum"), ("cache.json", "cache.json is damaged")])
-    def test_a_file_cut_short_is_named_at_opening(self, lesson, filled, file, said):
+    def test_a_file_cut_short_is_named_at_opening(self, spec, filled, file, said):
         with (filled / file).open("r+b") as opened:
             opened.truncate((filled / file).stat().st_size // 2)
         with pytest.raises(CorruptCache, match=said):
-            open_teacher(lesson, filled, ALONE, CPU)
+            open_teacher(spec, filled, ALONE, CPU)
 
 
-def choose(lesson: Lesson, mode: str, passes: float = 3.0, earlier: str | None = None) -> Path | None:
-    return choose_cache(lesson, mode, passes=passes, ranks=1, device=CPU, earlier=earlier)
+def choose(spec: TeacherSpec, mode: str, passes: float = 3.0, earlier: str | None = None) -> Path | None:
+    return choose_cache(spec, mode, passes=passes, ranks=1, device=CPU, earlier=earlier)
 
 
 class Lines(list):

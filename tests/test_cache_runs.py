@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ROOT, run, write_data
-from lessons import flip
+from teachers import flip
 from todi import cache as command
-from todi.options import run_main
+from todi.errors import run_main
 from todi.teacher import opening
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.opening import check_match
@@ -38,14 +38,14 @@ class TestCommands:
             return end.value.code, output
         return call
 
-    def test_build_info_verify(self, lesson, tmp_path, todi_cache, small_shards):
-        settings = ["--teacher-model-path", lesson.teacher.teacher_model_path, "--data-dir", lesson.data.data_dir,
+    def test_build_info_verify(self, spec, tmp_path, todi_cache, small_shards):
+        settings = ["--teacher-model-path", spec.teacher.teacher_model_path, "--data-dir", spec.data.data_dir,
                     "--max-length", 64, "--max-prompt-length", 48, "--precision", "fp32"]
         folder = tmp_path / "cache"
         code, said = todi_cache("build", folder, *settings)
         assert code == 0, said
         assert "is complete: 18 samples" in said
-        check_match(CacheStore(folder), lesson)
+        check_match(CacheStore(folder), spec)
         code, said = todi_cache("info", folder)
         assert (code, "complete; 18 samples, " in said, "teacher weights: " in said) == (0, True, True)
         code, said = todi_cache("verify", folder, "--samples", 9)
@@ -61,11 +61,11 @@ class TestCommands:
         assert "shard00003/hidden.bin: sample 15 fails its checksum" in said
         assert todi_cache("info", folder)[0] == 1
 
-    def test_verify_finds_another_teachers_numbers(self, lesson, filled, todi_cache):
+    def test_verify_finds_another_teachers_numbers(self, spec, filled, todi_cache):
         hidden = filled / "shard00001" / "hidden.bin"
         numbers = torch.frombuffer(bytearray(hidden.read_bytes()), dtype=torch.float32).view(-1, 48)
         shutil.rmtree(hidden.parent)
-        rows = [lesson.examples[i].response_tokens for i in range(5, 10)]
+        rows = [spec.examples[i].response_tokens for i in range(5, 10)]
         CacheStore(filled).write(1, numbers * 1.001, rows)
         code, said = todi_cache("verify", filled, "--samples", 18)
         assert (code, said.count("error: sample ")) == (1, 5), said

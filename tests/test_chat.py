@@ -9,9 +9,9 @@ from tiny import EOS, tiny_model, tiny_tokenizer
 from todi.data.chat import render
 from todi.data.records import Message, load_records
 from todi.data.tokenize import encode_examples, end_id
+from todi.errors import InputError
 from todi.models.families import FAMILIES
 from todi.models.loading import load_tokenizer
-from todi.options import InputError
 
 TEMPLATE = ("{% for turn in messages %}"
             "{% if turn.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"

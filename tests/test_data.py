@@ -7,12 +7,13 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 from todi.criterions.linear import IGNORE_INDEX
-from todi.data.batches import StepPlanner, collate
+from todi.data.batches import collate
+from todi.data.plans import DatasetSource, StepPlan, StepShape
 from todi.data.records import load_records
 from todi.data.tokenize import Example, encode_examples, encode_prompts
+from todi.errors import InputError
 from todi.models.families import FAMILIES
 from todi.models.loading import load_tokenizer
-from todi.options import InputError
 
 
 @pytest.fixture
@@ -101,12 +102,17 @@ class TestTokenising:
 
 def examples(*lengths: tuple[int, int]) -> list[Example]:
     """Examples of (prompt, response) tokens, ids counting from 1."""
-    return [Example(tuple(range(1, prompt + response + 1)), prompt) for prompt, response in lengths]
+    return [Example(tuple(range(1, prompt + response + 1)), prompt, i) for i, (prompt, response) in enumerate(lengths)]
+
+
+def sample_ids(plan: StepPlan) -> list[int]:
+    """Of all micro-batches."""
+    return [example.sample_id for micro in plan.micro_batches for example in micro]
 
 
 class TestBatch:
     def test_labels_are_the_following_tokens_of_the_response(self):
-        batch = collate(examples((2, 3), (3, 1)), [0, 1], pad_id=0)
+        batch = collate(examples((2, 3), (3, 1)), pad_id=0)
         assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 3, 0]]
         assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
         assert batch.labels.tolist() == [[-100, 3, 4, 5], [-100, -100, 4, -100]]
@@ -115,11 +121,11 @@ class TestBatch:
         assert batch.sample_ids.tolist() == [0, 1]
 
     def test_the_closing_eos_is_a_label_also_where_it_is_the_pad_token(self):
-        batch = collate([Example((5, 6, 0), 1), Example((5, 6, 6, 6, 0), 1)], [0, 1], pad_id=0)
+        batch = collate([Example((5, 6, 0), 1), Example((5, 6, 6, 6, 0), 1)], pad_id=0)
         assert batch.labels.tolist() == [[6, 0, -100, -100], [6, 6, 6, 0]]
 
     def test_an_empty_micro_batch_has_a_filler_without_labels(self):
-        batch = collate(examples((2, 2)), [], pad_id=7)
+        batch = collate([], pad_id=7)
         assert batch.input_ids.tolist() == [[7]]
         assert (batch.labels == IGNORE_INDEX).all()
         assert batch.rows.numel() == 0
@@ -129,46 +135,46 @@ class TestBatch:
 class TestPlan:
     data = examples(*[(3 + i % 5, 1 + i * 7 % 11) for i in range(29)])
 
-    def planners(self, batch_size: int, accumulation: int, world: int = 1, seed: int = 1) -> list[StepPlanner]:
-        return [StepPlanner(self.data, batch_size, accumulation, seed, rank, world) for rank in range(world)]
+    def sources(self, batch_size: int, accumulation: int, world: int = 1, seed: int = 1) -> list[DatasetSource]:
+        return [DatasetSource(self.data, StepShape(batch_size, accumulation, rank, world), seed)
+                for rank in range(world)]
 
     @pytest.mark.parametrize(("batch_size", "accumulation", "world"),
                              [(8, 1, 1), (1, 8, 1), (2, 2, 2), (3, 2, 4), (64, 1, 2)])
     def test_every_sample_once_an_epoch_and_the_last_window_too(self, batch_size, accumulation, world):
         seen, tokens = Counter(), 0
-        for planner in self.planners(batch_size, accumulation, world):
-            plans = list(planner.epoch(1))
-            assert len(plans) == planner.steps_per_epoch
+        for source in self.sources(batch_size, accumulation, world):
+            plans = list(source.steps(1))
+            assert len(plans) == source.steps_per_epoch
             for plan in plans:
                 assert len(plan.micro_batches) == accumulation  # the same on every rank, or they would wait forever
                 assert all(len(micro) <= batch_size for micro in plan.micro_batches)
-                seen.update(i for micro in plan.micro_batches for i in micro)
+                seen.update(sample_ids(plan))
             tokens = sum(plan.tokens for plan in plans)
         assert seen == Counter(range(29))
         assert tokens == sum(example.response_tokens for example in self.data)
 
     def test_a_step_has_the_same_samples_however_it_is_cut(self):
         def steps(*shape):
-            by_rank = [list(planner.epoch(3)) for planner in self.planners(*shape)]
-            return [(sorted(i for plan in ranks for micro in plan.micro_batches for i in micro), ranks[0].tokens)
+            by_rank = [list(source.steps(3)) for source in self.sources(*shape)]
+            return [(sorted(i for plan in ranks for i in sample_ids(plan)), ranks[0].tokens)
                     for ranks in zip(*by_rank, strict=True)]
         assert steps(8, 1) == steps(1, 8) == steps(4, 1, 2) == steps(2, 2, 2)
 
     def test_micro_batches_hold_samples_of_like_length(self):
-        plan = next(self.planners(4, 4)[0].epoch(1))
-        longest = [[len(self.data[i].ids) for i in micro] for micro in plan.micro_batches]
+        plan = next(self.sources(4, 4)[0].steps(1))
+        longest = [[len(example.ids) for example in micro] for micro in plan.micro_batches]
         assert all(max(a) <= min(b) for a, b in zip(longest, longest[1:], strict=False))
 
     def test_order_follows_from_seed_and_epoch(self):
         def order(seed, epoch, first_step=0):
-            return [plan.micro_batches for plan in self.planners(2, 2, seed=seed)[0].epoch(epoch, first_step)]
+            return [plan.micro_batches for plan in self.sources(2, 2, seed=seed)[0].steps(epoch, first_step)]
         assert order(1, 1) == order(1, 1)
         assert order(1, 1) != order(1, 2)
         assert order(1, 1) != order(2, 1)
         assert order(1, 1, first_step=3) == order(1, 1)[3:]
 
     def test_more_parts_than_samples(self):
-        planner = StepPlanner(self.data[:2], 1, 4, seed=0)
-        plan, = planner.epoch(1)
+        plan, = DatasetSource(self.data[:2], StepShape(1, 4), seed=0).steps(1)
         assert sorted(map(len, plan.micro_batches)) == [0, 0, 1, 1]
-        assert all(torch.is_tensor(collate(self.data, micro, 0).labels) for micro in plan.micro_batches)
+        assert all(torch.is_tensor(collate(micro, 0).labels) for micro in plan.micro_batches)

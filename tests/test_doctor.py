@@ -6,9 +6,11 @@ from launching import run
 from tiny import tiny_model, tiny_tokenizer
 from todi.data.tokenize import encode_examples
 from todi.doctor import examine
+from todi.errors import InputError
+from todi.models.backbone import backbone_and_head
 from todi.models.families import FAMILIES
-from todi.models.loading import add_lora, backbone_and_head, empty_model, load_config, load_model
-from todi.options import InputError, parse
+from todi.models.loading import add_lora, empty_model, load_config, load_model
+from todi.options import parse
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
 from todi.training import memory

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from todi.options import InputError
+from todi.errors import InputError, StorageError
 from todi.runtime.device import Precision, choose_precision
-from todi.runtime.storage import StorageError
 from todi.training.checkpoints import BestCheckpoints, Score
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule

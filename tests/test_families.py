@@ -11,10 +11,10 @@ from tiny import tiny_model, tiny_multimodal_model
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch, collate
-from todi.data.records import checksum
 from todi.data.tokenize import Example
 from todi.models.families import FAMILIES
 from todi.models.loading import add_lora, load_model, load_tokenizer, merge_adapter
+from todi.runtime.checksums import file_checksum
 from todi.teacher.live import LiveTeacher
 from todi.training.student import Student
 
@@ -108,7 +108,7 @@ def random_batch() -> Batch:
     generator = torch.Generator().manual_seed(3)
     examples = [Example(tuple(torch.randint(3, 300, (length,), generator=generator).tolist()), prompt_length=9)
                 for length in (37, 24)]
-    return collate(examples, [0, 1], pad_id=0)
+    return collate(examples, pad_id=0)
 
 
 def logits_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -163,7 +163,7 @@ class TestLaunchers:
         assert ours.count("\n") == 6
         card = (adapter / "README.md").read_text()
         assert card.startswith(f"---\nlicense: {FAMILIES[family].licence_id}\nlibrary_name: peft\n")
-        assert f"| `{workshop.data / 'train.jsonl'}` | `{checksum(workshop.data / 'train.jsonl')}` |" in card
+        assert f"| `{workshop.data / 'train.jsonl'}` | `{file_checksum(workshop.data / 'train.jsonl')}` |" in card
 
 
 def start_runs(workshop, family: str) -> dict:

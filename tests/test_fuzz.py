@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from launching import ROOT, run
 from test_options import options_of
 from todi.data.records import load_records
+from todi.errors import InputError
 from todi.evaluation.eval_inputs import EvalConfig
-from todi.options import InputError, parse
+from todi.options import parse
 from todi.runtime.device import choose_device
 from todi.settings import TrainConfig
 from todi.training.train_inputs import read_inputs

@@ -10,8 +10,8 @@ from launching import ROOT, run, write_data
 from peft import PeftModel
 from tiny import tiny_tokenizer
 from todi.criterions import DIVERGENCES
-from todi.data.records import checksum
 from todi.options import parse
+from todi.runtime.checksums import file_checksum
 from todi.settings import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,7 +92,7 @@ def test_what_a_run_leaves_behind(runs, workshop):
     args = json.loads((done.folder / "args.json").read_text())
     assert args["settings"]["objective"]["kd_objective"] == "ToDi"
     assert args["versions"]["deepspeed"]
-    assert args["deciding"]["train.jsonl"] == checksum(workshop.data / "train.jsonl")
+    assert args["deciding"]["train.jsonl"] == file_checksum(workshop.data / "train.jsonl")
     assert (done.folder / "train.log").read_text() == done.output
     dev, = done.metrics("dev")
     assert done.checkpoint.name == f"epoch1_step3_loss{dev['loss']:.4f}_rougel{dev['rouge_l']:.4f}"

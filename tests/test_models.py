@@ -12,14 +12,14 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from tiny import ARCHITECTURES, tiny_gguf, tiny_model, tiny_multimodal_model, tiny_tokenizer
+from todi.errors import InputError
 from todi.models import fetch
+from todi.models.backbone import backbone_and_head, check_head
 from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
     add_lora,
     attention_for,
-    backbone_and_head,
-    check_head,
     is_hub_name,
     load_config,
     load_model,
@@ -27,7 +27,6 @@ from todi.models.loading import (
 )
 from todi.models.prune import keep_layers
 from todi.models.tokenizers import tokenizer_difference
-from todi.options import InputError
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,

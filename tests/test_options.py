@@ -1,14 +1,17 @@
 """The command line: what is parsed, what is refused, and how it is said."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import typing
 from pathlib import Path
 
 import pytest
-from todi.options import InputError, parse
+from todi.errors import InputError
+from todi.options import parse
 from todi.settings import TrainConfig, parse_kd_params
+from todi.training.train_inputs import check_objective
 
 CODE = Path(__file__).parents[1] / "code" / "todi"
 
@@ -54,13 +57,9 @@ def test_words_that_are_no_options(words, said):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--kd-objective", "TODY"], "did you mean ToDi? allowed: forward_kl, reverse_kl, js_divergence, tvd, "
-                                 "skewed_forward_kl, skewed_reverse_kl, adaptive_kl, ToDi"),
     (["--kd-rate", "1.5"], "--kd-rate must be in [0, 1], got 1.5"),
     (["--kd-temperature", "0"], "--kd-temperature must be above 0, got 0.0"),
     (["--kd-temperature", "nan"], "--kd-temperature must be above 0, got nan"),
-    (["--kd-params", "beta=-1"], "beta must be at least 0"),
-    (["--kd-params", "beta"], "expected name=number, got 'beta'"),
     (["--max-prompt-length", "512"], "--max-prompt-length (512) must be below --max-length (512)"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--lr", "0"], "--lr must be above 0, got 0.0"),
@@ -73,6 +72,18 @@ def test_words_that_are_no_options(words, said):
 def test_settings_out_of_range(words, said):
     problems = parse(TrainConfig, ["--model-path", "m", *words]).problems()
     assert any(said in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--kd-objective", "TODY"], "did you mean ToDi? allowed: forward_kl, reverse_kl, js_divergence, tvd, "
+                                 "skewed_forward_kl, skewed_reverse_kl, adaptive_kl, ToDi"),
+    (["--kd-params", "beta=-1"], "beta must be at least 0"),
+    (["--kd-params", "gamma=1"], "ToDi has no parameter 'gamma'; allowed: beta"),
+    (["--kd-params", "beta"], "expected name=number, got 'beta'"),
+])
+def test_objectives_that_there_are_not(words, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        check_objective(parse(TrainConfig, words).objective)
 
 
 def test_all_problems_at_once():

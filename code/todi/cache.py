@@ -24,16 +24,16 @@ from torch import Tensor
 from todi.data.chat import render
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
-from todi.options import InputError, gathered, option, parse, run_main
+from todi.errors import InputError, collecting, run_main
+from todi.options import option, parse
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
-from todi.runtime.storage import StorageError
 from todi.settings import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, TeacherConfig
-from todi.teacher.cache_files import CacheStore, CorruptCache
+from todi.teacher.cache_files import CacheStore
 from todi.teacher.filling import BATCH_TOKENS, batch_rows, batches
 from todi.teacher.live import LiveTeacher
-from todi.teacher.opening import Lesson, check_match, fill_cache, load_teacher
+from todi.teacher.opening import TeacherSpec, check_match, fill_cache, load_teacher
 from todi.training.train_inputs import read_model
 
 logger = logging.getLogger("todi.cache")
@@ -82,22 +82,20 @@ def main() -> None:
             info(CacheStore(Path(config.folder)))
         else:
             verify(config, CacheStore(Path(config.folder)), device)
-    except (CorruptCache, StorageError) as error:
-        sys.exit(f"error: {error}")
     finally:
         stop_process_group()
 
 
 def build(config: CacheConfig, world: World, device: torch.device) -> None:
     """Makes the cache, or what is missing of it."""
-    lesson = read_lesson(config, device)
+    spec = read_teacher_spec(config, device)
     folder = Path(config.folder)
     if (folder / "cache.json").is_file():
-        check_match(CacheStore(folder), lesson)
+        check_match(CacheStore(folder), spec)
     if world.size > 1:
         start_process_group(world, device)
-    fill_cache(lesson, folder, world, device)
-    logger.info("%s is complete: %d samples, %.3f GB", folder, len(lesson.examples), lesson.layout.bytes / 1e9)
+    fill_cache(spec, folder, world, device)
+    logger.info("%s is complete: %d samples, %.3f GB", folder, len(spec.examples), spec.layout.bytes / 1e9)
 
 
 def info(store: CacheStore) -> None:
@@ -127,16 +125,16 @@ def verify(config: CacheConfig, store: CacheStore, device: torch.device) -> None
         sys.exit(1)
 
 
-def read_lesson(config: CacheConfig, device: torch.device) -> Lesson:
+def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
     """Reads what the settings name, short of weights. Raises InputError with every problem."""
     problems: list[str] = []
     train_file = Path(config.data.data_dir) / "train.jsonl"
     records = model = precision = None
-    with gathered(problems):
+    with collecting(problems):
         records = load_records(train_file, config.data.train_num)
-    with gathered(problems):
+    with collecting(problems):
         precision = choose_precision(config.teacher.teacher_dtype or config.precision, device)
-    with gathered(problems):
+    with collecting(problems):
         model = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
                            config.teacher.teacher_peft_path, precision, config.data.max_length,
                            config.trust_remote_code)
@@ -144,24 +142,24 @@ def read_lesson(config: CacheConfig, device: torch.device) -> Lesson:
         raise InputError(problems)
     examples = encode_examples(render(records, model.tokenizer, train_file), model.tokenizer, model.family,
                                config.data.max_length, config.data.max_prompt_length)
-    return Lesson(config.teacher, config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype),
+    return TeacherSpec(config.teacher, config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype),
                   model.tokenizer, examples, train_file, config.trust_remote_code)
 
 
 def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> Iterator[str]:
     """Runs the teacher again, in the batches that the cache was made in; a sentence for each sample that differs."""
-    lesson = read_lesson(_as_made(config, store), device)
-    check_match(store, lesson)
-    chosen = set(random.Random(config.seed).sample(range(len(lesson.examples)),
-                                                   min(config.samples, len(lesson.examples))))
-    teacher = LiveTeacher(load_teacher(lesson, device))
-    tolerance = max(_TOLERANCE[store.dtype], _TOLERANCE[lesson.precision.dtype])
+    spec = read_teacher_spec(_as_made(config, store), device)
+    check_match(store, spec)
+    chosen = set(random.Random(config.seed).sample(range(len(spec.examples)),
+                                                   min(config.samples, len(spec.examples))))
+    teacher = LiveTeacher(load_teacher(spec, device))
+    tolerance = max(_TOLERANCE[store.dtype], _TOLERANCE[spec.precision.dtype])
     differences = []
     for shard in store.shards:
-        for samples in batches(lesson.examples, shard, BATCH_TOKENS[device.type]):
+        for samples in batches(spec.examples, shard, BATCH_TOKENS[device.type]):
             if chosen.isdisjoint(samples):
                 continue
-            hidden = batch_rows(teacher, lesson.examples, samples, lesson.tokenizer.pad_token_id, device)
+            hidden = batch_rows(teacher, spec.examples, samples, spec.tokenizer.pad_token_id, device)
             for sample in chosen.intersection(samples):
                 differences.append(_difference(store.read([sample]), hidden[sample].to(store.dtype)))
                 if not differences[-1] <= tolerance:

@@ -17,8 +17,9 @@ from peft import PeftConfig
 
 from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example, encode_examples
+from todi.errors import run_main
 from todi.models.loading import add_lora, empty_model
-from todi.options import parse, run_main
+from todi.options import parse
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, world_from_environment
 from todi.runtime.logs import set_up_logging

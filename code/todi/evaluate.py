@@ -12,23 +12,27 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from todi.data.records import Record
 from todi.data.tokenize import encode_examples
+from todi.errors import run_main
 from todi.evaluation.eval_inputs import EvalConfig, Inputs, read_inputs
 from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
 from todi.evaluation.scoring import Writer, score
-from todi.evaluation.set_files import Done, SetStore, files_checksum, records_checksum
+from todi.evaluation.set_files import Done, SetStore
 from todi.generation.decoding import stop_ids
-from todi.models.loading import check_head, load_model, merge_adapter
-from todi.options import parse, run_main
+from todi.models.backbone import check_head
+from todi.models.loading import checksum_or_commit, load_model, merge_adapter
+from todi.options import parse
+from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
-from todi.runtime.storage import StorageError
 
 logger = logging.getLogger("todi.evaluate")
 
@@ -46,8 +50,6 @@ def main() -> None:
         start_process_group(world, device)
     try:
         evaluate(config, inputs, world, device)
-    except StorageError as error:
-        sys.exit(f"error: {error}")
     finally:
         stop_process_group()
 
@@ -68,15 +70,20 @@ def evaluate(config: EvalConfig, inputs: Inputs, world: World, device: torch.dev
 def open_stores(config: EvalConfig, inputs: Inputs, device: torch.device) -> dict[str, SetStore]:
     """What there is of each set, with a word on what does not count."""
     made_with = {**dataclasses.asdict(config.decoding), "precision": inputs.precision.name, "device": device.type,
-                 "model": files_checksum(inputs.model_path, config.trust_remote_code),
-                 "adapter": config.peft_path and files_checksum(config.peft_path)}
+                 "model": checksum_or_commit(inputs.model_path, model_checksum, config.trust_remote_code),
+                 "adapter": config.peft_path and model_checksum(Path(config.peft_path))}
     stores = {}
     for name, records in inputs.sets.items():
-        store = stores[name] = SetStore(config.folder, name, made_with | {"data": records_checksum(records)})
+        store = stores[name] = SetStore(config.folder, name, made_with | {"data": questions_checksum(records)})
         if store.differences:
             logger.info("%s: what is there was made with other %s and is done again", name,
                         ", ".join(store.differences))
     return stores
+
+
+def questions_checksum(records: Sequence[Record]) -> str:
+    """Of all that a set asks and expects."""
+    return value_checksum([[record.prompt, record.references] for record in records])
 
 
 def write_sets(config: EvalConfig, inputs: Inputs, left: Mapping[str, Sequence[int]], done: Mapping[str, Done],

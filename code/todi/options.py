@@ -9,37 +9,19 @@
 
 import argparse
 import dataclasses
-import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
+from todi.errors import InputError
 from todi.registry import did_you_mean
 
 C = TypeVar("C")
 
 
-class InputError(Exception):
-    """What the user gave cannot be run. Carries every problem that was found; entry points exit with code 2."""
-
-    def __init__(self, problems: str | Iterable[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(f"error: {problem}" for problem in self.problems))
-
-
-@contextmanager
-def gathered(problems: list[str]) -> Iterator[None]:
-    """Adds what a check raises to `problems` and goes on, so that the user sees all of it at once."""
-    try:
-        yield
-    except InputError as error:
-        problems.extend(error.problems)
-
-
 def option(default: Any, help: str, choices: Sequence[str] | None = None, flag: str | None = None,
-           free: bool = False) -> Any:
+           may_change: bool = False) -> Any:
     """A dataclass field that is an option of the command line.
 
     Args:
@@ -47,9 +29,9 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, flag: 
         help: shown by --help.
         choices: the allowed words, for an option that has a few.
         flag: the option's spelling where it is not the field's name with dashes.
-        free: it does not alter what a run computes, so it may change when the run is resumed.
+        may_change: at resume; it does not alter what a run computes, so it may change when the run is resumed.
     """
-    metadata = {"help": help, "choices": choices, "flag": flag, "free": free}
+    metadata = {"help": help, "choices": choices, "flag": flag, "may_change": may_change}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,16 +48,6 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, prog: str | N
     if unknown:
         raise InputError(_explain_unknown(unknown, parser))
     return _build(config_type, vars(values))
-
-
-def run_main(main: typing.Callable[[], None]) -> NoReturn:
-    """Runs an entry point and exits: 0, or 2 with one line for each problem of the input."""
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
 
 
 class _Parser(argparse.ArgumentParser):

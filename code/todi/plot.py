@@ -17,7 +17,8 @@ import matplotlib
 matplotlib.use("Agg")  # draws files, needs no screen
 import matplotlib.pyplot as plt
 
-from todi.options import InputError, option, parse, run_main
+from todi.errors import InputError, run_main
+from todi.options import option, parse
 from todi.runtime.logs import set_up_logging
 
 logger = logging.getLogger("todi.plot")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from todi.errors import InputError, collecting, run_main
 from todi.evaluation.comparison import compare, comparison_table
 from todi.evaluation.results import markdown_table, read_results
-from todi.options import InputError, gathered, option, parse, run_main
+from todi.options import option, parse
 from todi.runtime.logs import set_up_logging
 
 logger = logging.getLogger("todi.report")
@@ -63,7 +64,7 @@ def read_all(folders: Sequence[str], names: Sequence[str] = ()) -> dict[str, Map
         problems.append(f"two rows would have the same name: {', '.join(names)}")
     results = {}
     for name, folder in zip(names, folders, strict=False):
-        with gathered(problems):
+        with collecting(problems):
             results[name] = read_results(Path(folder))
     if problems:
         raise InputError(problems)
@@ -80,7 +81,7 @@ def against(baseline: str, folders: Mapping[str, str]) -> str:
     problems, rows = [], {}
     for name, folder in folders.items():
         if Path(folder) != Path(baseline):
-            with gathered(problems):
+            with collecting(problems):
                 rows[name] = compare(Path(folder), Path(baseline))
     if not rows and not problems:
         problems.append(f"nothing to compare with --baseline {baseline}: name other folders too")

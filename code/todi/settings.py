@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from todi.options import option
-from todi.runtime.cadence import Cadence
 
 CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
@@ -31,7 +31,7 @@ class StudentConfig:
     peft_lora_alpha: float = option(8, "LoRA alpha")
     peft_lora_dropout: float = option(0.1, "LoRA dropout")
     peft_path: str | None = option(None, "go on from this LoRA adapter")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", may_change=True)
     trust_remote_code: bool = option(False, "run Python code that comes with a model; only for models you trust")
 
     def problems(self) -> Iterator[str]:
@@ -52,6 +52,9 @@ class TeacherConfig:
 
     teacher_model_path: str | None = option(None, "the teacher: a model folder, a GGUF file, or a Hub name")
     teacher_model_type: str = option("auto", "model family of the teacher")
+    teacher_weights: tuple[float, ...] = option((), "share of each of several teachers in their mean; even when not "
+                                                    "given")
+    teacher_callable: str | None = option(None, "instead of a model: file.py:function, which gives logits for a batch")
     teacher_peft_path: str | None = option(None, "a LoRA adapter that is merged into the teacher")
     teacher_dtype: str | None = option(None, "precision of the teacher; the run's when not given",
                                        choices=PRECISIONS[1:])
@@ -60,6 +63,10 @@ class TeacherConfig:
         """What is wrong with these settings, a sentence each."""
         if self.teacher_peft_path and not self.teacher_model_path:
             yield "--teacher-peft-path needs --teacher-model-path"
+        if self.teacher_callable and self.teacher_model_path:
+            yield "--teacher-callable and --teacher-model-path: give one of them"
+        if any(not weight > 0 for weight in self.teacher_weights):
+            yield f"--teacher-weights must be above 0, got {' '.join(map(str, self.teacher_weights))}"
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,9 @@ class TeacherCacheConfig:
     """Whether the teacher runs once. Free options: what a run made of them stays with it (todi/teachers.py)."""
 
     teacher_cache: str = option("auto", "keep the teacher's hidden states: on, off, auto (where it pays), or the "
-                                        "folder to keep them in", free=True)
+                                        "folder to keep them in", may_change=True)
     teacher_cache_dtype: str = option(OWN_DTYPE, "numbers of the teacher cache; own, the teacher's, is exact",
-                                      choices=CACHE_DTYPES, free=True)
+                                      choices=CACHE_DTYPES, may_change=True)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
@@ -83,6 +90,8 @@ class DataConfig:
     """What is read, and how much of it."""
 
     data_dir: str = option("data/demo", "folder with train.jsonl and dev.jsonl")
+    data_shares: tuple[float, ...] = option((), "share of each of several data folders in an epoch; by their sizes "
+                                                "when not given")
     train_num: int | None = option(None, "use only the first so many training records")
     dev_num: int | None = option(None, "use only the first so many dev records")
     max_length: int = option(512, "longest prompt + response, in tokens")
@@ -90,6 +99,8 @@ class DataConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
+        if any(not share > 0 for share in self.data_shares):
+            yield f"--data-shares must be above 0, got {' '.join(map(str, self.data_shares))}"
         for name in ("train_num", "dev_num"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
@@ -110,8 +121,11 @@ class ObjectiveConfig:
     kd_rate: float = option(0.5, "share of the divergence in the loss; the rest is cross-entropy")
     kd_temperature: float = option(2.0, "temperature of both softmaxes in the divergence")
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
+    loss_terms: tuple[str, ...] = option((), "further terms of the loss as name=weight, e.g. hidden_states=0.1")
+    hidden_layers: tuple[str, ...] = option((), "for the term hidden_states: pairs student:teacher of layers, e.g. "
+                                                "3:6; spread evenly when not given")
     loss_chunk_size: int | None = option(None, "rows of the vocabulary projection at a time; chosen when not given",
-                                         free=True)
+                                         may_change=True)
 
     @property
     def distils(self) -> bool:
@@ -120,16 +134,13 @@ class ObjectiveConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
-        from todi.criterions import build_divergence  # imports torch; --help stays instant without it
-
-        try:
-            build_divergence(self.kd_objective, **parse_kd_params(self.kd_params))
-        except ValueError as error:
-            yield f"--kd-objective / --kd-params: {error}"
         if not 0 <= self.kd_rate <= 1:
             yield f"--kd-rate must be in [0, 1], got {self.kd_rate}"
         if not (self.kd_temperature > 0 and math.isfinite(self.kd_temperature)):
             yield f"--kd-temperature must be above 0, got {self.kd_temperature}"
+        for words, form in ((self.loss_terms, r"\w+=[\d.e+-]+"), (self.hidden_layers, r"\d+:\d+")):
+            yield from (f"{word!r} is neither name=weight nor student:teacher" for word in words
+                        if not re.fullmatch(form, word))
         if not 0 <= self.label_smoothing < 1:
             yield f"--label-smoothing must be in [0, 1), got {self.label_smoothing}"
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
@@ -149,8 +160,8 @@ class OptimConfig:
     adam_beta2: float = option(0.999, "AdamW beta 2")
     adam_eps: float = option(1e-8, "AdamW epsilon")
     clip_grad: float = option(1.0, "largest gradient norm; 0 turns clipping off")
-    batch_size: int = option(4, "samples of a micro-batch, per device", free=True)
-    gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device", free=True)
+    batch_size: int = option(4, "samples of a micro-batch, per device", may_change=True)
+    gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device", may_change=True)
     num_epochs: int = option(20, "passes over the training data")
     max_steps: int | None = option(None, "stop after so many optimizer steps")
 
@@ -176,24 +187,27 @@ class OptimConfig:
 class RunConfig:
     """Where a run goes, in what precision, and how it is judged."""
 
-    save_dir: str = option("outputs/run", "folder for checkpoints, args.json, train.log, metrics.jsonl", free=True)
-    keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", free=True)
+    save_dir: str = option("outputs/run", "folder for checkpoints, args.json, train.log, metrics.jsonl",
+                           may_change=True)
+    keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", may_change=True)
     precision: str = option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
     zero_stage: int = option(1, "DeepSpeed ZeRO stage, 0 to 3")
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
-                                          flag="--deepspeed_config", free=True)
+                                          flag="--deepspeed_config", may_change=True)
     seed: int = option(10, "seed of the data order, the dropout and the dev sampling")
-    log_interval: int = option(10, "optimizer steps between lines of the log", free=True)
+    log_interval: int = option(10, "optimizer steps between lines of the log", may_change=True)
     eval_interval: int = option(1, "epochs between evaluations on dev")
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
-    eval_batch_size: int = option(16, "prompts decoded together in an evaluation, per device", free=True)
+    eval_batch_size: int = option(16, "prompts decoded together in an evaluation, per device", may_change=True)
     resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "
-                                 "settings differ; never starts anew and removes it", choices=RESUME, free=True)
+                                 "settings differ; never starts anew and removes it", choices=RESUME, may_change=True)
     save_state_every: str = option("30m", "a resume state after so many minutes (30m) or steps (500) besides the one "
-                                          "at each epoch's end; 0 for no others", free=True)
+                                          "at each epoch's end; 0 for no others", may_change=True)
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
-                                free=True)
-    check_only: bool = option(False, "check all input, then stop before any weights are loaded", free=True)
+                                may_change=True)
+    report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
+    plugins: tuple[str, ...] = option((), "Python files that are run first, to register what is one's own")
+    check_only: bool = option(False, "check all input, then stop before any weights are loaded", may_change=True)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
@@ -204,10 +218,9 @@ class RunConfig:
             yield f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}"
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             yield f"--deepspeed_config: no such file: {self.deepspeed_config}"
-        try:
-            Cadence(self.save_state_every)
-        except ValueError as error:
-            yield f"--save-state-every: {error}"
+        if not re.fullmatch(r"\d+m?", self.save_state_every):
+            yield (f"--save-state-every must be a number of steps (500) or of minutes (30m), got "
+                   f"{self.save_state_every!r}")
 
 
 @dataclass(frozen=True)
@@ -227,7 +240,7 @@ class TrainConfig:
         """The settings that decide what a run computes, by name."""
         parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)
-                if not field.metadata["free"]}
+                if not field.metadata["may_change"]}
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""

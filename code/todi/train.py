@@ -17,19 +17,20 @@ import torch
 from torch import nn
 
 from todi.criterions import DistillationCriterion, build_divergence
-from todi.data.batches import StepPlanner
+from todi.data.plans import DatasetSource, SampleSource, StepShape
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
+from todi.errors import run_main
 from todi.generation.decoding import Decoding
+from todi.models.backbone import check_head
 from todi.models.card import Base, model_card
-from todi.models.loading import add_lora, check_head, load_model
-from todi.options import parse, run_main
+from todi.models.loading import add_lora, load_model
+from todi.options import parse
 from todi.runtime.cadence import Cadence
 from todi.runtime.device import choose_device, dtype_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.signals import Interrupted
-from todi.runtime.storage import StorageError
 from todi.settings import (
     ObjectiveConfig,
     OptimConfig,
@@ -37,15 +38,14 @@ from todi.settings import (
     TrainConfig,
     parse_kd_params,
 )
-from todi.teacher.cache_files import CorruptCache
 from todi.teacher.live import TeacherSource
-from todi.teacher.opening import Lesson, choose_cache, describe_choice, open_teacher
+from todi.teacher.opening import TeacherSpec, choose_cache, describe_choice, open_teacher
 from todi.training.dev import DevSet
 from todi.training.optimizer import build_optimizer, build_schedule
 from todi.training.run_folder import begin, check_same_run, decided_earlier, describe_run
 from todi.training.student import Student
 from todi.training.train_inputs import Inputs, ModelInputs, read_inputs
-from todi.training.trainer import Trainer, TrainingError
+from todi.training.trainer import Trainer
 
 logger = logging.getLogger("todi.train")
 
@@ -58,8 +58,6 @@ def main() -> None:
     device = choose_device(world.local_rank)
     try:
         _run(config, world, device)
-    except (StorageError, CorruptCache, TrainingError) as error:
-        sys.exit(f"error: {error}")
     except Interrupted as stop:
         logger.info("%s", stop)
         sys.exit(128 + stop.number)
@@ -70,15 +68,15 @@ def main() -> None:
 def _run(config: TrainConfig, world: World, device: torch.device) -> None:
     inputs = read_inputs(config, device)
     data, optim, folder = config.data, config.optim, Path(config.run.save_dir)
-    planner = StepPlanner(
-        encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
-                        data.max_prompt_length),
-        optim.batch_size, optim.gradient_accumulation_steps, config.run.seed, world.rank, world.size)
-    max_steps = min(optim.num_epochs * planner.steps_per_epoch, optim.max_steps or 2**62)
-    lesson = build_lesson(config, inputs, planner.examples) if config.objective.distils else None
+    examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
+                               data.max_prompt_length)
+    shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
+    source = DatasetSource(examples, shape, config.run.seed)
+    max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
+    spec = build_teacher_spec(config, inputs, examples) if config.objective.distils else None
     run = cache = None
     if world.is_main:
-        run, cache = _decide(config, inputs, lesson, max_steps / planner.steps_per_epoch, world, device)
+        run, cache = _decide(config, inputs, spec, max_steps / source.steps_per_epoch, world, device)
     if config.run.check_only:
         return
     start_process_group(world, device)
@@ -87,16 +85,16 @@ def _run(config: TrainConfig, world: World, device: torch.device) -> None:
         return
     _log_decisions(inputs, world, device)
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
-                len(planner.examples), planner.step_samples, planner.batch_size, planner.accumulation, world.size,
-                max_steps, -(-max_steps // planner.steps_per_epoch))
+                len(examples), shape.samples, shape.batch_size, shape.accumulation, world.size,
+                max_steps, -(-max_steps // source.steps_per_epoch))
     if world.is_main:
-        examine(config, inputs, planner.examples, world, device, cached=cache is not None).log()
+        examine(config, inputs, examples, world, device, cached=cache is not None).log()
     # before the student is there: a pass that fills a cache needs room for the teacher
-    teacher = open_teacher(lesson, cache, world, device) if lesson else None
-    _train(config, inputs, planner, max_steps, teacher, build_card(config, inputs, run), world, device)
+    teacher = open_teacher(spec, cache, world, device) if spec else None
+    _train(config, inputs, source, max_steps, teacher, build_card(config, inputs, run), world, device)
 
 
-def _decide(config: TrainConfig, inputs: Inputs, lesson: Lesson | None, passes: float, world: World,
+def _decide(config: TrainConfig, inputs: Inputs, spec: TeacherSpec | None, passes: float, world: World,
             device: torch.device) -> tuple[dict[str, Any], Path | None]:
     """What args.json will hold, and the folder of the teacher cache if there is to be one; for the first rank.
 
@@ -104,24 +102,24 @@ def _decide(config: TrainConfig, inputs: Inputs, lesson: Lesson | None, passes: 
         InputError: the run in the folder, or the cache, is another one.
     """
     folder, source, cache = Path(config.run.save_dir), None, None
-    if lesson:
+    if spec:
         earlier = {} if config.run.resume == "never" else decided_earlier(folder)
-        cache = choose_cache(lesson, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
+        cache = choose_cache(spec, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
                              earlier=earlier.get("teacher"))
-        source = describe_choice(lesson, cache)
+        source = describe_choice(spec, cache)
     run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file], source)
     if config.run.resume == "auto":
         check_same_run(folder, run)
     return run, cache
 
 
-def _train(config: TrainConfig, inputs: Inputs, planner: StepPlanner, max_steps: int, teacher: TeacherSource | None,
+def _train(config: TrainConfig, inputs: Inputs, source: SampleSource, max_steps: int, teacher: TeacherSource | None,
            card: Callable[[Mapping[str, float]], str], world: World, device: torch.device) -> None:
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = build_student(config.student, inputs.student, device)
     engine = build_engine(student, config.optim, inputs, max_steps)
     trainer = Trainer(
-        engine, planner=planner, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
+        engine, source=source, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
         teacher=teacher, tokenizer=inputs.student.tokenizer, world=world, folder=Path(config.run.save_dir),
         keep_best=config.run.keep_best_n_checkpoints, max_steps=max_steps, log_interval=config.run.log_interval,
         eval_interval=config.run.eval_interval, cadence=Cadence(config.run.save_state_every),
@@ -145,11 +143,12 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
     return model
 
 
-def build_lesson(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> Lesson:
+def build_teacher_spec(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> TeacherSpec:
     """What is asked of the teacher."""
     precision = inputs.teacher.precision
-    return Lesson(config.teacher, config.data, precision, dtype_of(config.cache.teacher_cache_dtype, precision.dtype),
-                  inputs.student.tokenizer, examples, inputs.train_file, config.student.trust_remote_code)
+    return TeacherSpec(config.teacher, config.data, precision,
+                       dtype_of(config.cache.teacher_cache_dtype, precision.dtype), inputs.student.tokenizer, examples,
+                       inputs.train_file, config.student.trust_remote_code)
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
@@ -166,7 +165,7 @@ def build_engine(model: nn.Module, config: OptimConfig, inputs: Inputs, max_step
     student = Student(model)
     optimizer = build_optimizer(student, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
                                 eps=config.adam_eps, weight_decay=config.weight_decay,
-                                careful=inputs.deepspeed_config["zero_optimization"]["stage"] == 0)
+                                skip_bad_steps=inputs.deepspeed_config["zero_optimization"]["stage"] == 0)
     schedule = build_schedule(optimizer, config.lr_scheduler, total_steps=max_steps,
                               warmup_steps=config.warmup_iters, lr=config.lr, lr_min=config.lr_min)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, lr_scheduler=schedule,

@@ -8,7 +8,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Message, Record
-from todi.options import InputError
+from todi.errors import InputError
 
 
 def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) -> list[Record]:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from todi.data.records import checksum
 from todi.data.sources import SOURCES, Item, RawFiles, Source
 from todi.data.templates import alpaca_prompt
+from todi.errors import InputError, collecting, run_main
 from todi.models.loading import load_tokenizer
-from todi.options import InputError, gathered, option, parse, run_main
+from todi.options import option, parse
 from todi.registry import did_you_mean
+from todi.runtime.checksums import file_checksum
 from todi.runtime.logs import set_up_logging
 from todi.runtime.storage import write_text
 
@@ -58,7 +59,7 @@ def main() -> None:
         raise InputError(problems)
     count = _counter(config.tokenizer)
     for name in dict.fromkeys(map(SOURCES.canonical, config.sets)):
-        with gathered(problems):
+        with collecting(problems):
             prepare(name, config, count)
     if problems:
         raise InputError(problems)
@@ -86,7 +87,7 @@ def prepare(name: str, config: PrepareConfig, count: Count) -> None:
         records = records[:config.limit]
         file = folder / f"{split}.jsonl"
         write_text(file, "".join(json.dumps(record) + "\n" for record in records))
-        made[file.name] = {"records": len(records), "sha256": checksum(file)}
+        made[file.name] = {"records": len(records), "sha256": file_checksum(file)}
     settings = {"seed": config.seed, "tokenizer": config.tokenizer, "limit": config.limit,
                 "max_prompt_length": config.max_prompt_length, "shortest_response": source.cut.shortest_response}
     about = {"set": name, "licence": source.licence, "settings": settings, "sources": raw.used, "files": made}

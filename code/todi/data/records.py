@@ -1,12 +1,11 @@
 """The schema of the data: JSON lines -> records, with every bad line named."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from todi.options import InputError
+from todi.errors import InputError
 
 MOST_PROBLEMS = 20  # a file of the wrong kind has a problem on every line; nobody reads more than these
 
@@ -71,12 +70,6 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
     if not records:
         raise InputError(f"{path} has no record")
     return records
-
-
-def checksum(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:

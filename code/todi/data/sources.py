@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from todi.data.records import checksum
-from todi.options import InputError
+from todi.errors import InputError
 from todi.registry import Registry
+from todi.runtime.checksums import file_checksum
 from todi.runtime.storage import publish, unfinished
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -79,7 +79,7 @@ class RawFiles:
         path = self.folder / name
         if not path.is_file():
             _download(url, path)
-        self.used[name] = checksum(path)
+        self.used[name] = file_checksum(path)
         return path
 
 

@@ -21,10 +21,12 @@ class Example:
     Attributes:
         ids: token ids of prompt and response together.
         prompt_length: how many of them are the prompt.
+        sample_id: its place among the samples of a run, by which a teacher cache knows it; -1 for one that has none.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
+    sample_id: int = -1
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -55,7 +57,8 @@ def encode_examples(records: Sequence[Record], tokenizer: Tokenizer, family: Fam
     whole = [(*prompt, *response, end_id(record, tokenizer))
              for prompt, response, record in zip(prompts, responses, records, strict=True)]
     _log_cut("samples", sum(len(ids) > max_length for ids in whole), len(whole), max_length)
-    return [Example(ids[:max_length], len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
+    return [Example(ids[:max_length], len(prompt), sample_id)
+            for sample_id, (ids, prompt) in enumerate(zip(whole, prompts, strict=True))]
 
 
 def examples_checksum(examples: Sequence[Example]) -> str:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from todi.errors import InputError, collecting
 from todi.evaluation.bootstrap import Difference, paired_difference
 from todi.evaluation.results import aligned, example_scores, read_generations, read_results
-from todi.options import InputError, gathered
 
 AVERAGE = "average"
 
@@ -24,7 +24,7 @@ def compare(folder: Path, baseline: Path) -> dict[str, Difference]:
                          "only the same sets compare")
     problems = []
     for name in ours:
-        with gathered(problems):
+        with collecting(problems):
             _check_pairing(name, (folder, *ours[name][:2]), (baseline, *theirs[name][:2]))
     if problems:
         raise InputError(problems)

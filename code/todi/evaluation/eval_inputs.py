@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.chat import render
 from todi.data.records import Record, load_records
+from todi.errors import InputError, collecting
 from todi.evaluation.results import is_set_name
 from todi.generation.decoding import Decoding
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import find_adapter, load_config, load_tokenizer
-from todi.options import InputError, gathered, option
+from todi.options import option
 from todi.runtime.device import Precision, choose_precision
 from todi.settings import PRECISIONS
 
@@ -119,10 +120,10 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
     """
     problems = list(config.problems())
     model_path = family = tokenizer = precision = sets = None
-    with gathered(problems):
+    with collecting(problems):
         precision = choose_precision(config.precision, device)
     if config.model_path or config.peft_path:
-        with gathered(problems):
+        with collecting(problems):
             model_path = config.model_path or _base_model(config.peft_path)
             model_config = load_config(model_path, config.trust_remote_code)
             if config.peft_path:
@@ -131,11 +132,11 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
             tokenizer = load_tokenizer(model_path, config.trust_remote_code)
             check_vocabulary(model_config, tokenizer, model_path)
             check_positions(model_config, config.max_length, model_path)
-    with gathered(problems):
+    with collecting(problems):
         sets = _read_sets(Path(config.data_dir), list(filter(is_set_name, config.sets)), config.limit)
     if tokenizer and sets:
         for name, records in sets.items():
-            with gathered(problems):
+            with collecting(problems):
                 sets[name] = render(records, tokenizer, Path(config.data_dir) / name)
     if problems:
         raise InputError(problems)
@@ -166,7 +167,7 @@ def _read_sets(data_dir: Path, names: Sequence[str], limit: int | None) -> dict[
     problems: list[str] = []
     sets = {}
     for name, file in found.items():
-        with gathered(problems):
+        with collecting(problems):
             sets[name] = load_records(file, limit)
     if problems:
         raise InputError(problems)

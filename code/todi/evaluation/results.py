@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from todi.errors import InputError
 from todi.evaluation.bootstrap import interval
-from todi.options import InputError
 from todi.runtime.storage import write_text
 
 RESULTS_FILE = Path("eval", "results.json")

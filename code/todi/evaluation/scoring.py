@@ -16,7 +16,7 @@ from todi.evaluation.rouge import exact_match, rouge_l
 from todi.evaluation.set_files import Row
 from todi.generation.decoding import Decoding, Response, generate, to_texts
 from todi.generation.sampling import stream_key
-from todi.models.loading import backbone_and_head
+from todi.models.backbone import backbone_and_head, labelled_rows
 from todi.runtime.distributed import World
 
 _LOSS_BATCH = 8  # whole samples at a time; more of them bring more padding, and work enough is in these
@@ -75,15 +75,14 @@ class Writer:
     def loss(self, examples: Sequence[Example]) -> float:
         """Mean cross-entropy over the response tokens of all `examples`."""
         backbone, head = backbone_and_head(self.model)
-        order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+        order = sorted(examples, key=lambda example: len(example.ids))
         size = min(self.batch_size, _LOSS_BATCH) * self.world.size
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(order), size):
             mine = order[start:start + size][self.world.rank::self.world.size]
-            batch = collate(examples, mine, self.tokenizer.pad_token_id).to(self.model.device)
-            hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            rows = hidden.last_hidden_state.flatten(0, 1)[batch.rows]
-            found = DistillationCriterion()(rows, head, batch.row_labels, None)
+            batch = collate(mine, self.tokenizer.pad_token_id).to(self.model.device)
+            hidden = labelled_rows(backbone, batch.input_ids, batch.attention_mask, batch.rows)
+            found = DistillationCriterion()(hidden, head, batch.row_labels, None)
             sums += torch.stack([found.ce, found.tokens]).cpu()
         parts = self.world.gather(sums.tolist())
         ce, tokens = (sum(values) for values in zip(*parts, strict=True))

@@ -6,17 +6,15 @@
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from todi.data.records import Record, checksum
 from todi.evaluation.results import Generation, read_generations, seed_file
 from todi.generation.decoding import Response
-from todi.models.loading import load_config
+from todi.runtime.checksums import file_checksum
 from todi.runtime.storage import write_text, writing
 
 _MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
@@ -85,7 +83,7 @@ class SetStore:
             file = seed_file(self._folder, self._set_name, seed)
             lines = (json.dumps(dataclasses.asdict(generation), ensure_ascii=False) for generation in generations)
             write_text(file, "\n".join(lines) + "\n")
-            self._record["seeds"][str(seed)] = checksum(file)
+            self._record["seeds"][str(seed)] = file_checksum(file)
         self._record["loss"] = loss
         write_text(self._record_file, json.dumps(self._record, indent=2) + "\n")
         self._unfinished_file.unlink(missing_ok=True)
@@ -100,22 +98,7 @@ class SetStore:
 
     def _is_whole(self, seed: int) -> bool:
         file = seed_file(self._folder, self._set_name, seed)
-        return file.is_file() and self._record["seeds"].get(str(seed)) == checksum(file)
-
-
-def files_checksum(model: str, trust_remote_code: bool = False) -> str | None:
-    """Names and contents of a model's or an adapter's files; of a model on the Hub, the commit."""
-    place = Path(model)
-    if not place.exists():
-        return load_config(model, trust_remote_code)._commit_hash
-    files = sorted(place.iterdir()) if place.is_dir() else [place]
-    described = [f"{file.name} {checksum(file)}" for file in files if file.suffix in _MODEL_FILES and file.is_file()]
-    return hashlib.sha256("\n".join(described).encode()).hexdigest()
-
-
-def records_checksum(records: Sequence[Record]) -> str:
-    """Of all that a set asks and expects."""
-    return hashlib.sha256(json.dumps([[record.prompt, record.references] for record in records]).encode()).hexdigest()
+        return file.is_file() and self._record["seeds"].get(str(seed)) == file_checksum(file)
 
 
 def _read_record(file: Path) -> dict[str, Any]:

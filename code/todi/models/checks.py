@@ -6,8 +6,8 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.errors import InputError
 from todi.models.loading import empty_model, find_adapter
-from todi.options import InputError
 
 _LORA_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])(\.\w+)?\.weight")
 

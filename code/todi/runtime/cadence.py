@@ -10,15 +10,10 @@ class Cadence:
 
     Args:
         every: a number of steps ("500") or of minutes ("30m"); 0 is never.
-
-    Raises:
-        ValueError: `every` is neither.
     """
 
     def __init__(self, every: str):
         number, is_minutes = every.removesuffix("m"), every.endswith("m")
-        if not number.isdecimal():
-            raise ValueError(f"expected a number of steps (500) or of minutes (30m), got {every!r}")
         self.steps = 0 if is_minutes else int(number)
         self.seconds = 60.0 * int(number) if is_minutes else 0.0
         self._next = time.monotonic() + self.seconds

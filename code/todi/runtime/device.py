@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from todi.options import InputError
+from todi.errors import InputError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

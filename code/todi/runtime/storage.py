@@ -8,12 +8,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from todi.errors import StorageError
+
 # Hidden, so that no pattern of finished folders finds them; swept away when the run goes on.
 _UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
-
-
-class StorageError(Exception):
-    """Something of the run cannot be written. The message names the path and the reason."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from todi.criterions import LinearHead
-from todi.options import InputError
+from todi.errors import InputError, RunError
 from todi.runtime.device import DTYPES, name_of
 from todi.runtime.storage import publish, sweep, unfinished, write_text, writing
 
@@ -35,7 +35,7 @@ OPEN_FILES = 64
 _READ_AT_ONCE = 1 << 30  # Linux reads no more than 2 GiB in one call
 
 
-class CorruptCache(Exception):
+class CorruptCache(RunError):
     """A cache does not hold what was written to it. The message names the file, and the sample where there is one."""
 
 

@@ -26,7 +26,7 @@ _RETRY_SECONDS = 2.0
 
 
 @contextmanager
-def alone(folder: Path, world: World) -> Iterator[None]:
+def filling_alone(folder: Path, world: World) -> Iterator[None]:
     """Makes `folder`, and keeps other runs from filling the cache in it until the block ends; waits for them first.
 
     The ranks look together every few seconds, since a collective operation may not wait for as long as a pass takes.
@@ -98,7 +98,7 @@ def batches(examples: Sequence[Example], samples: Sequence[int], batch_tokens: i
 def batch_rows(teacher: TeacherSource, examples: Sequence[Example], samples: Sequence[int], pad_id: int,
                device: torch.device) -> dict[int, Tensor]:
     """The (rows, H) hidden states of each sample of one batch, on the CPU."""
-    hidden = teacher.rows(collate(examples, samples, pad_id).to(device)).hidden.cpu()
+    hidden = teacher.rows(collate([examples[sample] for sample in samples], pad_id).to(device)).hidden.cpu()
     return dict(zip(samples, hidden.split([examples[sample].response_tokens for sample in samples]), strict=True))
 
 

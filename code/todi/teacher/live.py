@@ -8,8 +8,7 @@ from torch import nn
 
 from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch
-from todi.models.loading import backbone_and_head
-from todi.training.student import labelled_rows
+from todi.models.backbone import backbone_and_head, labelled_rows
 
 
 class TeacherSource(Protocol):
@@ -30,7 +29,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> TeacherRows:
-        return TeacherRows(labelled_rows(self.backbone, batch), self.head)
+        return TeacherRows(labelled_rows(self.backbone, batch.input_ids, batch.attention_mask, batch.rows), self.head)
 
     def expect(self, samples: Sequence[int]) -> None:
         """There is nothing to fetch."""

@@ -18,19 +18,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import todi
-from todi.data.records import checksum
 from todi.data.tokenize import Example, examples_checksum
-from todi.models.checksums import tokenizer_checksum, weights_checksum
-from todi.models.loading import check_head, empty_model, load_config, load_model, merge_adapter
-from todi.options import InputError
+from todi.errors import InputError, StorageError
+from todi.models.backbone import check_head
+from todi.models.loading import checksum_or_commit, empty_model, load_config, load_model, merge_adapter
+from todi.models.tokenizers import tokenizer_checksum
+from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, name_of
 from todi.runtime.distributed import World
-from todi.runtime.storage import StorageError
 from todi.settings import DataConfig, TeacherConfig
 from todi.teacher.cache_files import CacheStore, Layout
 from todi.teacher.cached import CachedTeacher
 from todi.teacher.choice import Estimate, estimate, free_bytes
-from todi.teacher.filling import alone, fill
+from todi.teacher.filling import fill, filling_alone
 from todi.teacher.live import LiveTeacher, TeacherSource
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ SHARED_CACHES = Path("outputs/teacher_cache")
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherSpec:
     """What a teacher says about which samples: all that the contents of a cache follow from.
 
     Attributes:
@@ -64,10 +64,11 @@ class Lesson:
         """What the hidden states depend on; reads all weights once."""
         adapter = self.teacher.teacher_peft_path
         return {
-            "teacher weights": weights_checksum(self.teacher.teacher_model_path, self.trust_remote_code),
-            "teacher adapter": adapter and weights_checksum(adapter),
+            "teacher weights": str(checksum_or_commit(self.teacher.teacher_model_path, weights_checksum,
+                                                      self.trust_remote_code)),
+            "teacher adapter": adapter and weights_checksum(Path(adapter)),
             "tokenizer": tokenizer_checksum(self.tokenizer),
-            "data": checksum(self.train_file),
+            "data": file_checksum(self.train_file),
             "records": len(self.examples),
             "max_length": self.data.max_length,
             "max_prompt_length": self.data.max_prompt_length,
@@ -114,7 +115,7 @@ class Lesson:
                         device=device, dtype=self.precision.dtype, ranks=ranks)
 
 
-def choose_cache(lesson: Lesson, mode: str, *, passes: float, ranks: int, device: torch.device,
+def choose_cache(spec: TeacherSpec, mode: str, *, passes: float, ranks: int, device: torch.device,
                  earlier: str | None) -> Path | None:
     """The folder of the cache to use, to be filled where something is missing; None to run the teacher live.
 
@@ -131,96 +132,96 @@ def choose_cache(lesson: Lesson, mode: str, *, passes: float, ranks: int, device
     if mode == "off":
         return None
     if mode == "auto":
-        folder = _choose_automatically(lesson, passes, ranks, device, earlier)
+        folder = _choose_automatically(spec, passes, ranks, device, earlier)
     else:
-        folder = lesson.shared_folder if mode == "on" else Path(mode)
+        folder = spec.shared_folder if mode == "on" else Path(mode)
     if folder and (folder / "cache.json").is_file():
-        check_match(CacheStore(folder), lesson)
+        check_match(CacheStore(folder), spec)
     return folder
 
 
-def describe_choice(lesson: Lesson, folder: Path | None) -> str:
+def describe_choice(spec: TeacherSpec, folder: Path | None) -> str:
     """Where hidden states come from, in as far as it alters what is computed."""
-    return "live" if folder is None else f"cached in {name_of(lesson.stored_dtype)}"
+    return "live" if folder is None else f"cached in {name_of(spec.stored_dtype)}"
 
 
-def check_match(store: CacheStore, lesson: Lesson) -> None:
-    """Raises InputError, with every difference, when the cache is of something else than `lesson`."""
-    differing = store.differences(lesson.fingerprint)
+def check_match(store: CacheStore, spec: TeacherSpec) -> None:
+    """Raises InputError, with every difference, when the cache is of something else than `spec`."""
+    differing = store.differences(spec.fingerprint)
     if differing:
         raise InputError(f"the teacher cache {store.folder} is of something else: {'; '.join(differing)}. Name "
                          "another folder, or use --teacher-cache on, which finds its own")
 
 
-def open_teacher(lesson: Lesson, cache: Path | None, world: World, device: torch.device) -> TeacherSource:
+def open_teacher(spec: TeacherSpec, cache: Path | None, world: World, device: torch.device) -> TeacherSource:
     """The teacher itself, or the cache that `choose_cache` named, filled first where something is missing.
 
     Raises:
         InputError, CorruptCache, StorageError: as `choose_cache`, and where the cache cannot be written.
     """
     if cache is None:
-        return LiveTeacher(load_teacher(lesson, device))
-    fill_cache(lesson, cache, world, device)
+        return LiveTeacher(load_teacher(spec, device))
+    fill_cache(spec, cache, world, device)
     store = CacheStore(cache)
     logger.info("teacher: read from %s (%.3g GB in %s); its weights are not in memory", cache,
-                lesson.layout.bytes / 1e9, name_of(store.dtype))
+                spec.layout.bytes / 1e9, name_of(store.dtype))
     return CachedTeacher(store, device)
 
 
-def fill_cache(lesson: Lesson, folder: Path, world: World, device: torch.device) -> None:
+def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.device) -> None:
     """Makes a cache, or what is missing of it; writes nothing when there is nothing missing."""
     if world.gather(_is_complete(folder))[0]:
         return
-    with alone(folder, world):
+    with filling_alone(folder, world):
         if world.gather(_is_complete(folder))[0]:
             return  # another run has filled it meanwhile
         new = not (folder / "cache.json").is_file()
-        if world.is_main and new and lesson.layout.bytes > free_bytes(folder):
-            raise StorageError(f"the teacher cache {folder} would take {lesson.layout.bytes / 1e9:.2f} GB, and "
+        if world.is_main and new and spec.layout.bytes > free_bytes(folder):
+            raise StorageError(f"the teacher cache {folder} would take {spec.layout.bytes / 1e9:.2f} GB, and "
                                f"{free_bytes(folder) / 1e9:.2f} GB are free")
-        teacher = LiveTeacher(load_teacher(lesson, device))
+        teacher = LiveTeacher(load_teacher(spec, device))
         if world.is_main and new:
-            CacheStore.create(folder, lesson.fingerprint, lesson.made_from, lesson.layout, teacher.head)
+            CacheStore.create(folder, spec.fingerprint, spec.made_from, spec.layout, teacher.head)
         world.barrier()
         store = CacheStore(folder)
         if world.is_main:
-            check_match(store, lesson)
+            check_match(store, spec)
             store.sweep()
         world.barrier()
         logger.info("filling the teacher cache %s: %d of %d shards, %.3g GB in all", folder, len(store.missing()),
-                    len(store.shards), lesson.layout.bytes / 1e9)
-        fill(store, teacher, lesson.examples, lesson.tokenizer.pad_token_id, world, device)
+                    len(store.shards), spec.layout.bytes / 1e9)
+        fill(store, teacher, spec.examples, spec.tokenizer.pad_token_id, world, device)
     del teacher
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def load_teacher(lesson: Lesson, device: torch.device) -> nn.Module:
+def load_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
     """The frozen model that is imitated, its LoRA adapter merged."""
-    path, adapter = lesson.teacher.teacher_model_path, lesson.teacher.teacher_peft_path
-    model = load_model(path, lesson.precision.dtype, device, lesson.trust_remote_code)
+    path, adapter = spec.teacher.teacher_model_path, spec.teacher.teacher_peft_path
+    model = load_model(path, spec.precision.dtype, device, spec.trust_remote_code)
     if adapter:
         model = merge_adapter(model, adapter)
     check_head(model, path)
     logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", path,
                 f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,
-                lesson.precision.name, model.config._attn_implementation)
+                spec.precision.name, model.config._attn_implementation)
     return model
 
 
-def _choose_automatically(lesson: Lesson, passes: float, ranks: int, device: torch.device,
+def _choose_automatically(spec: TeacherSpec, passes: float, ranks: int, device: torch.device,
                           earlier: str | None) -> Path | None:
     if earlier:
         logger.info("teacher cache: %s, as when this run began", earlier)
-        return None if earlier == "live" else lesson.shared_folder
+        return None if earlier == "live" else spec.shared_folder
     # to name the cache takes a checksum of all weights, so only where there may be one
-    if any(SHARED_CACHES.glob(f"{lesson.teacher_name}-*")) and _is_complete(lesson.shared_folder):
-        return lesson.shared_folder
-    costs = lesson.estimate(passes, ranks, device)
+    if any(SHARED_CACHES.glob(f"{spec.teacher_name}-*")) and _is_complete(spec.shared_folder):
+        return spec.shared_folder
+    costs = spec.estimate(passes, ranks, device)
     against = costs.reason_against()
     logger.info("teacher cache: %s: %s", f"none, {against}" if against else "yes", costs)
-    return None if against else lesson.shared_folder
+    return None if against else spec.shared_folder
 
 
 def _is_complete(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from todi.options import InputError
+from todi.errors import InputError
 from todi.runtime.device import Precision
 
 # What the data plan and the model's dtype already rest on: a file may repeat these, not change them.

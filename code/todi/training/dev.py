@@ -45,11 +45,11 @@ def dev_loss(engine: deepspeed.DeepSpeedEngine, dev: DevSet, pad_id: int, world:
     It is the cross-entropy whatever the student is trained on, so that objectives can be compared.
     """
     cross_entropy = DistillationCriterion()
-    order = sorted(range(len(dev.examples)), key=lambda i: len(dev.examples[i].ids))
+    order = sorted(dev.examples, key=lambda example: len(example.ids))
     sums = torch.zeros(len(LossSums._fields), device=engine.device)
     for start in range(0, len(order), dev.batch_size * world.size):
         mine = order[start:start + dev.batch_size * world.size][world.rank::world.size]
-        batch = collate(dev.examples, mine, pad_id).to(engine.device)
+        batch = collate(mine, pad_id).to(engine.device)
         sums += torch.stack(engine(batch, cross_entropy)[0])
     return means(world.sum(sums))
 

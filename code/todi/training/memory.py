@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import PretrainedConfig
 
-from todi.models.loading import backbone_and_head
+from todi.models.backbone import backbone_and_head
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it reports is dealt with here
 

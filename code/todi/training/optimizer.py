@@ -13,7 +13,7 @@ from todi.registry import Registry
 SCHEDULES: Registry[Callable[[int, int, int, float], float]] = Registry("schedule")
 
 
-class CarefulAdamW(torch.optim.AdamW):
+class SkippingAdamW(torch.optim.AdamW):
     """AdamW that leaves out an update whose gradients are not finite and says so in `overflow`.
 
     DeepSpeed's wrappers do that for the optimizer that they wrap. Without ZeRO, in fp32, there is none, and DeepSpeed
@@ -32,13 +32,13 @@ class CarefulAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
-                    weight_decay: float, careful: bool = False) -> torch.optim.AdamW:
+                    weight_decay: float, skip_bad_steps: bool = False) -> torch.optim.AdamW:
     """AdamW on the trainable parameters; one-dimensional ones (norms, biases) do not decay.
 
     Args:
-        careful: skip steps that are not finite; for the optimizer that DeepSpeed does not wrap.
+        skip_bad_steps: skip steps that are not finite; for the optimizer that DeepSpeed does not wrap.
     """
-    kind = CarefulAdamW if careful else torch.optim.AdamW
+    kind = SkippingAdamW if skip_bad_steps else torch.optim.AdamW
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},

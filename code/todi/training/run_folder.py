@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from todi.data.records import checksum
-from todi.options import InputError
+from todi.errors import InputError
+from todi.runtime.checksums import file_checksum
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, write_text, writing
 from todi.settings import TrainConfig
@@ -36,7 +36,7 @@ def describe_run(config: TrainConfig, world_size: int, data_files: list[Path],
     """
     optim = config.optim
     step_samples = optim.batch_size * optim.gradient_accumulation_steps * world_size
-    data = {file.name: checksum(file) for file in data_files}
+    data = {file.name: file_checksum(file) for file in data_files}
     return {
         "settings": dataclasses.asdict(config),
         "deciding": config.deciding | {"samples of a step": step_samples, "teacher": teacher} | data,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from todi.criterions import DistillationCriterion, LossSums, diagnose
 from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch
-from todi.models.loading import backbone_and_head
+from todi.models.backbone import backbone_and_head, labelled_rows
 
 DIAGNOSED_ROWS = 128  # enough for means to two digits, small beside a micro-batch
 
@@ -23,7 +23,7 @@ class Student(nn.Module):
                 with_diagnostics: bool = False) -> tuple[LossSums, dict[str, float]]:
         """The sums over the batch's labelled rows, and the divergence's diagnostics when asked for."""
         backbone, head = backbone_and_head(self.model)
-        hidden = labelled_rows(backbone, batch)
+        hidden = labelled_rows(backbone, batch.input_ids, batch.attention_mask, batch.rows)
         sums = criterion(hidden, head, batch.row_labels, teacher)
         report = {}
         if with_diagnostics and teacher is not None and len(hidden):
@@ -44,12 +44,6 @@ class Student(nn.Module):
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 has spread the parameters over the ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def labelled_rows(backbone: nn.Module, batch: Batch) -> Tensor:
-    """(N, H) last hidden states of the positions that carry a label."""
-    hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return hidden.last_hidden_state.flatten(0, 1)[batch.rows]
 
 
 def _common(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:

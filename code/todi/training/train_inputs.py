@@ -8,15 +8,16 @@ import torch
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.criterions import build_divergence
 from todi.data.chat import render
 from todi.data.records import Record, load_records
+from todi.errors import InputError, collecting
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
-from todi.options import InputError, gathered
 from todi.runtime.device import Precision, choose_precision
-from todi.settings import TrainConfig
+from todi.settings import ObjectiveConfig, TrainConfig, parse_kd_params
 from todi.training.deepspeed_config import build_deepspeed_config
 
 
@@ -53,11 +54,13 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     problems = config.problems()
     train_file, dev_file = (Path(config.data.data_dir) / f"{split}.jsonl" for split in ("train", "dev"))
     student = teacher = precision = deepspeed_config = train = dev = None
-    with gathered(problems):
+    with collecting(problems):
+        check_objective(config.objective)
+    with collecting(problems):
         train = load_records(train_file, config.data.train_num)
-    with gathered(problems):
+    with collecting(problems):
         dev = load_records(dev_file, config.data.dev_num)
-    with gathered(problems):
+    with collecting(problems):
         precision = choose_precision(config.run.precision, device)
         deepspeed_config = build_deepspeed_config(
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
@@ -65,21 +68,21 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             override_file=config.run.deepspeed_config)
     teacher_precision = precision
     if config.teacher.teacher_dtype:
-        with gathered(problems):
+        with collecting(problems):
             teacher_precision = choose_precision(config.teacher.teacher_dtype, device, "--teacher-dtype")
     if config.student.model_path:
-        with gathered(problems):
+        with collecting(problems):
             student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
                                  precision, config.data.max_length, config.student.trust_remote_code)
     if config.objective.distils and config.teacher.teacher_model_path:
-        with gathered(problems):
+        with collecting(problems):
             teacher = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
                                  config.teacher.teacher_peft_path, teacher_precision, config.data.max_length,
                                  config.student.trust_remote_code)
     if student and teacher:
-        with gathered(problems):
+        with collecting(problems):
             _check_tokenizers(student.tokenizer, teacher.tokenizer)
-    with gathered(problems):
+    with collecting(problems):
         if student and train and dev:
             train, dev = render(train, student.tokenizer, train_file), render(dev, student.tokenizer, dev_file)
     if problems:
@@ -93,19 +96,27 @@ def read_model(path: str, model_type: str, adapter: str | None, precision: Preci
     model_config = load_config(path, trust_remote_code)
     problems: list[str] = []
     family = tokenizer = None
-    with gathered(problems):
+    with collecting(problems):
         family = _family(model_type, model_config.model_type)
     if adapter:
-        with gathered(problems):
+        with collecting(problems):
             check_adapter(adapter, model_config, path, trust_remote_code)
-    with gathered(problems):
+    with collecting(problems):
         check_positions(model_config, max_length, path)
-    with gathered(problems):
+    with collecting(problems):
         tokenizer = load_tokenizer(path, trust_remote_code)
         check_vocabulary(model_config, tokenizer, path)
     if problems:
         raise InputError(problems)
     return ModelInputs(path, model_config, family, tokenizer, precision)
+
+
+def check_objective(objective: ObjectiveConfig) -> None:
+    """Whether there is such a divergence with such parameters. Raises InputError where there is not."""
+    try:
+        build_divergence(objective.kd_objective, **parse_kd_params(objective.kd_params))
+    except ValueError as error:
+        raise InputError(f"--kd-objective / --kd-params: {error}") from None
 
 
 def _family(model_type: str, architecture: str) -> Family:

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import DistillationCriterion, LossSums
-from todi.data.batches import StepPlan, StepPlanner, collate
+from todi.data.batches import collate
+from todi.data.plans import SampleSource, StepPlan
+from todi.errors import RunError
 from todi.runtime.cadence import Cadence
 from todi.runtime.distributed import World
 from todi.runtime.logs import Metrics, peak_memory_gib
@@ -27,7 +29,7 @@ from todi.training.state import Position, StateStore
 logger = logging.getLogger(__name__)
 
 
-class TrainingError(Exception):
+class TrainingError(RunError):
     """Training cannot go on; the message says why and what was kept."""
 
 
@@ -36,7 +38,7 @@ class Trainer:
 
     Args:
         engine: a DeepSpeed engine around a `Student`, with optimizer and schedule.
-        planner: this rank's cut of the training samples.
+        source: of the samples of each step.
         teacher: None for SFT.
         folder: where checkpoints and resume states go.
         max_steps: the number of optimizer steps in all.
@@ -45,12 +47,12 @@ class Trainer:
         card: the README.md of a checkpoint with these metrics.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, *, planner: StepPlanner, dev: DevSet,
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, *, source: SampleSource, dev: DevSet,
                  criterion: DistillationCriterion, teacher: TeacherSource | None, tokenizer: Tokenizer, world: World,
                  folder: Path, keep_best: int, max_steps: int, log_interval: int, eval_interval: int,
                  cadence: Cadence, max_bad_steps: int, card: Callable[[Mapping[str, float]], str]):
         self.engine = engine
-        self.planner = planner
+        self.source = source
         self.dev = dev
         self.criterion = criterion
         self.teacher = teacher
@@ -78,9 +80,9 @@ class Trainer:
             TrainingError: too many steps in a row were not finite.
             StorageError: a checkpoint or a state cannot be written.
         """
-        self._go_on()
+        self._take_up_state()
         self.progress = Progress(self.max_steps, self.at.step, self.at.seconds)
-        last_epoch = -(-self.max_steps // self.planner.steps_per_epoch)
+        last_epoch = -(-self.max_steps // self.source.steps_per_epoch)
         for epoch in range(self.at.epochs + 1, last_epoch + 1):
             self.engine.train()
             self._train_epoch(epoch)
@@ -94,7 +96,7 @@ class Trainer:
         self.states.finish(self._position())
         self.best.release()
 
-    def _go_on(self) -> None:
+    def _take_up_state(self) -> None:
         """Takes up the newest state, if there is one; what came after it is done again."""
         path = self.states.newest()
         if path:
@@ -106,12 +108,12 @@ class Trainer:
         self.metrics.cut(self.at.metrics_bytes)
 
     def _train_epoch(self, epoch: int) -> None:
-        done = self.at.step - (epoch - 1) * self.planner.steps_per_epoch
-        for plan, following in _with_following(self.planner.epoch(epoch, first_step=done)):
+        done = self.at.step - (epoch - 1) * self.source.steps_per_epoch
+        for plan, following in _with_following(self.source.steps(epoch, first_step=done)):
             if self.at.step == self.max_steps:
                 break
             if self.teacher and following:
-                self.teacher.expect([i for ids in following.micro_batches for i in ids])
+                self.teacher.expect([example.sample_id for part in following.micro_batches for example in part])
             logs = self.at.step + 1 == self.max_steps or (self.at.step + 1) % self.log_interval == 0
             lr = self.engine.optimizer.param_groups[0]["lr"]  # the schedule moves on within the step
             diagnostics = self._train_step(plan, with_diagnostics=logs)
@@ -127,8 +129,8 @@ class Trainer:
         losses, diagnostics = [], {}
         # DeepSpeed averages gradients over ranks; a step's loss is divided by the tokens of all ranks instead.
         scale = self.world.size / plan.tokens
-        for sample_ids in plan.micro_batches:
-            batch = collate(self.planner.examples, sample_ids, self.tokenizer.pad_token_id).to(self.engine.device)
+        for examples in plan.micro_batches:
+            batch = collate(examples, self.tokenizer.pad_token_id).to(self.engine.device)
             teacher = self.teacher.rows(batch) if self.teacher else None
             sums, report = self.engine(batch, self.criterion, teacher, with_diagnostics and not diagnostics)
             self.engine.backward(sums.loss * scale, scale_wrt_gas=False)
@@ -148,13 +150,14 @@ class Trainer:
         Args:
             losses: (micro-batches,) of this rank.
         """
-        bad = [ids for ids, finite in zip(plan.micro_batches, losses.isfinite().tolist(), strict=True) if not finite]
+        micro_batches = [[example.sample_id for example in part] for part in plan.micro_batches]
+        bad = [ids for ids, finite in zip(micro_batches, losses.isfinite().tolist(), strict=True) if not finite]
         everywhere = [ids for part in self.world.gather(bad) for ids in part]
         if self.engine.fp16_enabled() and not everywhere:
             return  # the loss scale was too high and is lowered: part of training in fp16
         self.at.skipped += 1
         self.bad_steps += 1
-        suspects = everywhere or [ids for part in self.world.gather(plan.micro_batches) for ids in part]
+        suspects = everywhere or [ids for part in self.world.gather(micro_batches) for ids in part]
         samples = sorted(i for ids in suspects for i in ids)
         what = "loss" if everywhere else "gradient"
         logger.warning("step %d skipped: its %s is not finite (%d skipped so far); training records %s",

@@ -16,15 +16,15 @@ from todi.teacher.cache_files import CacheStore
 from todi.teacher.cached import CachedTeacher
 from todi.teacher.filling import fill
 from todi.teacher.live import LiveTeacher
-from todi.teacher.opening import Lesson, load_teacher
+from todi.teacher.opening import TeacherSpec, load_teacher
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1)
 SPECIAL = {"gemma3_text": {"final_logit_softcapping": 5.0}}
 
 
-def lesson_of(workshop: Workshop, family: str = "gpt2", adapter: Path | None = None, train_num: int | None = None,
-              **changes: object) -> Lesson:
+def teacher_spec_of(workshop: Workshop, family: str = "gpt2", adapter: Path | None = None, train_num: int | None = None,
+              **changes: object) -> TeacherSpec:
     """What a tiny teacher of a family says about the workshop's samples."""
     path = workshop.model(f"cache-{family}-teacher", family=family, hidden=48, vocab=320, seed=1,
                           **SPECIAL.get(family, {}))
@@ -32,16 +32,16 @@ def lesson_of(workshop: Workshop, family: str = "gpt2", adapter: Path | None = N
     data = DataConfig(data_dir=str(workshop.data), max_length=64, max_prompt_length=48, train_num=train_num)
     tokenizer, file = load_tokenizer(str(path)), workshop.data / "train.jsonl"
     examples = encode_examples(load_records(file, train_num), tokenizer, family_of("auto", family), 64, 48)
-    lesson = Lesson(teacher, data, Precision("fp32", "test"), torch.float32, tokenizer, examples, file)
-    return dataclasses.replace(lesson, **changes)
+    spec = TeacherSpec(teacher, data, Precision("fp32", "test"), torch.float32, tokenizer, examples, file)
+    return dataclasses.replace(spec, **changes)
 
 
-def filled_by(lesson: Lesson, folder: Path, batch_tokens: int) -> CachedTeacher:
+def filled_by(spec: TeacherSpec, folder: Path, batch_tokens: int) -> CachedTeacher:
     """The teacher source of a new cache whose batches have so many tokens."""
     folder.mkdir()
-    live = LiveTeacher(load_teacher(lesson, CPU))
-    store = CacheStore.create(folder, lesson.fingerprint, lesson.made_from, lesson.layout, live.head)
-    fill(store, live, lesson.examples, lesson.tokenizer.pad_token_id, ALONE, CPU, batch_tokens)
+    live = LiveTeacher(load_teacher(spec, CPU))
+    store = CacheStore.create(folder, spec.fingerprint, spec.made_from, spec.layout, live.head)
+    fill(store, live, spec.examples, spec.tokenizer.pad_token_id, ALONE, CPU, batch_tokens)
     return CachedTeacher(CacheStore(folder), CPU)
 
 

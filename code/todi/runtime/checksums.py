@@ -1,0 +1,61 @@
+"""Checksums, all SHA-256 in hexadecimal: of a file, of the files of a model, of values.
+
+What they say is in caches and results that are already on users' disks, so none of them may change its answer.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+_WEIGHTS = {".safetensors", ".bin", ".gguf"}
+_DESCRIPTIONS = {"config.json", "adapter_config.json"}
+_MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja"}
+_PIECE = 64 << 20
+
+
+def file_checksum(path: str | Path) -> str:
+    """Of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def value_checksum(value: Any) -> str:
+    """Of a JSON value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def weights_checksum(model: Path) -> str:
+    """Of the names and contents of a model's or an adapter's weight files and configuration.
+
+    Pieces of a file are read in parallel: weights are tens of gigabytes.
+    """
+    files = [model] if model.is_file() else sorted(
+        file for file in model.iterdir() if file.suffix in _WEIGHTS or file.name in _DESCRIPTIONS)
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        for file in files:
+            whole.update(f"{file.name} {file.stat().st_size}\n".encode())
+            for digest in pool.map(_piece_digest, *zip(*_pieces(file), strict=True)):
+                whole.update(digest)
+    return whole.hexdigest()
+
+
+def model_checksum(model: Path) -> str:
+    """Of the names and contents of all that a model or an adapter computes with, its tokenizer included."""
+    files = sorted(model.iterdir()) if model.is_dir() else [model]
+    described = [f"{file.name} {file_checksum(file)}" for file in files
+                 if file.suffix in _MODEL_FILES and file.is_file()]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()
+
+
+def _pieces(file: Path) -> Iterator[tuple[Path, int]]:
+    return ((file, start) for start in range(0, max(1, file.stat().st_size), _PIECE))
+
+
+def _piece_digest(file: Path, start: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return hashlib.sha256(opened.read(_PIECE)).digest()
