@@ -40,8 +40,8 @@ def distil(student: Path, teacher: TeacherSource, spec: TeacherSpec, batch_size:
             for samples in plan.micro_batches:
                 batch = collate(samples, spec.tokenizer.pad_token_id)
                 sums, _ = model(batch, criterion, teacher.rows(batch))
-                (sums.loss / plan.tokens).backward()
-                losses.append(sums.loss.item())
+                (sums["loss"] / plan.tokens).backward()
+                losses.append(sums["loss"].item())
             optimizer.step()
             optimizer.zero_grad()
     return losses, model.state_dict()

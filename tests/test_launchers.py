@@ -92,8 +92,10 @@ def test_what_a_run_leaves_behind(runs, workshop):
     args = json.loads((done.folder / "args.json").read_text())
     assert args["settings"]["objective"]["kd_objective"] == "ToDi"
     assert args["versions"]["deepspeed"]
-    assert args["deciding"]["train.jsonl"] == file_checksum(workshop.data / "train.jsonl")
-    assert (done.folder / "train.log").read_text() == done.output
+    assert args["files"][str(workshop.data / "train.jsonl")] == file_checksum(workshop.data / "train.jsonl")
+    log = (done.folder / "train.log").read_text()
+    assert log == done.output
+    assert "attention: sdpa" in log and "saved checkpoint" in log
     dev, = done.metrics("dev")
     assert done.checkpoint.name == f"epoch1_step3_loss{dev['loss']:.4f}_rougel{dev['rouge_l']:.4f}"
 

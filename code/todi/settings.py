@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from todi.options import option
+from todi.options import option, parse
 
 CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
@@ -241,6 +241,11 @@ class TrainConfig:
         parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)
                 if not field.metadata["may_change"]}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Of the settings that decide what a run computes, by name."""
+        return parse(cls, ()).deciding
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""

@@ -5,9 +5,11 @@
 or under torchrun for several devices. The launchers in scripts/ fill in the options; --help lists them.
 """
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,21 +33,19 @@ from todi.runtime.device import choose_device, dtype_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.signals import Interrupted
-from todi.settings import (
-    ObjectiveConfig,
-    OptimConfig,
-    StudentConfig,
-    TrainConfig,
-    parse_kd_params,
-)
+from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, parse_kd_params
 from todi.teacher.live import TeacherSource
 from todi.teacher.opening import TeacherSpec, choose_cache, describe_choice, open_teacher
+from todi.training.checkpoints import Score, save_model
 from todi.training.dev import DevSet
+from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule
-from todi.training.run_folder import begin, check_same_run, decided_earlier, describe_run
+from todi.training.record import check_same_run, describe_run, read_record
+from todi.training.run_folder import RunFolder
+from todi.training.step import TrainStep
 from todi.training.student import Student
-from todi.training.train_inputs import Inputs, ModelInputs, read_inputs
-from todi.training.trainer import Trainer
+from todi.training.train_inputs import Inputs, ModelInputs, checksums, read_inputs
+from todi.training.trainer import Pace, Trainer
 
 logger = logging.getLogger("todi.train")
 
@@ -55,25 +55,25 @@ def main() -> None:
     config = parse(TrainConfig, prog="python -m todi.train")
     world = world_from_environment()
     set_up_logging(world.is_main)
-    device = choose_device(world.local_rank)
     try:
-        _run(config, world, device)
+        train(config, world, choose_device(world.local_rank))
     except Interrupted as stop:
-        logger.info("%s", stop)
         sys.exit(128 + stop.number)
     finally:
         stop_process_group()
 
 
-def _run(config: TrainConfig, world: World, device: torch.device) -> None:
+def train(config: TrainConfig, world: World, device: torch.device) -> None:
+    """Checks everything, then trains, unless the run has finished already.
+
+    Raises:
+        RunError: see its kinds.
+        Interrupted: a signal asked to stop; the state has been saved.
+    """
     inputs = read_inputs(config, device)
-    data, optim, folder = config.data, config.optim, Path(config.run.save_dir)
-    examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
-                               data.max_prompt_length)
-    shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
-    source = DatasetSource(examples, shape, config.run.seed)
-    max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
-    spec = build_teacher_spec(config, inputs, examples) if config.objective.distils else None
+    source = build_source(config, inputs, world)
+    max_steps = min(config.optim.num_epochs * source.steps_per_epoch, config.optim.max_steps or 2**62)
+    spec = build_teacher_spec(config, inputs, source.examples) if config.objective.distils else None
     run = cache = None
     if world.is_main:
         run, cache = _decide(config, inputs, spec, max_steps / source.steps_per_epoch, world, device)
@@ -81,17 +81,23 @@ def _run(config: TrainConfig, world: World, device: torch.device) -> None:
         return
     start_process_group(world, device)
     run, cache = world.gather((run, cache))[0]
-    if not begin(folder, run, world, anew=config.run.resume == "never"):
-        return
-    _log_decisions(inputs, world, device)
-    logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
-                len(examples), shape.samples, shape.batch_size, shape.accumulation, world.size,
-                max_steps, -(-max_steps // source.steps_per_epoch))
-    if world.is_main:
-        examine(config, inputs, examples, world, device, cached=cache is not None).log()
-    # before the student is there: a pass that fills a cache needs room for the teacher
-    teacher = open_teacher(spec, cache, world, device) if spec else None
-    _train(config, inputs, source, max_steps, teacher, build_card(config, inputs, run), world, device)
+    folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
+    with folder.claimed():
+        if not folder.begin(run, anew=config.run.resume == "never"):
+            return
+        _log_decisions(config, inputs, source, max_steps, world, device)
+        if world.is_main:
+            examine(config, inputs, source.examples, world, device, cached=cache is not None).log()
+        # before the student is there: a pass that fills a cache needs room for the teacher
+        teacher = open_teacher(spec, cache, world, device) if spec else None
+        trainer = build_trainer(config, inputs, source, teacher, folder, max_steps,
+                                build_card(config, inputs, run), world, device)
+        with closing(trainer.monitors):
+            try:
+                trainer.train()
+            except Interrupted as stop:
+                logger.info("%s", stop)
+                raise
 
 
 def _decide(config: TrainConfig, inputs: Inputs, spec: TeacherSpec | None, passes: float, world: World,
@@ -103,28 +109,55 @@ def _decide(config: TrainConfig, inputs: Inputs, spec: TeacherSpec | None, passe
     """
     folder, source, cache = Path(config.run.save_dir), None, None
     if spec:
-        earlier = {} if config.run.resume == "never" else decided_earlier(folder)
+        earlier = None if config.run.resume == "never" else read_record(folder)
         cache = choose_cache(spec, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
-                             earlier=earlier.get("teacher"))
+                             earlier=earlier and earlier["deciding"].get("teacher"))
         source = describe_choice(spec, cache)
-    run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file], source)
+    run = describe_run(config, world.size, checksums(config, inputs), source)
     if config.run.resume == "auto":
         check_same_run(folder, run)
     return run, cache
 
 
-def _train(config: TrainConfig, inputs: Inputs, source: SampleSource, max_steps: int, teacher: TeacherSource | None,
-           card: Callable[[Mapping[str, float]], str], world: World, device: torch.device) -> None:
+def build_source(config: TrainConfig, inputs: Inputs, world: World) -> DatasetSource:
+    """Where the samples of each step come from."""
+    data, optim, student = config.data, config.optim, inputs.student
+    examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
+                               data.max_prompt_length)
+    shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
+    return DatasetSource(examples, shape, config.run.seed)
+
+
+def build_trainer(config: TrainConfig, inputs: Inputs, source: SampleSource, teacher: TeacherSource | None,
+                  folder: RunFolder, max_steps: int, card: Callable[[Mapping[str, float]], str], world: World,
+                  device: torch.device) -> Trainer:
+    """The trainer, its parts made from the settings."""
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
+    tokenizer = inputs.student.tokenizer
     student = build_student(config.student, inputs.student, device)
     engine = build_engine(student, config.optim, inputs, max_steps)
-    trainer = Trainer(
-        engine, source=source, dev=build_dev_set(config, inputs), criterion=build_criterion(config.objective),
-        teacher=teacher, tokenizer=inputs.student.tokenizer, world=world, folder=Path(config.run.save_dir),
-        keep_best=config.run.keep_best_n_checkpoints, max_steps=max_steps, log_interval=config.run.log_interval,
-        eval_interval=config.run.eval_interval, cadence=Cadence(config.run.save_state_every),
-        max_bad_steps=config.run.max_bad_steps, card=card)
-    trainer.train()
+    step = TrainStep(engine, build_criterion(config.objective), teacher, tokenizer.pad_token_id, world)
+
+    def export(score: Score, path: Path) -> None:
+        save_model(engine.module.model, tokenizer, path, card(score.metrics), writes_files=world.is_main)
+        world.barrier()
+
+    return Trainer(step, source, build_dev_set(config, inputs, world), export, folder,
+                   build_monitors(config, folder), build_pace(config.run, max_steps), world)
+
+
+def build_monitors(config: TrainConfig, folder: RunFolder) -> Monitors:
+    """metrics.jsonl and the trackers that the settings name, on the first rank; none on the others."""
+    if folder.metrics is None:
+        return Monitors()
+    run = RunInfo(folder.path, folder.path.name, dataclasses.asdict(config))
+    return Monitors({"metrics.jsonl": folder.metrics}, config.run.report_to, run)
+
+
+def build_pace(config: RunConfig, max_steps: int) -> Pace:
+    """How long to train, and what happens how often."""
+    return Pace(max_steps, config.log_interval, config.eval_interval, config.max_bad_steps,
+                Cadence(config.save_state_every))
 
 
 def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
@@ -174,29 +207,34 @@ def build_engine(model: nn.Module, config: OptimConfig, inputs: Inputs, max_step
     return engine
 
 
-def build_dev_set(config: TrainConfig, inputs: Inputs) -> DevSet:
+def build_dev_set(config: TrainConfig, inputs: Inputs, world: World) -> DevSet:
     """The dev records, encoded for the loss and for generation."""
     data, tokenizer, family = config.data, inputs.student.tokenizer, inputs.student.family
     return DevSet(
         inputs.dev,
         encode_examples(inputs.dev, tokenizer, family, data.max_length, data.max_prompt_length),
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
+        tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed)
+        config.run.eval_batch_size, config.run.seed, world)
 
 
 def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
     """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
-    data = {str(file): run["deciding"][file.name] for file in (inputs.train_file, inputs.dev_file)}
+    data = {str(file): run["files"][str(file)] for file in (inputs.train_file, inputs.dev_file)}
     student = Base(inputs.student.path, inputs.student.family, config.student.peft_path)
     teacher = inputs.teacher and Base(inputs.teacher.path, inputs.teacher.family, config.teacher.teacher_peft_path)
     return partial(model_card, run["settings"], data, run["versions"], student, teacher)
 
 
-def _log_decisions(inputs: Inputs, world: World, device: torch.device) -> None:
-    precision = inputs.student.precision
+def _log_decisions(config: TrainConfig, inputs: Inputs, source: DatasetSource, max_steps: int, world: World,
+                   device: torch.device) -> None:
+    precision, optim = inputs.student.precision, config.optim
     logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,
                 precision.reason, inputs.deepspeed_config["zero_optimization"]["stage"])
+    logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
+                len(source.examples), source.shape.samples, optim.batch_size, optim.gradient_accumulation_steps,
+                world.size, max_steps, -(-max_steps // source.steps_per_epoch))
 
 
 if __name__ == "__main__":

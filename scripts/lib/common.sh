@@ -174,26 +174,16 @@ distil() {
 run_training() {
   cd "$ROOT"
   if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "$@"; fi
-  local status=0
-  launch run_to_its_end todi.train "$@" || status=$?
-  if ((status == 2)) && [[ -e $SAVE_DIR/train.log && ! -e $SAVE_DIR/args.json ]]; then  # refused input leaves no run behind
-    rm "$SAVE_DIR/train.log"
-    rmdir --ignore-fail-on-non-empty "$SAVE_DIR"
-  fi
-  return "$status"
+  launch run_to_its_end todi.train "$@"
 }
 
-# Runs a command with its output in train.log too, and hands on the signals that ask it to stop: to the training
-# processes themselves, for torchrun would give them 30 seconds. The exit code is then 128 + the signal's number.
+# Runs a command and hands on the signals that ask it to stop: to the training processes themselves, for torchrun would
+# give them 30 seconds. The exit code is then 128 + the signal's number.
 run_to_its_end() {
-  local log tee child status=0 received=0 name reason
-  reason=$(mkdir -p "$SAVE_DIR" 2>&1) || die "${reason#mkdir: }"
-  set -m  # process groups of their own: Ctrl-C reaches the training once, through us, and never the log
-  exec {log}> >(exec tee -a "$SAVE_DIR/train.log")
-  tee=$!
-  "$@" >&"$log" 2>&1 &
+  local child status=0 received=0 name
+  set -m  # a process group of its own: Ctrl-C reaches the training once, through us
+  "$@" &
   child=$!
-  exec {log}>&-
   set +m
   for name in TERM INT USR1; do
     # shellcheck disable=SC2064
@@ -201,7 +191,6 @@ run_to_its_end() {
   done
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap cuts the waiting short
   wait "$child" || status=$?
-  wait "$tee" || true
   trap - TERM INT USR1
   ((received == 0 || status == 0)) || status=$((128 + received))
   return "$status"

@@ -1,11 +1,12 @@
 """The training criterion: which divergence, how hot, and in what proportion to the cross-entropy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from todi.criterions.divergences import Divergence
-from todi.criterions.linear import LinearHead, LossSums, linear_distillation_loss
+from todi.criterions.linear import LinearHead, linear_distillation_loss
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class DistillationCriterion:
     label_smoothing: float = 0.0
     chunk_size: int | None = None
 
-    def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor, teacher: TeacherRows | None) -> LossSums:
-        """Sums over the rows of `hidden` (N, H) with `labels` (N,)."""
-        return linear_distillation_loss(
+    def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor,
+                 teacher: TeacherRows | None) -> Mapping[str, Tensor]:
+        """Sums over the rows of `hidden` (N, H) with `labels` (N,), by name: those of `LossSums`, without `kd` where
+        there is no divergence."""
+        sums = linear_distillation_loss(
             hidden, head, teacher and teacher.hidden, teacher and teacher.head, labels,
             divergence=self.divergence, temperature=self.temperature, kd_rate=self.kd_rate,
-            label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)
+            label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)._asdict()
+        return sums if self.divergence else {name: value for name, value in sums.items() if name != "kd"}

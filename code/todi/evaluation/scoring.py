@@ -83,7 +83,7 @@ class Writer:
             batch = collate(mine, self.tokenizer.pad_token_id).to(self.model.device)
             hidden = labelled_rows(backbone, batch.input_ids, batch.attention_mask, batch.rows)
             found = DistillationCriterion()(hidden, head, batch.row_labels, None)
-            sums += torch.stack([found.ce, found.tokens]).cpu()
+            sums += torch.stack([found["ce"], found["tokens"]]).cpu()
         parts = self.world.gather(sums.tolist())
         ce, tokens = (sum(values) for values in zip(*parts, strict=True))
         return ce / max(tokens, 1)

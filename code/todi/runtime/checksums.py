@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,15 @@ def weights_checksum(model: Path) -> str:
     """
     files = [model] if model.is_file() else sorted(
         file for file in model.iterdir() if file.suffix in _WEIGHTS or file.name in _DESCRIPTIONS)
+    return _weights_checksum(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@cache  # a run asks for a teacher's more than once
+def _weights_checksum(files: tuple[tuple[Path, int, int], ...]) -> str:
     whole = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        for file in files:
-            whole.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for file, size, _ in files:
+            whole.update(f"{file.name} {size}\n".encode())
             for digest in pool.map(_piece_digest, *zip(*_pieces(file), strict=True)):
                 whole.update(digest)
     return whole.hexdigest()

@@ -1,55 +1,93 @@
-"""What a run says of itself while it runs: log lines and metrics.jsonl."""
+"""What a run says of itself while it runs, on standard output and in the log file of its folder."""
 
-import json
 import logging
-import os
+import logging.handlers
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
+from todi.errors import RunError
 from todi.runtime.storage import writing
+
+_FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 def set_up_logging(is_main: bool) -> None:
     """This project's log lines, with a time, on standard output of the main process; its warnings from the others.
 
-    Other libraries keep to their warnings, and show no progress bars of their own.
+    Other libraries keep to their warnings, and show no progress bars of their own. What is said before there is a
+    log file is kept for it.
     """
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    shown = logging.StreamHandler(sys.stdout)
+    shown.setFormatter(_FORMAT)
     ours = logging.getLogger("todi")
-    ours.handlers, ours.propagate = [handler], False
+    ours.handlers, ours.propagate = [shown, _Backlog()], False
     ours.setLevel(logging.INFO if is_main else logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
 
-class Metrics:
-    """Appends one JSON object a line to `path`; does nothing without a path, as on all ranks but the first."""
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Until the block ends, log lines are appended to `path` too, and with them the error that ends it.
 
-    def __init__(self, path: Path | None):
-        self._path = path
-        self._file = path.open("a", encoding="utf-8") if path else None
+    Several ranks may write to one file.
 
-    @property
-    def bytes(self) -> int:
-        """Length of the file."""
-        return os.fstat(self._file.fileno()).st_size if self._file else 0
+    Raises:
+        StorageError: it cannot be opened.
+    """
+    with writing(path):
+        file = _LogFile(path, encoding="utf-8")
+    file.setFormatter(_FORMAT)
+    ours = logging.getLogger("todi")
+    for backlog in [handler for handler in ours.handlers if isinstance(handler, _Backlog)]:
+        backlog.setTarget(file)
+        backlog.close()
+        ours.removeHandler(backlog)
+    ours.addHandler(file)
+    try:
+        yield
+    except Exception as error:
+        file.append(_account_of(error))
+        raise
+    finally:
+        ours.removeHandler(file)
+        file.close()
 
-    def cut(self, length: int) -> None:
-        """Forgets the lines beyond the first `length` bytes, which are about to be written again."""
-        if self._file:
-            self._file.truncate(length)
 
-    def write(self, **values: Any) -> None:
-        """Writes a line at once, so that a run can be watched."""
-        if self._file:
-            with writing(self._path):
-                self._file.write(json.dumps(values) + "\n")
-                self._file.flush()
+class _Backlog(logging.handlers.MemoryHandler):
+    """Keeps all log lines until it has a target."""
+
+    def __init__(self):
+        super().__init__(capacity=0)
+
+    def shouldFlush(self, record: logging.LogRecord) -> bool:
+        return False
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk or a vanished folder makes no fuss about: the run goes on and says so elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: what matters is on standard output too."""
+
+    def append(self, text: str) -> None:
+        """Adds text as it is."""
+        with suppress(OSError):
+            self.stream.write(text)
+            self.flush()
+
+
+def _account_of(error: Exception) -> str:
+    """What is worth keeping of what ended a run: for an expected end a line for each problem, else the traceback."""
+    if isinstance(error, RunError):
+        return "".join(f"error: {problem}\n" for problem in error.problems)
+    return "".join(traceback.format_exception(error))
 
 
 def peak_memory_gib(device: torch.device) -> float:

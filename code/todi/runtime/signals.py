@@ -2,6 +2,8 @@
 
 import signal
 import time
+from types import FrameType, TracebackType
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: what schedulers send before they preempt
 SAME_REQUEST = 1.0  # seconds; a scheduler may signal a process, and its parent may pass the signal on
@@ -16,7 +18,7 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Takes note of the first signal; a second one ends the process at once.
+    """Within its block, takes note of the first signal; a second one ends the process at once.
 
     Attributes:
         received: the signal's number, or 0.
@@ -25,10 +27,17 @@ class StopSignals:
     def __init__(self):
         self.received = 0
         self._when = 0.0
-        for number in STOPPING:
-            signal.signal(number, self._note)
+        self._before: dict[int, Any] = {}
 
-    def _note(self, number: int, frame: object) -> None:
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._when = number, time.monotonic()
         elif time.monotonic() - self._when > SAME_REQUEST:

@@ -25,10 +25,12 @@ class Score:
     Attributes:
         loss: nats per response token.
         rouge_l: 0 to 100, or None.
+        accuracy: share of the response tokens that were its first choice; ranks nothing.
     """
 
     loss: float
     rouge_l: float | None = None
+    accuracy: float | None = None
 
     @property
     def rank(self) -> float:

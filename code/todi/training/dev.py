@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import deepspeed
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from todi.criterions import DistillationCriterion, LossSums
+from todi.criterions import DistillationCriterion
 from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
@@ -15,12 +17,20 @@ from todi.evaluation.rouge import rouge_l
 from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
+from todi.training.checkpoints import Score
+from todi.training.step import add, means
 from todi.training.student import is_partitioned
+
+
+class Judge(Protocol):
+    """Says how good the student is. Every rank has one, and calls it in step with the others."""
+
+    def __call__(self, engine: deepspeed.DeepSpeedEngine) -> Score: ...
 
 
 @dataclass(frozen=True)
 class DevSet:
-    """What a checkpoint is judged on.
+    """What a checkpoint is judged on; a `Judge`.
 
     Attributes:
         examples: for the loss.
@@ -33,44 +43,41 @@ class DevSet:
     records: Sequence[Record]
     examples: Sequence[Example]
     prompts: Sequence[Sequence[int]]
+    tokenizer: Tokenizer
     decoding: Decoding | None
     batch_size: int
     seed: int
+    world: World
 
+    def __call__(self, engine: deepspeed.DeepSpeedEngine) -> Score:
+        mean = self.loss(engine)
+        return Score(mean["ce"], self.rouge_l(engine.module.model) if self.decoding else None, mean["correct"])
 
-@torch.no_grad()
-def dev_loss(engine: deepspeed.DeepSpeedEngine, dev: DevSet, pad_id: int, world: World) -> LossSums:
-    """Means per response token of cross-entropy and accuracy; each rank takes its share of the samples.
+    @torch.no_grad()
+    def loss(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+        """Means per response token of cross-entropy and accuracy; each rank takes its share of the samples.
 
-    It is the cross-entropy whatever the student is trained on, so that objectives can be compared.
-    """
-    cross_entropy = DistillationCriterion()
-    order = sorted(dev.examples, key=lambda example: len(example.ids))
-    sums = torch.zeros(len(LossSums._fields), device=engine.device)
-    for start in range(0, len(order), dev.batch_size * world.size):
-        mine = order[start:start + dev.batch_size * world.size][world.rank::world.size]
-        batch = collate(mine, pad_id).to(engine.device)
-        sums += torch.stack(engine(batch, cross_entropy)[0])
-    return means(world.sum(sums))
+        It is the cross-entropy whatever the student is trained on, so that objectives can be compared.
+        """
+        cross_entropy, rank, ranks = DistillationCriterion(), self.world.rank, self.world.size
+        order, sums = sorted(self.examples, key=lambda example: len(example.ids)), {}
+        for start in range(0, len(order), self.batch_size * ranks):
+            mine = order[start:start + self.batch_size * ranks][rank::ranks]
+            batch = collate(mine, self.tokenizer.pad_token_id).to(engine.device)
+            sums = add(sums, engine(batch, cross_entropy)[0])
+        return means(sums, self.world)
 
+    def rouge_l(self, model: nn.Module) -> float:
+        """Mean ROUGE-L, 0 to 100, of one response per dev prompt.
 
-def dev_rouge_l(model: torch.nn.Module, dev: DevSet, tokenizer: Tokenizer, world: World) -> float:
-    """Mean ROUGE-L, 0 to 100, of one response per dev prompt.
-
-    Each rank takes its share of the prompts, unless ZeRO-3 has spread the weights: then every forward needs every
-    rank, and all of them write the same responses in step.
-    """
-    stride, first = (1, 0) if is_partitioned(model) else (world.size, world.rank)
-    mine = range(first, len(dev.prompts), stride)
-    responses = generate(model, [dev.prompts[i] for i in mine], [stream_key("dev", dev.seed, i) for i in mine],
-                         decoding=dev.decoding, eos_ids=stop_ids(model, tokenizer, dev.records),
-                         pad_id=tokenizer.pad_token_id, batch_size=dev.batch_size)
-    scores = rouge_l(to_texts(responses, tokenizer), [dev.records[i].references for i in mine])
-    everyone = [score for part in world.gather(scores) for score in part]
-    return sum(everyone) / len(everyone)
-
-
-def means(sums: torch.Tensor) -> LossSums:
-    """Sums (5,) over tokens -> means per token, as floats; the only division there is."""
-    *values, tokens = sums.tolist()
-    return LossSums(*(value / max(tokens, 1) for value in values), tokens)
+        Each rank takes its share of the prompts, unless ZeRO-3 has spread the weights: then every forward needs every
+        rank, and all of them write the same responses in step.
+        """
+        stride, first = (1, 0) if is_partitioned(model) else (self.world.size, self.world.rank)
+        mine = range(first, len(self.prompts), stride)
+        responses = generate(model, [self.prompts[i] for i in mine], [stream_key("dev", self.seed, i) for i in mine],
+                             decoding=self.decoding, eos_ids=stop_ids(model, self.tokenizer, self.records),
+                             pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+        scores = rouge_l(to_texts(responses, self.tokenizer), [self.records[i].references for i in mine])
+        everyone = [score for part in self.world.gather(scores) for score in part]
+        return sum(everyone) / len(everyone)

@@ -1,123 +1,125 @@
-"""The folder of a run: what made it, whether it may go on, and who writes to it."""
+"""The folder of a run: who writes to it, and what lies in it."""
 
 import dataclasses
 import fcntl
 import json
 import logging
 import os
-import platform
-import subprocess
-import sys
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+
 from todi.errors import InputError
-from todi.runtime.checksums import file_checksum
 from todi.runtime.distributed import World
+from todi.runtime.logs import log_file
 from todi.runtime.storage import discard, write_text, writing
-from todi.settings import TrainConfig
 from todi.training.checkpoints import BestCheckpoints
-from todi.training.state import StateStore
+from todi.training.monitors import JsonLines
+from todi.training.state import Position, SavedState, StateStore
+from todi.training.step import Sums
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "numpy", "rouge-score")
 
+class RunFolder:
+    """args.json, train.log, metrics.jsonl, state/ and the checkpoints of one run. Making one touches no file.
 
-def describe_run(config: TrainConfig, world_size: int, data_files: list[Path],
-                 teacher: str | None) -> dict[str, Any]:
-    """What args.json holds: settings, checksums of the data, versions of what computes.
-
-    `deciding` is what a resumed run must share with the one before: it alters the result.
+    Every rank has one, and calls its methods in step with the others.
 
     Args:
-        teacher: where its hidden states come from; None without one.
+        keep_best: so many checkpoints.
+
+    Attributes:
+        metrics: metrics.jsonl, of the first rank and while it is claimed; else None.
     """
-    optim = config.optim
-    step_samples = optim.batch_size * optim.gradient_accumulation_steps * world_size
-    data = {file.name: file_checksum(file) for file in data_files}
-    return {
-        "settings": dataclasses.asdict(config),
-        "deciding": config.deciding | {"samples of a step": step_samples, "teacher": teacher} | data,
-        "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "git_commit": _git_commit(),
-    }
 
+    def __init__(self, path: Path, world: World, keep_best: int = 1):
+        self.path = path
+        self.world = world
+        self.states = StateStore(path, world)
+        self.checkpoints = BestCheckpoints(path, keep_best, writes_files=world.is_main)
+        self.metrics: JsonLines | None = None
 
-def check_same_run(folder: Path, run: dict[str, Any]) -> None:
-    """Whether what lies in `folder`, if anything, is of the same run.
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder, and until the block ends keeps other runs out of it and writes train.log.
 
-    Raises:
-        InputError: it is not; lists every difference.
-    """
-    file = folder / "args.json"
-    if not file.is_file():
-        return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))["deciding"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file} is not of a run that can be gone on with; choose another --save-dir, or start "
-                         "anew with --resume never") from None
-    now = json.loads(json.dumps(run["deciding"]))
-    differing = [name for name in before | now if before.get(name) != now.get(name)]
-    if differing:
-        listed = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing)
-        raise InputError(f"{folder} holds a run that differs: {listed}. Choose another --save-dir, start anew with "
-                         "--resume never (removes that run), or go on all the same with --resume force")
+        Raises:
+            InputError: another run is writing there.
+            StorageError: it cannot be made.
+        """
+        with ExitStack() as stack:
+            if self.world.is_main:
+                stack.callback(os.close, self._lock())
+            self.world.barrier()
+            if self.path.is_dir():  # on another node it need not be there
+                stack.enter_context(log_file(self.path / "train.log"))
+            if self.world.is_main:
+                self.metrics = stack.enter_context(closing(JsonLines(self.path / "metrics.jsonl")))
+            yield
 
+    def begin(self, run: Mapping[str, Any], anew: bool) -> bool:
+        """Notes what the run is; False when it has finished, so that there is nothing to do.
 
-def decided_earlier(folder: Path) -> dict[str, Any]:
-    """What decided the run in `folder`; empty where there is none that can be gone on with."""
-    try:
-        return json.loads((folder / "args.json").read_text(encoding="utf-8"))["deciding"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        Args:
+            run: what args.json will hold.
+            anew: remove what an earlier run left there.
+        """
+        if self.world.is_main and anew and self.states.folder.is_dir():
+            discard(self.states.folder)
+        finished = self.world.gather(self.states.finished)[0]
+        if self.world.is_main and finished is None:
+            write_text(self.path / "args.json", json.dumps(run, indent=2) + "\n")
+        elif self.world.is_main:  # it may have been killed while it tidied up
+            self.states.clear()
+            self.checkpoints.kept = finished.best
+            self.checkpoints.release()
+            logger.info("%s has finished after %d steps; nothing to do (--resume never would start it anew)",
+                        self.path, finished.step)
+        return finished is None
 
+    def load_state(self, engine: deepspeed.DeepSpeedEngine) -> SavedState | None:
+        """Puts the newest state, if there is one, back into the engine."""
+        path = self.states.newest()
+        return self.states.load(path, engine) if path else None
 
-def begin(folder: Path, run: dict[str, Any], world: World, anew: bool) -> bool:
-    """Takes hold of the run's folder; False when the run in it has finished, so that there is nothing to do.
+    def start_over_from(self, position: Position) -> None:
+        """Forgets what came after `position`, which is about to be done again."""
+        self.checkpoints.kept = position.best
+        self.checkpoints.release()
+        if self.metrics:
+            self.metrics.cut(position.metrics_bytes)
 
-    Args:
-        anew: remove what an earlier run left there.
-    """
-    states = StateStore(folder, world)
-    if world.is_main:
-        _claim(folder)
-        if anew and states.folder.is_dir():
-            discard(states.folder)
-    finished = world.gather(states.finished)[0]
-    if world.is_main and finished is None:
-        write_text(folder / "args.json", json.dumps(run, indent=2) + "\n")
-    elif world.is_main:  # it may have been killed while it tidied up
-        states.clear()
-        BestCheckpoints(folder, keep=0, writes_files=True, kept=finished.best).release()
-        logger.info("%s has finished after %d steps; nothing to do (--resume never would start it anew)", folder,
-                    finished.step)
-    return finished is None
+    def save_state(self, engine: deepspeed.DeepSpeedEngine, position: Position, window: Sums,
+                   source: dict[str, Any]) -> float:
+        """Writes a state, and removes the checkpoints that the one before still counted on; returns its seconds.
 
+        Raises:
+            StorageError: it cannot be written; the earlier states are untouched.
+        """
+        seconds = self.states.save(engine, SavedState(self._complete(position), dict(window), source))
+        self.checkpoints.release()
+        return seconds
 
-def _claim(folder: Path) -> None:
-    """Makes `folder` and keeps other runs out of it for as long as this process lives.
+    def finish(self, position: Position) -> None:
+        """Marks the run as complete."""
+        self.states.finish(self._complete(position))
+        self.checkpoints.release()
 
-    Raises:
-        InputError: another run is writing there.
-        StorageError: it cannot be made.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)  # never closed: the lock lasts until the process ends
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"another run is writing to {folder}") from None
+    def _complete(self, position: Position) -> Position:
+        return dataclasses.replace(position, best=self.checkpoints.kept,
+                                   metrics_bytes=self.metrics.bytes if self.metrics else 0)
 
-
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return answer.stdout.strip()
+    def _lock(self) -> int:
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise InputError(f"another run is writing to {self.path}") from None
+        return descriptor

@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
@@ -62,6 +63,20 @@ class Position:
         return cls(**fields | {"best": [tuple(entry) for entry in fields["best"]]})
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """What a state holds besides what it puts back into the engine.
+
+    Attributes:
+        window: this rank's loss sums since the last line of the log; empty when another number of ranks wrote it.
+        source: of the source of samples.
+    """
+
+    position: Position
+    window: dict[str, Tensor]
+    source: dict[str, Any]
+
+
 class StateStore:
     """Writes and reads the states of the run in `folder`. Every rank calls `save`, `newest`, `load` and `finish`."""
 
@@ -69,16 +84,13 @@ class StateStore:
         self.folder = folder / "state"
         self.world = world
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, position: Position, window: Tensor) -> float:
+    def save(self, engine: deepspeed.DeepSpeedEngine, state: SavedState) -> float:
         """Writes a state and drops those that are too old; returns the seconds it took.
-
-        Args:
-            window: this rank's loss sums since the last line of the log.
 
         Raises:
             StorageError: it cannot be written; the earlier states are untouched.
         """
-        started = time.perf_counter()
+        started, position = time.perf_counter(), state.position
         path = self.folder / f"epoch{position.epochs}_step{position.step}"
         draft = unfinished(path)
         with writing(path):
@@ -87,12 +99,13 @@ class StateStore:
                 draft.mkdir()
             self.world.barrier()
             engine.save_checkpoint(str(draft), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
-            torch.save({"random": _random_states(engine.device), "window": window.cpu()},
-                       draft / f"rank{self.world.rank}.pt")
+            window = {name: value.cpu() for name, value in state.window.items()}
+            torch.save({"random": _random_states(engine.device), "window": window}, draft / f"rank{self.world.rank}.pt")
             self.world.barrier()
             if self.world.is_main:
                 files = {str(file.relative_to(draft)): file.stat().st_size for file in _files(draft)}
-                record = {"position": dataclasses.asdict(position), "ranks": self.world.size, "files": files}
+                record = {"position": dataclasses.asdict(position), "ranks": self.world.size,
+                          "source": state.source, "files": files}
                 (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
                 publish(path)
                 for older in self._newest_first()[KEPT_STATES:]:
@@ -111,11 +124,8 @@ class StateStore:
         chosen = next((path for path in self._newest_first() if self._is_whole(path)), None)
         return self.world.gather(chosen)[0]
 
-    def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> tuple[Position, Tensor | None]:
+    def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> SavedState:
         """Puts weights, optimizer, schedule and random numbers back.
-
-        Returns:
-            the position, and this rank's window; None when it was written by another number of ranks.
 
         Raises:
             InputError: it was written by another number of ranks under a ZeRO stage that spreads the optimizer, or
@@ -144,7 +154,7 @@ class StateStore:
                            path, record["ranks"], self.world.size)
         position = Position.from_json(record["position"])
         logger.info("going on from %s: epoch %d, step %d", path, position.epochs + 1, position.step)
-        return position, own["window"] if own else None
+        return SavedState(position, _window(own, engine.device), record.get("source", {}))
 
     @property
     def finished(self) -> Position | None:
@@ -183,6 +193,13 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _window(own: dict[str, Any] | None, device: torch.device) -> dict[str, Tensor]:
+    window = own["window"] if own else {}
+    if isinstance(window, Tensor):  # of version 0.1: the fields of LossSums
+        window = dict(zip(LossSums._fields, window, strict=True))
+    return {name: value.to(device) for name, value in window.items()}
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """The trained model as DeepSpeed wraps it: everything that touches its parameters is inside one forward."""
 
+from collections.abc import Mapping
+
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from todi.criterions import DistillationCriterion, LossSums, diagnose
+from todi.criterions import DistillationCriterion, diagnose
 from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_rows
@@ -20,7 +22,7 @@ class Student(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, criterion: DistillationCriterion, teacher: TeacherRows | None = None,
-                with_diagnostics: bool = False) -> tuple[LossSums, dict[str, float]]:
+                with_diagnostics: bool = False) -> tuple[Mapping[str, Tensor], dict[str, float]]:
         """The sums over the batch's labelled rows, and the divergence's diagnostics when asked for."""
         backbone, head = backbone_and_head(self.model)
         hidden = labelled_rows(backbone, batch.input_ids, batch.attention_mask, batch.rows)

@@ -14,11 +14,13 @@ from todi.data.records import Record, load_records
 from todi.errors import InputError, collecting
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
-from todi.models.loading import load_config, load_tokenizer
+from todi.models.loading import checksum_or_commit, load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
+from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
 from todi.settings import ObjectiveConfig, TrainConfig, parse_kd_params
 from todi.training.deepspeed_config import build_deepspeed_config
+from todi.training.monitors import check_monitors
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     with collecting(problems):
         check_objective(config.objective)
     with collecting(problems):
+        check_monitors(config.run.report_to)
+    with collecting(problems):
         train = load_records(train_file, config.data.train_num)
     with collecting(problems):
         dev = load_records(dev_file, config.data.dev_num)
@@ -88,6 +92,15 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     if problems:
         raise InputError(problems)
     return Inputs(student, teacher, deepspeed_config, train, dev, train_file, dev_file)
+
+
+def checksums(config: TrainConfig, inputs: Inputs) -> dict[str, str]:
+    """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit."""
+    found = {str(file): file_checksum(file) for file in (inputs.train_file, inputs.dev_file, *config.run.plugins)}
+    adapters = config.student.peft_path, config.teacher.teacher_peft_path
+    for path in filter(None, (inputs.student.path, inputs.teacher and inputs.teacher.path, *adapters)):
+        found[path] = str(checksum_or_commit(path, weights_checksum, config.student.trust_remote_code))
+    return found
 
 
 def read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None, max_length: int,

@@ -1,0 +1,75 @@
+"""The training loop with stand-ins for its parts: no model, no DeepSpeed."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from todi.data.plans import DatasetSource, StepShape
+from todi.data.tokenize import Example
+from todi.runtime.distributed import World
+from todi.training.checkpoints import Score
+from todi.training.monitors import Monitors
+from todi.training.run_folder import RunFolder
+from todi.training.step import StepResult
+from todi.training.trainer import Pace, Trainer, TrainingError
+
+ALONE = World(0, 1, 0, 1)
+ENGINE = SimpleNamespace(device=torch.device("cpu"), train=lambda: None, eval=lambda: None,
+                         get_global_grad_norm=lambda: 1.0, fp16_enabled=lambda: False,
+                         save_checkpoint=lambda *words, **options: None)
+
+
+class Step:
+    """Counts the samples that it gets; one response token each."""
+
+    engine, lr = ENGINE, 0.1
+
+    def __init__(self, finite: tuple[bool, ...] | None = None):
+        self.seen, self.finite = [], finite
+
+    def expect(self, plan):
+        pass
+
+    def __call__(self, plan, with_diagnostics):
+        self.seen += [example.sample_id for examples in plan.micro_batches for example in examples]
+        tokens = torch.tensor(float(plan.tokens))
+        return StepResult({"loss": 2 * tokens, "correct": 0 * tokens, "tokens": tokens}, self.finite, {})
+
+
+def make_trainer(folder, step, steps: int = 5) -> Trainer:
+    source = DatasetSource([Example((1, 2), 1, i) for i in range(6)], StepShape(batch_size=2, accumulation=1), seed=0)
+    return Trainer(step, source, judge=lambda engine: Score(loss=1.0, accuracy=0.5),
+                   export=lambda score, path: path.mkdir(), folder=folder,
+                   monitors=Monitors({"metrics.jsonl": folder.metrics} if folder.metrics else None),
+                   pace=Pace(max_steps=steps, log_interval=2), world=ALONE)
+
+
+def test_making_one_touches_no_file(tmp_path):
+    make_trainer(RunFolder(tmp_path / "run", ALONE), Step())
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_epoch_is_trained_judged_and_saved(tmp_path):
+    folder, step = RunFolder(tmp_path / "run", ALONE), Step()
+    with folder.claimed():
+        make_trainer(folder, step).train()
+    assert sorted(step.seen[:6]) == list(range(6)) and len(step.seen) == 10
+    lines = list(map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()))
+    assert [(line["kind"], line["step"], line["loss"]) for line in lines] == [
+        ("train", 2, 2.0), ("dev", 3, 1.0), ("train", 4, 2.0), ("train", 5, 2.0), ("dev", 5, 1.0)]
+    assert {path.name for path in folder.path.iterdir()} == {
+        "metrics.jsonl", "train.log", "state", "epoch1_step3_loss1.0000"}
+
+
+def test_a_run_that_never_takes_a_step_ends(tmp_path):
+    folder = RunFolder(tmp_path / "run", ALONE)
+    with pytest.raises(TrainingError, match="10 steps in a row were not finite"), folder.claimed():
+        make_trainer(folder, Step(finite=(False,)), steps=20).train()
+    assert "error: 10 steps in a row" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_the_folder_is_free_again_afterwards(tmp_path):
+    for _ in range(2):
+        with RunFolder(tmp_path / "run", ALONE).claimed():
+            pass
