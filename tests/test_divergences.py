@@ -1,18 +1,24 @@
 """Every registered divergence against an independent reference in float64, and at the edges of float32."""
 
-import inspect
-
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from todi.criterions import DIVERGENCES, build_divergence, diagnose, linear_distillation_loss
+from todi.criterions import (
+    DIVERGENCES,
+    Parameter,
+    build_divergence,
+    diagnose,
+    divergence,
+    linear_distillation_loss,
+)
 from todi.criterions import LinearHead as Head
-from todi.criterions.divergences import CLOSED_FORMS, log_probabilities
+from todi.criterions.divergences import log_probabilities, markdown_table
 from torch.testing import assert_close
 
 NAMES = list(DIVERGENCES)
+CLOSED_FORMS = [name for name in DIVERGENCES if DIVERGENCES[name].closed_form]
 PUBLISHED = {"skewed_forward_kl": {"skew_lambda": 0.1}, "skewed_reverse_kl": {"skew_lambda": 0.1},
              "adaptive_kl": {"alpha": 0.5}, "ToDi": {"beta": 1.0}}
 OTHERS = [("skewed_forward_kl", {"skew_lambda": 0.7}), ("skewed_reverse_kl", {"skew_lambda": 0.7}),
@@ -65,9 +71,7 @@ def test_every_divergence_has_a_reference():
 
 
 def test_parameters_have_their_published_defaults():
-    defaults = {name: {p.name: p.default for p in inspect.signature(DIVERGENCES[name]).parameters.values()
-                       if p.kind is p.KEYWORD_ONLY} for name in PUBLISHED}
-    assert defaults == PUBLISHED
+    assert {name: build_divergence(name).params for name in NAMES} == {name: PUBLISHED.get(name, {}) for name in NAMES}
 
 
 @every_setting
@@ -202,16 +206,51 @@ def test_skew_at_its_limits_is_finite(name, skew):
     assert value.isfinite().all() and student.grad.isfinite().all()
 
 
+def test_range_of_a_parameter_in_words_and_in_effect():
+    closed, opened = Parameter(0, least=0, most=1, help=""), Parameter(0.5, above=0, below=1, help="")
+    assert closed.check("share", 0) == 0 and closed.check("share", 1) == 1 and opened.check("share", 1e-9) == 1e-9
+    for value in (-1e-9, 1 + 1e-9, float("nan"), -INF):
+        with pytest.raises(ValueError, match=f"share must be at least 0 and at most 1, got {value}"):
+            closed.check("share", value)
+    for value in (0, 1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"share must be above 0 and below 1, got {value}"):
+            opened.check("share", value)
+    assert Parameter(1, least=0, help="").allowed == "at least 0 and finite"
+    for value in (INF, -INF, float("nan")):
+        with pytest.raises(ValueError, match="shift must be finite, got"):
+            Parameter(0, help="").check("shift", value)
+
+
 def test_registry_refuses_a_name_twice():
     with pytest.raises(ValueError, match="'todi' is registered twice"):
-        DIVERGENCES.register("todi")(lambda log_p, log_q: None)
+        divergence("todi")(lambda log_p, log_q: None)
 
 
-def test_a_ninth_divergence_is_one_function_and_one_decorator(monkeypatch):
+@pytest.fixture
+def registry_restored(monkeypatch):
+    """A test may register what it likes."""
     monkeypatch.setattr(DIVERGENCES, "_entries", dict(DIVERGENCES._entries))
 
-    @DIVERGENCES.register("squared_hellinger")
-    def squared_hellinger(log_p, log_q, *, factor=1.0):
+
+def test_functions_must_take_the_parameters(registry_restored):
+    def takes_none(log_p, log_q):
+        raise AssertionError("called though only registered")
+
+    beta = Parameter(1.0, help="")
+    with pytest.raises(TypeError, match="beta"):
+        divergence("one", beta=beta)(takes_none)
+    with pytest.raises(TypeError, match="beta"):
+        divergence("two", closed_form=takes_none, beta=beta)(lambda log_p, log_q, *, beta: None)
+    with pytest.raises(TypeError, match="beta"):
+        divergence("three")(lambda log_p, log_q, *, beta: None)
+    divergence("four")(takes_none)
+    build_divergence("four")
+    assert list(DIVERGENCES) == [*NAMES, "four"]
+
+
+def test_a_ninth_divergence_is_one_function_and_one_decorator(registry_restored):
+    @divergence("squared_hellinger", factor=Parameter(1.0, least=0, help="of the value"))
+    def squared_hellinger(log_p, log_q, *, factor):
         return factor * ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1)
 
     ninth = build_divergence("Squared_Hellinger", factor=0.5)
@@ -221,6 +260,52 @@ def test_a_ninth_divergence_is_one_function_and_one_decorator(monkeypatch):
     sums = linear_distillation_loss(student, identity, teacher, identity, torch.arange(5), divergence=ninth, kd_rate=1)
     assert_close(sums.loss, expected.sum())
     assert_close(torch.autograd.grad(sums.loss, student), torch.autograd.grad(expected.sum(), student))
+
+
+@pytest.fixture
+def top_k_kl(registry_restored):
+    """A divergence that looks at the whole row: no single entry decides what it counts for."""
+    @divergence("top_k_kl", k=Parameter(10, least=1, integer=True, help="entries that count one by one"))
+    def top_k_kl(log_p, log_q, *, k):
+        entries = log_p.topk(min(k, log_p.shape[-1] - 1)).indices
+        p, q = (torch.cat([side.gather(-1, entries), side.scatter(-1, entries, -INF).logsumexp(-1, keepdim=True)], -1)
+                for side in (log_p, log_q))
+        return (p.exp() * (p - q)).sum(-1)
+
+
+def test_top_k_parameter(top_k_kl):
+    assert build_divergence("top_k_kl").params == {"k": 10}
+    k = build_divergence("top_k_kl", k=3.0).params["k"]  # the command line knows numbers only
+    assert k == 3 and type(k) is int
+    for value in (0, -1, 2.5, INF, float("nan")):
+        with pytest.raises(ValueError, match=f"k must be at least 1 and a whole number, got {value}"):
+            build_divergence("top_k_kl", k=value)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 50])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_top_k_trains_through_the_chunked_loss(top_k_kl, k, temperature):
+    hidden, weight = logits(7, 5).requires_grad_(), logits(11, 5, seed=1).requires_grad_()
+    teacher_hidden, teacher_weight = logits(7, 6, seed=2), logits(11, 6, seed=3)
+    sums = linear_distillation_loss(hidden, Head(weight), teacher_hidden, Head(teacher_weight), torch.arange(7),
+                                    divergence=build_divergence("top_k_kl", k=k), temperature=temperature, kd_rate=1,
+                                    chunk_size=3)
+    expected = torch.zeros((), dtype=torch.float64)
+    for p, q in reference.probabilities(hidden @ weight.T, teacher_hidden @ teacher_weight.T, temperature):
+        order = p.argsort(descending=True)
+        top, rest = order[:k], order[k:]
+        expected = expected + reference.kl(p[top], q[top])
+        if len(rest):
+            expected = expected + reference.kl(p[rest].sum(), q[rest].sum())
+    assert_close(sums.loss, expected)
+    assert_close(torch.autograd.grad(sums.loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)))
+
+
+def test_markdown_table_has_a_row_for_each():
+    rows = dict(zip(NAMES, markdown_table().splitlines()[2:], strict=True))
+    assert all(f"`{name}`" in row and row.replace("\\|", "").count("|") == 4 for name, row in rows.items())
+    assert rows["ToDi"].startswith("| `ToDi` | Forward and reverse KL mixed for each vocabulary entry (Jung et al., ")
+    assert "`beta=1.0`, at least 0 and finite: " in rows["ToDi"] and "(Hinton et al., 2015)" in rows["forward_kl"]
 
 
 def test_diagnose():

@@ -2,8 +2,8 @@
 
 from todi.criterions.criterion import DistillationCriterion
 from todi.criterions.diagnostics import diagnose
-from todi.criterions.divergences import DIVERGENCES, Divergence, build_divergence
+from todi.criterions.divergences import DIVERGENCES, Divergence, Parameter, build_divergence, divergence
 from todi.criterions.linear import LinearHead, LossSums, linear_distillation_loss
 
-__all__ = ["DIVERGENCES", "DistillationCriterion", "Divergence", "LinearHead", "LossSums", "build_divergence",
-           "diagnose", "linear_distillation_loss"]
+__all__ = ["DIVERGENCES", "DistillationCriterion", "Divergence", "LinearHead", "LossSums", "Parameter",
+           "build_divergence", "diagnose", "divergence", "linear_distillation_loss"]
