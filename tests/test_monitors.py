@@ -232,7 +232,7 @@ def wandb(monkeypatch):
         def log(self, data, step=None, commit=None):
             module.calls.append(data)
 
-        def finish(self, exit_code=None, quiet=None):
+        def finish(self, exit_code=None):
             module.calls.append("finish")
 
     def init(*, project=None, dir=None, id=None, name=None, config=None, reinit=None, resume=None, settings=None):
