@@ -17,7 +17,7 @@ upload that is left at the end is given `WANDB_FINISH_TIMEOUT` seconds, 60 when 
 trackio: keeps to this machine unless `TRACKIO_SPACE_ID` or `TRACKIO_SERVER_URL` is set; the project is
 `TRACKIO_PROJECT`, or "todi".
 
-Tried with tensorboard 2.21.0, wandb 0.31.0 and trackio 0.43.0.
+Tried with tensorboard 2.21.0, wandb 0.31.0 (it must be 0.27 or later) and trackio 0.43.0.
 """
 
 import importlib.util
