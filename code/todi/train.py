@@ -150,7 +150,7 @@ def build_monitors(config: TrainConfig, folder: RunFolder) -> Monitors:
     """metrics.jsonl and the trackers that the settings name, on the first rank; none on the others."""
     if folder.metrics is None:
         return Monitors()
-    run = RunInfo(folder.path, folder.path.name, dataclasses.asdict(config))
+    run = RunInfo(folder.path, str(folder.path), dataclasses.asdict(config))
     return Monitors({"metrics.jsonl": folder.metrics}, config.run.report_to, run)
 
 

@@ -17,7 +17,7 @@ upload that is left at the end is given `WANDB_FINISH_TIMEOUT` seconds, 60 when 
 trackio: keeps to this machine unless `TRACKIO_SPACE_ID` or `TRACKIO_SERVER_URL` is set; the project is
 `TRACKIO_PROJECT`, or "todi".
 
-Tried with tensorboard 2.21.0, wandb 0.31.0 and trackio 0.43.0.
+Tried with tensorboard 2.21.0, wandb 0.31.0 (it must be 0.27 or later) and trackio 0.43.0.
 """
 
 import dataclasses
@@ -140,7 +140,8 @@ class JsonLines:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 class Monitors:
@@ -171,8 +172,8 @@ class Monitors:
                 monitor.log(kind, step, values)
 
     def close(self) -> None:
-        """Closes all of them; to be called however the run ends."""
-        for name, monitor in list(self._monitors.items()):
+        """Closes all of them, the last one first; to be called however the run ends."""
+        for name, monitor in reversed(list(self._monitors.items())):
             with self._left_out_if_it_fails(name):
                 monitor.close()
         self._monitors.clear()
@@ -218,7 +219,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of W&B; the same one after a resume, whose id is kept in wandb_id.txt of the run's folder.
 
-    Of a step that is done again W&B keeps the first report; resuming is exact, so the second is no other.
+    Curves are drawn over a value "step" of our own: of W&B's step it drops what is not beyond the last one, and so
+    the dev score of a run that was stopped between a step and its evaluation.
     """
 
     package: ClassVar[str] = "wandb"
@@ -228,16 +230,19 @@ class WeightsAndBiases:
 
         kept = run.folder / "wandb_id.txt"
         earlier = kept.read_text(encoding="utf-8").strip() if run.step and kept.is_file() else None
-        settings = wandb.Settings(finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)), login_timeout=60)
+        # nobody may be there to answer a prompt, and a dead network would be waited for without end
+        wandb.setup(wandb.Settings(login_timeout=60))
+        patience = wandb.Settings(finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)))
         self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), dir=str(run.folder), name=run.name,
                                config=dict(run.settings), id=earlier, resume="allow" if earlier else None,
-                               reinit="create_new", settings=settings)
+                               reinit="create_new", settings=patience)
+        self._run.define_metric("*", step_metric="step")
         write_text(kept, f"{self._run.id}\n")
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Adds the numbers to the row of this step."""
+        """Adds a row of the numbers."""
         if numbers := scalars(kind, values):
-            self._run.log(numbers, step=step)
+            self._run.log({"step": step} | numbers)
 
     def close(self) -> None:
         """Uploads what is left, for as long as WANDB_FINISH_TIMEOUT allows."""
