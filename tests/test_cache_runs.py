@@ -39,7 +39,7 @@ class TestCommands:
         return call
 
     def test_build_info_verify(self, spec, tmp_path, todi_cache, small_shards):
-        settings = ["--teacher-model-path", spec.teacher.teacher_model_path, "--data-dir", spec.data.data_dir,
+        settings = ["--teacher-model-path", spec.teacher.teacher_model_path, "--data-dir", *spec.data.data_dir,
                     "--max-length", 64, "--max-prompt-length", 48, "--precision", "fp32"]
         folder = tmp_path / "cache"
         code, said = todi_cache("build", folder, *settings)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from todi.criterions import DistillationCriterion, build_divergence
-from todi.data.plans import DatasetSource, SampleSource, StepShape
+from todi.data.plans import SampleSource, StepShape, build_source
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
@@ -42,7 +42,7 @@ from todi.teacher.live import TeacherSource
 from todi.teacher.opening import TeacherSpec, choose_cache, describe_choice, open_teacher
 from todi.training.dev import DevSet
 from todi.training.optimizer import build_optimizer, build_schedule
-from todi.training.run_folder import begin, check_same_run, decided_earlier, describe_run
+from todi.training.run_folder import begin, check_same_run, decided_earlier, describe_run, names_of
 from todi.training.student import Student
 from todi.training.train_inputs import Inputs, ModelInputs, read_inputs
 from todi.training.trainer import Trainer
@@ -71,7 +71,7 @@ def _run(config: TrainConfig, world: World, device: torch.device) -> None:
     examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
                                data.max_prompt_length)
     shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
-    source = DatasetSource(examples, shape, config.run.seed)
+    source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
     max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
     spec = build_teacher_spec(config, inputs, examples) if config.objective.distils else None
     run = cache = None
@@ -107,7 +107,7 @@ def _decide(config: TrainConfig, inputs: Inputs, spec: TeacherSpec | None, passe
         cache = choose_cache(spec, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
                              earlier=earlier.get("teacher"))
         source = describe_choice(spec, cache)
-    run = describe_run(config, world.size, [inputs.train_file, inputs.dev_file], source)
+    run = describe_run(config, world.size, [*inputs.train_files, *inputs.dev_files], source)
     if config.run.resume == "auto":
         check_same_run(folder, run)
     return run, cache
@@ -148,7 +148,7 @@ def build_teacher_spec(config: TrainConfig, inputs: Inputs, examples: Sequence[E
     precision = inputs.teacher.precision
     return TeacherSpec(config.teacher, config.data, precision,
                        dtype_of(config.cache.teacher_cache_dtype, precision.dtype), inputs.student.tokenizer, examples,
-                       inputs.train_file, config.student.trust_remote_code)
+                       inputs.train_files, config.student.trust_remote_code)
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
@@ -187,7 +187,8 @@ def build_dev_set(config: TrainConfig, inputs: Inputs) -> DevSet:
 
 def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
     """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
-    data = {str(file): run["deciding"][file.name] for file in (inputs.train_file, inputs.dev_file)}
+    data = {str(file): run["deciding"][name]
+            for file, name in names_of([*inputs.train_files, *inputs.dev_files]).items()}
     student = Base(inputs.student.path, inputs.student.family, config.student.peft_path)
     teacher = inputs.teacher and Base(inputs.teacher.path, inputs.teacher.family, config.teacher.teacher_peft_path)
     return partial(model_card, run["settings"], data, run["versions"], student, teacher)

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def describe_run(config: TrainConfig, world_size: int, data_files: list[Path],
     """
     optim = config.optim
     step_samples = optim.batch_size * optim.gradient_accumulation_steps * world_size
-    data = {file.name: file_checksum(file) for file in data_files}
+    data = {name: file_checksum(file) for file, name in names_of(data_files).items()}
     return {
         "settings": dataclasses.asdict(config),
         "deciding": config.deciding | {"samples of a step": step_samples, "teacher": teacher} | data,
@@ -44,6 +45,12 @@ def describe_run(config: TrainConfig, world_size: int, data_files: list[Path],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "git_commit": _git_commit(),
     }
+
+
+def names_of(data_files: Sequence[Path]) -> dict[Path, str]:
+    """What `deciding` calls each data file: its name, or its path where several have that name."""
+    names = [file.name for file in data_files]
+    return {file: file.name if names.count(file.name) == 1 else str(file) for file in data_files}
 
 
 def check_same_run(folder: Path, run: dict[str, Any]) -> None:
