@@ -68,10 +68,11 @@ class Workshop:
                          "PRECISION": "fp32", "LOG_INTERVAL": 1, "LORA_RANK": 4, "LR": 1e-2, "TEACHER_CACHE": "off"}
 
     def model(self, name: str, make: Callable[..., Path] = tiny_model, **shape: object) -> Path:
-        """A tiny model with the tokenizer that all of them share; made once."""
-        path = self.folder / "models" / name
+        """A tiny model with the tokenizer that all of them share; one of that name and shape is made once."""
+        described = ",".join([make.__name__, *(f"{option}={value}" for option, value in sorted(shape.items()))])
+        path = self.folder / "models" / described / name
         if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
+            unfinished = path.parent / f".{name}.unfinished"
             tokenizer = tiny_tokenizer(unfinished)
             make(unfinished, **{"vocab": len(tokenizer)} | shape)
             shutil.move(unfinished, path)

@@ -29,10 +29,10 @@ def teacher_spec_of(workshop: Workshop, family: str = "gpt2", adapter: Path | No
     path = workshop.model(f"cache-{family}-teacher", family=family, hidden=48, vocab=320, seed=1,
                           **SPECIAL.get(family, {}))
     teacher = TeacherConfig(teacher_model_path=str(path), teacher_peft_path=adapter and str(adapter))
-    data = DataConfig(data_dir=str(workshop.data), max_length=64, max_prompt_length=48, train_num=train_num)
+    data = DataConfig(data_dir=(str(workshop.data),), max_length=64, max_prompt_length=48, train_num=train_num)
     tokenizer, file = load_tokenizer(str(path)), workshop.data / "train.jsonl"
     examples = encode_examples(load_records(file, train_num), tokenizer, family_of("auto", family), 64, 48)
-    spec = TeacherSpec(teacher, data, Precision("fp32", "test"), torch.float32, tokenizer, examples, file)
+    spec = TeacherSpec(teacher, data, Precision("fp32", "test"), torch.float32, tokenizer, examples, [file])
     return dataclasses.replace(spec, **changes)
 
 

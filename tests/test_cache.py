@@ -171,7 +171,7 @@ class TestFingerprint:
         flip(copy / "model.safetensors", -1)
         changes = {"teacher weights": dataclasses.replace(moved),
                    "teacher adapter": teacher_spec_of(workshop, adapter=adapter),
-                   "data": dataclasses.replace(spec, train_file=data),
+                   "data": dataclasses.replace(spec, train_files=[data]),
                    "max_length": dataclasses.replace(spec, data=dataclasses.replace(spec.data, max_length=65)),
                    "token ids": dataclasses.replace(spec, examples=spec.examples[::-1])}
         for name, changed in changes.items():

@@ -39,7 +39,7 @@ class TestCommands:
         return call
 
     def test_build_info_verify(self, spec, tmp_path, todi_cache, small_shards):
-        settings = ["--teacher-model-path", spec.teacher.teacher_model_path, "--data-dir", spec.data.data_dir,
+        settings = ["--teacher-model-path", spec.teacher.teacher_model_path, "--data-dir", *spec.data.data_dir,
                     "--max-length", 64, "--max-prompt-length", 48, "--precision", "fp32"]
         folder = tmp_path / "cache"
         code, said = todi_cache("build", folder, *settings)
@@ -60,6 +60,15 @@ class TestCommands:
         assert "shard00000/hidden.bin: has " in said
         assert "shard00003/hidden.bin: sample 15 fails its checksum" in said
         assert todi_cache("info", folder)[0] == 1
+
+    def test_of_two_data_folders(self, spec, tmp_path, todi_cache):
+        more = write_data(tmp_path / "more", train=3)
+        code, said = todi_cache("build", tmp_path / "cache", "--teacher-model-path", spec.teacher.teacher_model_path,
+                                "--data-dir", *spec.data.data_dir, more, "--max-length", 64, "--precision", "fp32",
+                                "--max-prompt-length", 48)
+        assert (code, "is complete: 21 samples" in said) == (0, True), said
+        code, said = todi_cache("verify", tmp_path / "cache", "--samples", 21)
+        assert (code, "21 samples computed again: 21 equal to the last bit" in said) == (0, True), said
 
     def test_verify_finds_another_teachers_numbers(self, spec, filled, todi_cache):
         hidden = filled / "shard00001" / "hidden.bin"

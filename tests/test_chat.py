@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from evaluating import generations, run_evaluate
 from launching import run as launch
 from tiny import EOS, tiny_model, tiny_tokenizer
@@ -12,6 +13,9 @@ from todi.data.tokenize import encode_examples, end_id
 from todi.errors import InputError
 from todi.models.families import FAMILIES
 from todi.models.loading import load_tokenizer
+from todi.options import parse
+from todi.settings import TrainConfig
+from todi.training.train_inputs import read_inputs
 
 TEMPLATE = ("{% for turn in messages %}"
             "{% if turn.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
@@ -135,6 +139,17 @@ def test_evaluation(monkeypatch, chat, tmp_path, capsys):
     capsys.readouterr()
     assert evaluated(monkeypatch, chat, tmp_path) == 2
     assert "chat has `messages`, but the tokenizer of" in capsys.readouterr().err
+
+
+def test_chat_and_plain_sets_are_mixed(chat, tmp_path):
+    write(tmp_path / "data/plain/train.jsonl", *[{"prompt": f"Number {i}:", "output": f" {i}"} for i in range(5)])
+    config = parse(TrainConfig, ["--model-path", str(chat), "--criterion", "cross_entropy", "--train-num", "4",
+                                 "--data-dir", str(tmp_path / "data/plain"), str(tmp_path / "data/chat")])
+    inputs = read_inputs(config, torch.device("cpu"))
+    assert [record.prompt for record in inputs.train[:4]] == [f"Number {i}:" for i in range(4)]
+    assert [record.end for record in inputs.train] == [""] * 4 + ["<|end|>"] * 4
+    assert inputs.train_sizes == [4, 4]
+    assert len(inputs.dev) == 6
 
 
 @pytest.mark.slow

@@ -5,10 +5,20 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 from todi.criterions.linear import IGNORE_INDEX
 from todi.data.batches import collate
-from todi.data.plans import DatasetSource, StepPlan, StepShape
+from todi.data.plans import (
+    DatasetSource,
+    MixedSource,
+    SampleSource,
+    StepPlan,
+    StepShape,
+    build_source,
+    epoch_counts,
+)
 from todi.data.records import load_records
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.errors import InputError
@@ -132,17 +142,28 @@ class TestBatch:
         assert batch.sample_ids.tolist() == [-1]
 
 
+@pytest.fixture(params=[((29,), ()), ((20, 9), ()), ((20, 9), (1, 2))], ids=["one set", "by size", "by shares"])
+def mix(request) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Sizes and shares of sets of 29 samples in all."""
+    return request.param
+
+
 class TestPlan:
     data = examples(*[(3 + i % 5, 1 + i * 7 % 11) for i in range(29)])
 
-    def sources(self, batch_size: int, accumulation: int, world: int = 1, seed: int = 1) -> list[DatasetSource]:
-        return [DatasetSource(self.data, StepShape(batch_size, accumulation, rank, world), seed)
+    @pytest.fixture(autouse=True)
+    def _mixed(self, mix):
+        self.sizes, self.shares = mix
+
+    def sources(self, batch_size: int, accumulation: int, world: int = 1, seed: int = 1) -> list[SampleSource]:
+        return [build_source(self.data, self.sizes, self.shares, StepShape(batch_size, accumulation, rank, world), seed)
                 for rank in range(world)]
 
     @pytest.mark.parametrize(("batch_size", "accumulation", "world"),
                              [(8, 1, 1), (1, 8, 1), (2, 2, 2), (3, 2, 4), (64, 1, 2)])
     def test_every_sample_once_an_epoch_and_the_last_window_too(self, batch_size, accumulation, world):
-        seen, tokens = Counter(), 0
+        self.shares = ()  # with others a sample may come more often
+        seen = Counter()
         for source in self.sources(batch_size, accumulation, world):
             plans = list(source.steps(1))
             assert len(plans) == source.steps_per_epoch
@@ -178,3 +199,54 @@ class TestPlan:
         plan, = DatasetSource(self.data[:2], StepShape(1, 4), seed=0).steps(1)
         assert sorted(map(len, plan.micro_batches)) == [0, 0, 1, 1]
         assert all(torch.is_tensor(collate(micro, 0).labels) for micro in plan.micro_batches)
+
+
+sizes_and_shares = st.lists(st.tuples(st.integers(1, 40), st.floats(1e-3, 1e3)), min_size=1, max_size=5)
+
+
+class TestMix:
+    @pytest.mark.parametrize(("sizes", "shares", "counts"), [
+        ((30, 10), (), (30, 10)), ((15, 25), (3, 1), (30, 10)), ((20, 20), (0.75, 0.25), (30, 10)),
+        ((5, 3, 2), (1, 1, 1), (4, 3, 3)), ((7, 4), (1, 1), (6, 5)),
+        ((10, 5), (0.1, 0.9), (2, 13)),  # 1.5 and 13.5, though 0.1 as a float is more than a tenth
+        ((9, 1), (1e-9, 1), (0, 10))])
+    def test_counts(self, sizes, shares, counts):
+        assert tuple(epoch_counts(sizes, shares)) == counts
+
+    @given(sizes_and_shares)
+    def test_counts_are_the_shares_to_within_one(self, sets):
+        sizes, shares = zip(*sets, strict=True)
+        counts = epoch_counts(sizes, shares)
+        assert sum(counts) == sum(sizes)
+        for count, share in zip(counts, shares, strict=True):
+            assert abs(count - sum(sizes) * share / sum(shares)) < 1 + 1e-9
+
+    @given(sizes_and_shares, st.integers(0, 5))
+    def test_a_sample_comes_again_only_after_every_other_of_its_set(self, sets, seed):
+        sizes, shares = zip(*sets, strict=True)
+        source = build_source(examples(*[(1, 1)] * sum(sizes)), sizes, shares, StepShape(3, 1), seed)
+        owners = [number for number, size in enumerate(sizes) for _ in range(size)]
+        streams = [[] for _ in sizes]
+        for epoch in range(1, 8):
+            for plan in source.steps(epoch):
+                for i in sample_ids(plan):
+                    streams[owners[i]].append(i)
+            assert [len(stream) for stream in streams] == [epoch * count for count in epoch_counts(sizes, shares)]
+        for stream, size in zip(streams, sizes, strict=True):
+            passes = [stream[start:start + size] for start in range(0, len(stream), size)]
+            assert all(len(set(samples)) == len(samples) for samples in passes)
+
+    def test_one_set_is_not_mixed_otherwise(self):
+        data, shape = examples(*[(1, 1)] * 9), StepShape(2, 1)
+        for epoch in 1, 2:
+            assert MixedSource([data], [9], shape, 5).order(epoch) == DatasetSource(data, shape, 5).order(epoch)
+
+    def test_sets_and_their_places_are_shuffled_apart_and_anew(self):
+        source = build_source(examples(*[(1, 1)] * 40), (20, 20), (), StepShape(2, 1), seed=5)
+        orders = []
+        for epoch in 1, 2:
+            ids = [example.sample_id for example in source.order(epoch)]
+            places = [i // 20 for i in ids]
+            orders += [places, [i for i in ids if i < 20], [i - 20 for i in ids if i >= 20]]
+            assert places != sorted(places)
+        assert len(set(map(tuple, orders))) == len(orders)

@@ -153,7 +153,7 @@ class TestLaunchers:
                                                      for name in LAUNCHERS if name != "qwen2.5")])
     def test_an_adapter_scores_as_the_merged_model_does(self, workshop, runs, family):
         adapter = runs(family)["lora"].result().checkpoint
-        merged = merge(workshop.model(f"{family} student"), adapter, workshop.folder / "merged" / family)
+        merged = merge(student_of(workshop, family), adapter, workshop.folder / "merged" / family)
         started = {adapter: workshop.evaluate("eval/run_eval_lora", adapter),
                    merged: workshop.evaluate("eval/run_eval", merged)}
         for scored in started.values():
@@ -166,14 +166,18 @@ class TestLaunchers:
         assert f"| `{workshop.data / 'train.jsonl'}` | `{file_checksum(workshop.data / 'train.jsonl')}` |" in card
 
 
+def student_of(workshop, family: str) -> Path:
+    return workshop.model(f"{family} student", vocab=304, seed=2, family=architecture(family), **SPECIAL[family])
+
+
 def start_runs(workshop, family: str) -> dict:
     """The teacher's SFT, and once it is done, SFT and ToDi of the student in full and as an adapter."""
-    launchers, shape = LAUNCHERS[family], {"family": architecture(family), **SPECIAL[family]}
-    student = workshop.model(f"{family} student", vocab=304, seed=2, **shape)
+    launchers, student = LAUNCHERS[family], student_of(workshop, family)
     if family == "gemma3":
         teacher = workshop.model("gemma3 teacher", make=tiny_multimodal_model, vocab=320)
     else:
-        teacher = workshop.model(f"{family} teacher", vocab=320, hidden=48, seed=1, **shape)
+        teacher = workshop.model(f"{family} teacher", vocab=320, hidden=48, seed=1, family=architecture(family),
+                                 **SPECIAL[family])
     tuned = workshop.train(launchers.teacher, f"{family} teacher", MODEL_PATH=teacher, EVAL_GEN=0).result().checkpoint
     taught_by = ({"TEACHER_MODEL_PATH": teacher, "TEACHER_PEFT_PATH": tuned} if launchers.lora
                  else {"TEACHER_MODEL_PATH": tuned})

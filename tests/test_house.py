@@ -1,7 +1,11 @@
 """The floor plan: who may import whom, and where a reader is told what each file is."""
 
 import ast
-from collections.abc import Iterator
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -27,14 +31,19 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Dotted names of this package's modules that a file imports, wherever in it."""
+def all_imports(file: Path) -> Iterator[str]:
+    """Dotted names of the modules that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "todi")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "todi":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import hides its floor"
             yield node.module
-        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: a relative import hides its floor"
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Those of `all_imports` that are this package's."""
+    return (module for module in all_imports(file) if module.split(".")[0] == "todi")
 
 
 def name_of(file: Path) -> str:
@@ -55,3 +64,49 @@ def test_an_upward_import_is_seen(tmp_path):
     file.write_text("def late():\n    from todi.training.trainer import Trainer\n")
     module, = imports(file)
     assert FLOORS.index(floor_of(module)) > FLOORS.index("runtime")
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def names(requirements: Iterable[str]) -> set[str]:
+    """What is required, in the spelling of package indices."""
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower() for requirement in requirements}
+
+
+def packages(files: Iterable[Path], own: Iterable[str]) -> set[str]:
+    """The packages that files import. Args: own: names of modules that are no package's."""
+    roots = {module.split(".")[0] for file in files for module in all_imports(file)}
+    installed = packages_distributions()
+    return names(installed.get(root, [root])[0] for root in roots - sys.stdlib_module_names - set(own))
+
+
+def test_what_is_imported_is_declared():
+    declared = {extra: names([*PROJECT["dependencies"], *EXTRAS[extra]]) for extra in EXTRAS}
+    undeclared = packages(modules(), ["todi"]) - declared["monitors"]
+    assert not undeclared, f"the package imports {', '.join(undeclared)}, which pyproject.toml does not name"
+    others = [file for folder in ("tests", "benchmarks", "data/demo") for file in (ROOT / folder).glob("*.py")]
+    undeclared = packages(others, ["todi", *(file.stem for file in others)]) - declared["test"]
+    assert not undeclared, f"tests or tools import {', '.join(undeclared)}, which pyproject.toml does not name"
+
+
+def test_a_package_that_is_imported_is_seen(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("import ast, yaml, own\ndef late():\n    from no_such_package.part import thing\n")
+    assert packages([file], own=["own"]) == {"pyyaml", "no-such-package"}
+
+
+def test_one_version_of_each_package_is_tested_and_locked():
+    """requirements.txt, the tests' own list and uv.lock agree; the lock is of today's ranges and the public index."""
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert names(pins) == names(PROJECT["dependencies"])
+    more = re.search(r"^set_up (.*)", (ROOT / "scripts" / "test.sh").read_text(), re.MULTILINE)[1].split()
+    assert names(more) == names(EXTRAS["test"])
+    text = (ROOT / "uv.lock").read_text()
+    assert set(re.findall(r"\w+://[^/\"]*", text)) == {"https://pypi.org", "https://files.pythonhosted.org"}
+    packages = {package["name"]: package for package in tomllib.loads(text)["package"]}
+    assert {pin: packages[name]["version"] for pin in [*pins, *more] for name in names([pin])} == \
+        {pin: pin.split("==")[1] for pin in [*pins, *more]}
+    ranges = {entry["name"] + entry["specifier"] for entry in packages["todi"]["metadata"]["requires-dist"]}
+    assert ranges == {*PROJECT["dependencies"], *(word for words in EXTRAS.values() for word in words)}

@@ -124,9 +124,9 @@ class TestSeveralRanks:
                 for name, shape in shapes.items()}
 
     @pytest.mark.parametrize("name", ["1x8", *(f"4x1x2, ZeRO-{stage}" for stage in range(4))])
-    def test_same_weights(self, shapes, name):
+    def test_same_weights(self, shapes, models, name):
         expected, actual = (load(shapes[shape].result().checkpoint) for shape in ("8x1", name))
-        start = load(shapes["8x1"].result().folder.parents[1] / "models" / "gpt2-student")
+        start = load(models["gpt2-student"])
         for key, weight in expected.items():
             moved = (weight - start[key]).norm()
             assert (actual[key] - weight).norm() <= 2e-3 * moved + 1e-6, key

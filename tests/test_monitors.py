@@ -129,7 +129,7 @@ def test_a_monitor_of_ones_own_needs_no_package(register):
 
 def test_everyone_is_told_and_closed(register, run):
     first, second = Heard(), Heard()
-    register("mine", lambda given: second if given is run else None)
+    register("mine", lambda given: second if given == run else None)
     monitors = Monitors({"first": first}, ["mine"], run)
     monitors.start(run.step)
     monitors.log("train", 3, MIXED)

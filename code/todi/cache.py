@@ -15,14 +15,15 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from todi.data.chat import render
-from todi.data.records import load_records
+from todi.data.chat import render_sets
+from todi.data.records import load_sets
 from todi.data.tokenize import encode_examples
 from todi.errors import InputError, collecting, run_main
 from todi.options import option, parse
@@ -128,10 +129,10 @@ def verify(config: CacheConfig, store: CacheStore, device: torch.device) -> None
 def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
     """Reads what the settings name, short of weights. Raises InputError with every problem."""
     problems: list[str] = []
-    train_file = Path(config.data.data_dir) / "train.jsonl"
-    records = model = precision = None
+    train_files = [Path(folder) / "train.jsonl" for folder in config.data.data_dir]
+    sets = model = precision = None
     with collecting(problems):
-        records = load_records(train_file, config.data.train_num)
+        sets = load_sets(train_files, config.data.train_num)
     with collecting(problems):
         precision = choose_precision(config.teacher.teacher_dtype or config.precision, device)
     with collecting(problems):
@@ -140,10 +141,11 @@ def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
                            config.trust_remote_code)
     if problems:
         raise InputError(problems)
-    examples = encode_examples(render(records, model.tokenizer, train_file), model.tokenizer, model.family,
-                               config.data.max_length, config.data.max_prompt_length)
+    records = list(chain(*render_sets(sets, model.tokenizer, train_files)))
+    examples = encode_examples(records, model.tokenizer, model.family, config.data.max_length,
+                               config.data.max_prompt_length)
     return TeacherSpec(config.teacher, config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype),
-                  model.tokenizer, examples, train_file, config.trust_remote_code)
+                       model.tokenizer, examples, train_files, config.trust_remote_code)
 
 
 def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> Iterator[str]:
@@ -177,8 +179,13 @@ def _as_made(config: CacheConfig, store: CacheStore) -> CacheConfig:
     """The settings that the cache was made with, but for those that were given now."""
 
     def recalled(part: Any) -> dict[str, Any]:
-        return {field.name: store.made_from[field.name] for field in dataclasses.fields(part)
+        return {field.name: as_option(store.made_from[field.name], field.default) for field in dataclasses.fields(part)
                 if field.name in store.made_from and getattr(part, field.name) == field.default}
+
+    def as_option(value: Any, default: Any) -> Any:
+        if isinstance(default, tuple):  # JSON has lists; of one data folder, a cache names it alone
+            return (value,) if isinstance(value, str) else tuple(value)
+        return value
 
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **recalled(config.teacher)),
                                data=dataclasses.replace(config.data, **recalled(config.data)), **recalled(config))

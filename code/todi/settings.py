@@ -89,18 +89,26 @@ class TeacherCacheConfig:
 class DataConfig:
     """What is read, and how much of it."""
 
-    data_dir: str = option("data/demo", "folder with train.jsonl and dev.jsonl")
+    data_dir: tuple[str, ...] = option(("data/demo",), "folder with train.jsonl and dev.jsonl, or several to mix")
     data_shares: tuple[float, ...] = option((), "share of each of several data folders in an epoch; by their sizes "
                                                 "when not given")
-    train_num: int | None = option(None, "use only the first so many training records")
-    dev_num: int | None = option(None, "use only the first so many dev records")
+    train_num: int | None = option(None, "use only the first so many training records of each folder")
+    dev_num: int | None = option(None, "use only the first so many dev records of each folder")
     max_length: int = option(512, "longest prompt + response, in tokens")
     max_prompt_length: int = option(256, "longest prompt, in tokens")
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
-        if any(not share > 0 for share in self.data_shares):
+        if not self.data_dir:
+            yield "--data-dir needs at least one folder"
+        if len(set(map(Path, self.data_dir))) < len(self.data_dir):
+            yield (f"--data-dir names a folder more than once: {' '.join(self.data_dir)}; --data-shares says how often "
+                   "each is drawn from")
+        if any(not (share > 0 and math.isfinite(share)) for share in self.data_shares):
             yield f"--data-shares must be above 0, got {' '.join(map(str, self.data_shares))}"
+        if self.data_shares and len(self.data_shares) != len(self.data_dir):
+            yield (f"--data-shares needs a number for each folder of --data-dir, which has {len(self.data_dir)}; got "
+                   f"{' '.join(map(str, self.data_shares))}")
         for name in ("train_num", "dev_num"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"

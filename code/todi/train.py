@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from todi.criterions import DistillationCriterion, build_divergence
-from todi.data.plans import DatasetSource, SampleSource, StepShape
+from todi.data.plans import SampleSource, StepShape, build_source
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
@@ -71,9 +71,13 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         Interrupted: a signal asked to stop; the state has been saved.
     """
     inputs = read_inputs(config, device)
-    source = build_source(config, inputs, world)
-    max_steps = min(config.optim.num_epochs * source.steps_per_epoch, config.optim.max_steps or 2**62)
-    spec = build_teacher_spec(config, inputs, source.examples) if config.objective.distils else None
+    data, optim = config.data, config.optim
+    examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
+                               data.max_prompt_length)
+    shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
+    source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
+    max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
+    spec = build_teacher_spec(config, inputs, examples) if config.objective.distils else None
     run = cache = None
     if world.is_main:
         run, cache = _decide(config, inputs, spec, max_steps / source.steps_per_epoch, world, device)
@@ -85,9 +89,9 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     with folder.claimed():
         if not folder.begin(run, anew=config.run.resume == "never"):
             return
-        _log_decisions(config, inputs, source, max_steps, world, device)
+        _log_decisions(inputs, shape, len(examples), max_steps, -(-max_steps // source.steps_per_epoch), world, device)
         if world.is_main:
-            examine(config, inputs, source.examples, world, device, cached=cache is not None).log()
+            examine(config, inputs, examples, world, device, cached=cache is not None).log()
         # before the student is there: a pass that fills a cache needs room for the teacher
         teacher = open_teacher(spec, cache, world, device) if spec else None
         trainer = build_trainer(config, inputs, source, teacher, folder, max_steps,
@@ -117,15 +121,6 @@ def _decide(config: TrainConfig, inputs: Inputs, spec: TeacherSpec | None, passe
     if config.run.resume == "auto":
         check_same_run(folder, run)
     return run, cache
-
-
-def build_source(config: TrainConfig, inputs: Inputs, world: World) -> DatasetSource:
-    """Where the samples of each step come from."""
-    data, optim, student = config.data, config.optim, inputs.student
-    examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
-                               data.max_prompt_length)
-    shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
-    return DatasetSource(examples, shape, config.run.seed)
 
 
 def build_trainer(config: TrainConfig, inputs: Inputs, source: SampleSource, teacher: TeacherSource | None,
@@ -181,7 +176,7 @@ def build_teacher_spec(config: TrainConfig, inputs: Inputs, examples: Sequence[E
     precision = inputs.teacher.precision
     return TeacherSpec(config.teacher, config.data, precision,
                        dtype_of(config.cache.teacher_cache_dtype, precision.dtype), inputs.student.tokenizer, examples,
-                       inputs.train_file, config.student.trust_remote_code)
+                       inputs.train_files, config.student.trust_remote_code)
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
@@ -221,20 +216,19 @@ def build_dev_set(config: TrainConfig, inputs: Inputs, world: World) -> DevSet:
 
 def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
     """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
-    data = {str(file): run["files"][str(file)] for file in (inputs.train_file, inputs.dev_file)}
+    data = {str(file): run["files"][str(file)] for file in (*inputs.train_files, *inputs.dev_files)}
     student = Base(inputs.student.path, inputs.student.family, config.student.peft_path)
     teacher = inputs.teacher and Base(inputs.teacher.path, inputs.teacher.family, config.teacher.teacher_peft_path)
     return partial(model_card, run["settings"], data, run["versions"], student, teacher)
 
 
-def _log_decisions(config: TrainConfig, inputs: Inputs, source: DatasetSource, max_steps: int, world: World,
+def _log_decisions(inputs: Inputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
                    device: torch.device) -> None:
-    precision, optim = inputs.student.precision, config.optim
+    precision = inputs.student.precision
     logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,
                 precision.reason, inputs.deepspeed_config["zero_optimization"]["stage"])
-    logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs",
-                len(source.examples), source.shape.samples, optim.batch_size, optim.gradient_accumulation_steps,
-                world.size, max_steps, -(-max_steps // source.steps_per_epoch))
+    logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs", samples,
+                shape.samples, shape.batch_size, shape.accumulation, world.size, steps, epochs)
 
 
 if __name__ == "__main__":

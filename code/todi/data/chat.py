@@ -39,6 +39,11 @@ def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) 
     return rendered
 
 
+def render_sets(sets: Sequence[Sequence[Record]], tokenizer: Tokenizer, files: Sequence[Path]) -> list[list[Record]]:
+    """`render` for each of several sets, which come from these files."""
+    return [render(records, tokenizer, file) for records, file in zip(sets, files, strict=True)]
+
+
 def _prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     return tokenizer.apply_chat_template([*map(dataclasses.asdict, messages)], tokenize=False,
                                          add_generation_prompt=True)

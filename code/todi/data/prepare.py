@@ -2,6 +2,7 @@
 
     python -m todi.data.prepare dolly self-inst vicuna sinst/11_ uinst/11_
     python -m todi.data.prepare dolly --raw-dir downloads --tokenizer model_hub/gpt2/gpt2-base
+    python -m todi.data.prepare mine --plugins my_set.py        # which registers it in todi.data.sources.SOURCES
 
 A set is data/<set>/{train,dev,valid}.jsonl; sources.json beside has the checksums of what went in and what came out.
 """
@@ -19,7 +20,7 @@ from todi.data.templates import alpaca_prompt
 from todi.errors import InputError, collecting, run_main
 from todi.models.loading import load_tokenizer
 from todi.options import option, parse
-from todi.registry import did_you_mean
+from todi.registry import did_you_mean, load_plugins
 from todi.runtime.checksums import file_checksum
 from todi.runtime.logs import set_up_logging
 from todi.runtime.storage import write_text
@@ -33,7 +34,8 @@ Count = Callable[[str], int]
 class PrepareConfig:
     """Makes instruction sets from their public sources."""
 
-    sets: tuple[str, ...] = option((), "dolly (with its train and dev), self-inst, vicuna, sinst/11_, uinst/11_",
+    sets: tuple[str, ...] = option((), "dolly (with its train and dev), self-inst, vicuna, sinst/11_, uinst/11_, "
+                                       "or a plugin's",
                                    flag="sets")
     raw_dir: str = option("data/raw", "the sources' own files; what is not there is downloaded to it")
     data_dir: str = option("data", "where the sets go")
@@ -42,12 +44,14 @@ class PrepareConfig:
     max_prompt_length: int = option(256, "longest prompt, in tokens; longer ones are left out")
     limit: int | None = option(None, "at most so many records of a split")
     seed: int = option(10, "of shuffling and sampling")
+    plugins: tuple[str, ...] = option((), "Python files that are run first, to register sets of one's own")
 
 
 def main() -> None:
     """Checks all input, then makes one set after the other."""
     config = parse(PrepareConfig, prog="python -m todi.data.prepare")
     set_up_logging(is_main=True)
+    load_plugins(config.plugins)
     problems = [] if config.sets else [f"name at least one set of {', '.join(SOURCES)}"]
     for name in config.sets:
         if name not in SOURCES:

@@ -1,11 +1,11 @@
 """The schema of the data: JSON lines -> records, with every bad line named."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from todi.errors import InputError
+from todi.errors import InputError, collecting
 
 MOST_PROBLEMS = 20  # a file of the wrong kind has a problem on every line; nobody reads more than these
 
@@ -70,6 +70,18 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
     if not records:
         raise InputError(f"{path} has no record")
     return records
+
+
+def load_sets(files: Sequence[Path], limit: int | None = None) -> list[list[Record]]:
+    """The records of several files, at most `limit` of each. Raises InputError like `load_records`, for all files."""
+    problems: list[str] = []
+    sets = []
+    for file in files:
+        with collecting(problems):
+            sets.append(load_records(file, limit))
+    if problems:
+        raise InputError(problems)
+    return sets
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -47,7 +47,7 @@ class TeacherSpec:
         precision: that the teacher computes in.
         stored_dtype: of the numbers in the cache.
         examples: the samples, encoded.
-        train_file: that their records came from.
+        train_files: that their records came from.
     """
 
     teacher: TeacherConfig
@@ -56,7 +56,7 @@ class TeacherSpec:
     stored_dtype: torch.dtype
     tokenizer: Tokenizer
     examples: Sequence[Example]
-    train_file: Path
+    train_files: Sequence[Path]
     trust_remote_code: bool = False
 
     @cached_property
@@ -68,7 +68,7 @@ class TeacherSpec:
                                                       self.trust_remote_code)),
             "teacher adapter": adapter and weights_checksum(Path(adapter)),
             "tokenizer": tokenizer_checksum(self.tokenizer),
-            "data": file_checksum(self.train_file),
+            "data": " ".join(map(file_checksum, self.train_files)),
             "records": len(self.examples),
             "max_length": self.data.max_length,
             "max_prompt_length": self.data.max_prompt_length,
@@ -82,9 +82,11 @@ class TeacherSpec:
     def made_from(self) -> dict[str, Any]:
         """The settings, for `todi.cache verify`; paths are absolute."""
         settings = dataclasses.asdict(self.teacher) | dataclasses.asdict(self.data)
-        for name in ("teacher_model_path", "teacher_peft_path", "data_dir"):
+        for name in ("teacher_model_path", "teacher_peft_path"):
             if settings[name] and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).absolute())
+        folders = [str(Path(folder).absolute()) for folder in self.data.data_dir]
+        settings["data_dir"] = folders if len(folders) > 1 else folders[0]
         return settings | {"precision": self.precision.name, "teacher_cache_dtype": name_of(self.stored_dtype)}
 
     @cached_property

@@ -1,6 +1,9 @@
 """Reads and checks everything that a training run needs, before any weights are loaded."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +12,22 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import build_divergence
-from todi.data.chat import render
-from todi.data.records import Record, load_records
+from todi.data.chat import render_sets
+from todi.data.plans import epoch_counts
+from todi.data.records import Record, load_sets
 from todi.errors import InputError, collecting
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import checksum_or_commit, load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
+from todi.registry import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
-from todi.settings import ObjectiveConfig, TrainConfig, parse_kd_params
+from todi.settings import DataConfig, ObjectiveConfig, TrainConfig, parse_kd_params
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.monitors import check_monitors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,23 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was read. `train_file` and `dev_file` are where the records came from; SFT has no teacher."""
+    """What was read.
+
+    Attributes:
+        teacher: None for SFT.
+        train, dev: the records of all sets, one set after the other.
+        train_files, dev_files: where they came from.
+        train_sizes: how many training records each set has.
+    """
 
     student: ModelInputs
     teacher: ModelInputs | None
     deepspeed_config: dict[str, Any]
     train: list[Record]
     dev: list[Record]
-    train_file: Path
-    dev_file: Path
+    train_files: list[Path]
+    dev_files: list[Path]
+    train_sizes: list[int]
 
 
 def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
@@ -53,17 +68,18 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     Raises:
         InputError: with every problem of settings, paths, data and tokenizers.
     """
+    load_plugins(config.run.plugins)
     problems = config.problems()
-    train_file, dev_file = (Path(config.data.data_dir) / f"{split}.jsonl" for split in ("train", "dev"))
+    train_files, dev_files = _data_files(config.data.data_dir)
     student = teacher = precision = deepspeed_config = train = dev = None
     with collecting(problems):
         check_objective(config.objective)
     with collecting(problems):
         check_monitors(config.run.report_to)
     with collecting(problems):
-        train = load_records(train_file, config.data.train_num)
+        train = load_sets(train_files, config.data.train_num)
     with collecting(problems):
-        dev = load_records(dev_file, config.data.dev_num)
+        dev = load_sets(dev_files, config.data.dev_num)
     with collecting(problems):
         precision = choose_precision(config.run.precision, device)
         deepspeed_config = build_deepspeed_config(
@@ -88,15 +104,20 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             _check_tokenizers(student.tokenizer, teacher.tokenizer)
     with collecting(problems):
         if student and train and dev:
-            train, dev = render(train, student.tokenizer, train_file), render(dev, student.tokenizer, dev_file)
+            train, dev = (render_sets(sets, student.tokenizer, files)
+                          for sets, files in ((train, train_files), (dev, dev_files)))
+    with collecting(problems):
+        if not problems and len(train) > 1:
+            _check_shares(config.data, [len(records) for records in train])
     if problems:
         raise InputError(problems)
-    return Inputs(student, teacher, deepspeed_config, train, dev, train_file, dev_file)
+    return Inputs(student, teacher, deepspeed_config, list(chain(*train)), list(chain(*dev)), train_files, dev_files,
+                  [len(records) for records in train])
 
 
 def checksums(config: TrainConfig, inputs: Inputs) -> dict[str, str]:
     """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit."""
-    found = {str(file): file_checksum(file) for file in (inputs.train_file, inputs.dev_file, *config.run.plugins)}
+    found = {str(file): file_checksum(file) for file in (*inputs.train_files, *inputs.dev_files, *config.run.plugins)}
     adapters = config.student.peft_path, config.teacher.teacher_peft_path
     for path in filter(None, (inputs.student.path, inputs.teacher and inputs.teacher.path, *adapters)):
         found[path] = str(checksum_or_commit(path, weights_checksum, config.student.trust_remote_code))
@@ -130,6 +151,23 @@ def check_objective(objective: ObjectiveConfig) -> None:
         build_divergence(objective.kd_objective, **parse_kd_params(objective.kd_params))
     except ValueError as error:
         raise InputError(f"--kd-objective / --kd-params: {error}") from None
+
+
+def _data_files(folders: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Files of the training and of the dev records; several folders need one file of dev records among them."""
+    train, dev = ([Path(folder) / f"{split}.jsonl" for folder in folders] for split in ("train", "dev"))
+    return train, [file for file in dev if file.is_file()] or dev
+
+
+def _check_shares(data: DataConfig, sizes: Sequence[int]) -> None:
+    """Logs what an epoch is mixed of. Raises InputError where a set would never be drawn from."""
+    counts = epoch_counts(sizes, data.data_shares)
+    mix = ", ".join(f"{count} of {folder} (which has {size})"
+                    for count, folder, size in zip(counts, data.data_dir, sizes, strict=True))
+    if 0 in counts:
+        raise InputError(f"--data-shares {' '.join(map(str, data.data_shares))} leaves a folder out of an epoch of "
+                         f"{sum(counts)} samples: {mix}")
+    logger.info("an epoch has %d samples: %s", sum(counts), mix)
 
 
 def _family(model_type: str, architecture: str) -> Family:
