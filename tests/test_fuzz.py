@@ -10,10 +10,9 @@ from launching import ROOT, run
 from test_options import options_of
 from todi.data.records import load_records
 from todi.errors import InputError
-from todi.evaluation.eval_inputs import EvalConfig
 from todi.options import parse
 from todi.runtime.device import choose_device
-from todi.settings import TrainConfig
+from todi.settings import EvalConfig, TrainConfig
 from todi.training.train_inputs import read_inputs
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
