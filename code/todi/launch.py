@@ -118,7 +118,7 @@ def _split(one: Option, text: str) -> list[str]:
     """The words of a variable's value: of a list, those that a shell would see, but the path of something as it is."""
     if one.type is bool and text.lower() not in _BOOLEANS:
         raise ValueError(f"must be {', '.join(_BOOLEANS)}")
-    return shlex.split(text) if one.many and not Path(text).exists() else [text]
+    return shlex.split(text) if one.many and not os.path.exists(text) else [text]
 
 
 def compose(options: Mapping[str, Option], given: Given, words: Sequence[str]) -> Iterator[str]:
@@ -174,6 +174,11 @@ def name_run(given: Given, variables: Mapping[str, str]) -> str:
     def text(name: str) -> str:
         return " ".join(given[name]) if name in given else spell(_TRAINING[name].default)
 
+    def number(name: str) -> int:
+        if not variables.get(name, "1").isdecimal():
+            raise InputError(f"{name} must be a whole number, got {variables[name]!r}")
+        return int(variables.get(name, 1))
+
     def required(name: str) -> str:
         if name not in variables:
             raise InputError(f"set {name} or SAVE_DIR: the folder of the run is named by it")
@@ -184,13 +189,12 @@ def name_run(given: Given, variables: Mapping[str, str]) -> str:
         adapter = (f"{text('peft')}-rank={text('peft_lora_r')}-alpha={text('peft_lora_alpha')}"
                    f"-dropout={text('peft_lora_dropout')}")
     criterion, config = text("criterion"), f"{adapter}-{text('precision')}"
-    devices = int(variables.get("NPROC", 1)) * int(variables.get("NNODES", 1))
     task, parts = "sft", [config]
     if criterion != CROSS_ENTROPY:
         task, parts = criterion, [f"kd^obj={text('kd_objective')}", config, f"teacher={required('TEACHER_NAME')}",
                                   f"kd^rate={text('kd_rate')}", f"kd^temp={text('kd_temperature')}"]
-    parts = [f"criterion={criterion}", *parts, f"epoch={text('num_epochs')}",
-             f"bsz={text('batch_size')}x{text('gradient_accumulation_steps')}x{devices}", f"lr={text('lr')}",
+    batch = f"{text('batch_size')}x{text('gradient_accumulation_steps')}x{number('NPROC') * number('NNODES')}"
+    parts = [f"criterion={criterion}", *parts, f"epoch={text('num_epochs')}", f"bsz={batch}", f"lr={text('lr')}",
              f"seed={text('seed')}"]
     return f"outputs/{required('FAMILY')}/{required('CKPT_NAME')}/{task}/{'__'.join(parts)}"
 
