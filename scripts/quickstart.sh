@@ -31,7 +31,8 @@ stage "distilling it into the student by ${KD_OBJ:=ToDi}" "$out/$KD_OBJ/epoch*" 
   env KD_OBJ="$KD_OBJ" MAX_STEPS=80 LR=1e-3 TEACHER_MODEL_PATH="$tuned" SAVE_DIR="$out/$KD_OBJ" bash scripts/smollm2/vanilla_kd_smollm2.sh
 distilled=$(compgen -G "$out/$KD_OBJ/epoch*" | head -n 1)
 
-export DATA_DIR=data SETS=demo SEEDS=10
+unset DATA_DIR
+export SETS=demo SEEDS=10
 stage "scoring the student before" "$out/before/eval/results.json" \
   bash scripts/eval/run_eval.sh $student 80 --save-dir $out/before
 stage "scoring the student after" "$distilled/eval/results.json" \

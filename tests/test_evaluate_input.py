@@ -18,7 +18,7 @@ class TestBadInput:
         (["--data-dir", "nowhere"], "none of the sets is there; looked for nowhere/dolly/valid.jsonl"),
         (["--sets", "vicuna"], "none of the sets is there"),
         (["--sets"], "--sets needs at least one"),
-        (["--sets", "../data/dolly"], "--sets: '../data/dolly' is not the plain name of a folder below --data-dir"),
+        (["--sets", "../data/dolly"], "--sets must be the plain name of a folder below --sets-dir, got '../data/"),
         (["--sets", "dolly", "dolly"], "--sets: dolly given more than once"),
         (["--seeds", 10, 20, 10], "--seeds: 10 given more than once"),
         (["--seeds", "ten"], "invalid int value: 'ten'"),

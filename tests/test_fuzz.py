@@ -1,19 +1,20 @@
 """Whatever a user gives: a correct result or a clear error, never a traceback."""
 
 import json
+import os
+import shlex
 import subprocess
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import ROOT, run
-from test_options import options_of
 from todi.data.records import load_records
 from todi.errors import InputError
-from todi.evaluation.eval_inputs import EvalConfig
-from todi.options import parse
+from todi.launch import evaluation_options
+from todi.options import declared, parse
 from todi.runtime.device import choose_device
-from todi.settings import TrainConfig
+from todi.settings import EvalConfig, TrainConfig
 from todi.training.train_inputs import read_inputs
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -44,7 +45,8 @@ def test_a_data_file(lines, tmp_path):
             line["output"] if isinstance(line["output"], str) else line["output"][0] for line in read]
 
 
-flags = st.sampled_from(["--" + name.replace("_", "-") for _, name in options_of(TrainConfig)] + ["--sets", "--seeds"])
+flags = st.sampled_from([flag for config_type in (TrainConfig, EvalConfig) for options in declared(config_type).values()
+                         for one in options for flag in one.flags])
 words = st.lists(flags | st.text(max_size=8) | st.integers().map(str) | st.floats().map(str)
                  | st.sampled_from(["ToDi", "auto", "lora", "bf16", "cosine", "beta=1", "=", "30m", "-1"]), max_size=8)
 
@@ -85,7 +87,7 @@ def test_a_training_run_up_to_its_weights(values, workshop):
 
 @settings(RELAXED, max_examples=20)
 @given(value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
-@pytest.mark.parametrize("name", ["LR", "TEACHER_NAME", "SAVE_DIR", "DATA_DIR"])
+@pytest.mark.parametrize("name", ["LR", "TEACHER_NAME", "SAVE_DIR", "MODEL_PATH"])
 def test_a_launcher_hands_a_value_on_as_it_is(name, value):
     before = set(ROOT.iterdir())
     done = run("gpt2/vanilla_kd_gpt2_base", DRY_RUN=1, **{name: value})
@@ -93,3 +95,16 @@ def test_a_launcher_hands_a_value_on_as_it_is(name, value):
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {done.stdout}"], capture_output=True).stdout
     assert any(value.encode() in word for word in words.split(b"\0"))
     assert set(ROOT.iterdir()) == before
+
+
+@RELAXED
+@given(value=st.text(st.sampled_from("ab '\"\\#$;=-/"), min_size=1, max_size=20))
+def test_a_list_is_split_as_a_shell_does(value):
+    try:
+        words = ["--sets", *shlex.split(value)]
+    except ValueError:
+        with pytest.raises(InputError, match="^SETS: No "):
+            evaluation_options([], {"SETS": value})
+    else:
+        if not os.path.exists(value):
+            assert evaluation_options([], {"SETS": value}) == words

@@ -63,17 +63,17 @@ def test_it_goes_on_bit_by_bit_and_a_teacher_cache_fits(words, tmp_path):
     assert losses(cached) == pytest.approx(losses(whole), rel=1e-6)
 
     checksums = {str(file): file_checksum(file) for file in tmp_path.glob("*/*.jsonl") if "metrics" not in file.name}
-    deciding = json.loads((tmp_path / "whole" / "args.json").read_text())["deciding"].values()
+    files = json.loads((tmp_path / "whole" / "args.json").read_text())["files"]
     card = next((tmp_path / "whole").glob("epoch*/README.md")).read_text()
     assert len(checksums) == 3
     for file, checksum in checksums.items():
-        assert checksum in deciding
+        assert files[file] == checksum
         assert f"| `{file}` | `{checksum}` |" in card
 
 
 @pytest.mark.parametrize(("changed", "said"), [
     (["--data-dir", "{one}"], "--data-shares needs a number for each folder of --data-dir, which has 1; got 3.0 1.0"),
-    (["--data-shares", "1", "inf"], "--data-shares must be above 0, got 1.0 inf"),
+    (["--data-shares", "1", "inf"], "--data-shares must be finite, got inf"),
     (["--data-dir", "{one}", "{one}/"], "--data-dir names a folder more than once: {one} {one}/"),
     (["--data-dir"], "--data-dir needs at least one folder"),
     (["--data-dir", "{two}", "{three}"], "no such data file: {two}/dev.jsonl\nno such data file: {three}/dev"),

@@ -14,7 +14,6 @@ import logging
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from todi.data.chat import render_sets
 from todi.data.records import load_sets
 from todi.data.tokenize import encode_examples
 from todi.errors import InputError, collecting, run_main
-from todi.options import option, parse
+from todi.options import check, parse
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
-from todi.settings import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, TeacherConfig
+from todi.settings import CacheConfig
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.filling import BATCH_TOKENS, batch_rows, batches
 from todi.teacher.live import LiveTeacher
@@ -43,38 +42,12 @@ logger = logging.getLogger("todi.cache")
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-@dataclass(frozen=True)
-class CacheConfig:
-    """Makes a teacher cache, describes one, or compares one with its teacher."""
-
-    command: str = option("", "what to do", choices=("build", "info", "verify"), flag="command")
-    folder: str = option("", "of the cache", flag="folder")
-    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    precision: str = option("auto", "precision that the teacher computes in; auto asks the device", choices=PRECISIONS)
-    teacher_cache_dtype: str = option(OWN_DTYPE, "numbers of the cache; own, the teacher's, is exact",
-                                      choices=CACHE_DTYPES)
-    trust_remote_code: bool = option(False, "run Python code that comes with a model; only for models you trust")
-    samples: int = option(32, "samples that verify runs the teacher over again")
-    seed: int = option(0, "of the choice of these samples")
-
-    def problems(self) -> list[str]:
-        """What is wrong with the settings, a sentence each."""
-        found = [*self.teacher.problems(), *self.data.problems()]
-        if self.command == "build" and not self.teacher.teacher_model_path:
-            found.append("--teacher-model-path is required")
-        if self.samples < 0:
-            found.append(f"--samples must not be negative, got {self.samples}")
-        return found
-
-
 def main() -> None:
     """Parse, check, do."""
     config = parse(CacheConfig, prog="python -m todi.cache")
     world = world_from_environment()
     set_up_logging(world.is_main)
-    if config.problems():
-        raise InputError(config.problems())
+    check(config)
     device = choose_device(world.local_rank)
     try:
         if config.command == "build":

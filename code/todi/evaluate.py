@@ -1,9 +1,9 @@
 """Scores a checkpoint on every set with every seed, in one process a device that loads the model once.
 
-    python -m todi.evaluate --model-path CKPT --data-dir data --sets dolly self-inst vicuna --seeds 10 20 30
+    python -m todi.evaluate --model-path CKPT --sets-dir data --sets dolly self-inst vicuna --seeds 10 20 30
     python -m todi.evaluate --peft-path ADAPTER
 
-A set is <data-dir>/<set>/valid.jsonl. Results go to eval/ beside the checkpoint or in --save-dir. What is finished
+A set is <sets-dir>/<set>/valid.jsonl. Results go to eval/ beside the checkpoint or in --save-dir. What is finished
 there is not done again and what was interrupted goes on, as long as settings, model and data are the same.
 """
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from todi.data.records import Record
 from todi.data.tokenize import encode_examples
 from todi.errors import run_main
-from todi.evaluation.eval_inputs import EvalConfig, Inputs, read_inputs
+from todi.evaluation.eval_inputs import Inputs, decoding_of, read_inputs
 from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.set_files import Done, SetStore
@@ -33,6 +33,7 @@ from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
+from todi.settings import EvalConfig
 
 logger = logging.getLogger("todi.evaluate")
 
@@ -69,7 +70,7 @@ def evaluate(config: EvalConfig, inputs: Inputs, world: World, device: torch.dev
 
 def open_stores(config: EvalConfig, inputs: Inputs, device: torch.device) -> dict[str, SetStore]:
     """What there is of each set, with a word on what does not count."""
-    made_with = {**dataclasses.asdict(config.decoding), "precision": inputs.precision.name, "device": device.type,
+    made_with = {**dataclasses.asdict(decoding_of(config)), "precision": inputs.precision.name, "device": device.type,
                  "model": checksum_or_commit(inputs.model_path, model_checksum, config.trust_remote_code),
                  "adapter": config.peft_path and model_checksum(Path(config.peft_path))}
     stores = {}
@@ -89,8 +90,8 @@ def questions_checksum(records: Sequence[Record]) -> str:
 def write_sets(config: EvalConfig, inputs: Inputs, left: Mapping[str, Sequence[int]], done: Mapping[str, Done],
                stores: Mapping[str, SetStore], world: World, device: torch.device) -> None:
     """Writes and scores what is left, by set name and seeds."""
-    writer = Writer(build_model(inputs, config, world, device), inputs.tokenizer, config.decoding, config.batch_size,
-                    world)
+    writer = Writer(build_model(inputs, config, world, device), inputs.tokenizer, decoding_of(config),
+                    config.batch_size, world)
     total = sum(len(seeds) * len(inputs.sets[name]) for name, seeds in left.items())
     written = sum(seed in seeds for name, seeds in left.items() for seed, _ in done[name].rows)
     with tqdm(total=total, initial=written, unit="response", disable=not world.is_main,
@@ -144,7 +145,7 @@ def report(config: EvalConfig, inputs: Inputs, stores: Mapping[str, SetStore]) -
         scores.append(example_scores(by_seed))
     results = {
         "model": inputs.model_path, "adapter": config.peft_path,
-        "settings": {**dataclasses.asdict(config.decoding), "seeds": list(config.streams), "limit": config.limit,
+        "settings": {**dataclasses.asdict(decoding_of(config)), "seeds": list(config.streams), "limit": config.limit,
                      "precision": inputs.precision.name},
         "sets": sets, "average": average(sets, scores),
     }

@@ -1,24 +1,87 @@
-"""The settings of a training run. Nothing below the entry point and the builders ever sees these classes."""
+"""The settings: of a training run, of an evaluation, of a teacher cache. Each is declared here and nowhere else.
+
+    python -m todi.settings > docs/settings.md     # the page that lists them
+
+Nothing below the entry points and the builders ever sees these classes.
+"""
 
 import dataclasses
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from todi.options import option, parse
+from todi.options import markdown_tables, option, parse, problems
+from todi.schedules import SCHEDULES
 
 CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
-SCHEDULES = ("constant", "linear", "cosine", "noam")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 RESUME = ("auto", "force", "never")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
 CACHE_MODES = ("auto", "on", "off")
+# a relative path, spelled plainly, that stays below the folder it is joined to
+SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
 
+# What launchers understand besides the settings.
+LAUNCHER_VARIABLES = {
+    "FAMILY": "the student's family: MODEL_TYPE when not given, and a folder of model_hub/ and outputs/",
+    "CKPT_NAME": "the student's name: MODEL_PATH is model_hub/FAMILY/CKPT_NAME when not given",
+    "TEACHER_FAMILY": "family of the teacher; FAMILY when not given",
+    "TEACHER_NAME": "the teacher's name: TEACHER_MODEL_PATH is the best of its newest SFT run when not given",
+    "TEACHER_PEFT": "lora: the teacher is model_hub/TEACHER_FAMILY/TEACHER_NAME with the adapter of its newest SFT run",
+    "SKEW_LAMBDA": "0.1 is short for KD_PARAMS=skew_lambda=0.1",
+    "GPUS": "devices to use, 0,1 or cpu; all that are visible when not given",
+    "NPROC": "processes; one for each device when not given, on a CPU one",
+    "NNODES": "nodes; with NODE_RANK, MASTER_ADDR and MASTER_PORT, as in torchrun",
+    "NODE_RANK": "number of this node, from 0",
+    "MASTER_ADDR": "name of the first node",
+    "MASTER_PORT": "a free port there; 29500 when not given",
+    "DRY_RUN": "1: print the command and stop",
+    "DOCTOR": "1: check all input, estimate memory and disk space, and stop",
+}
+
+
+# ---- what several commands share
+
+def _max_length() -> Any:
+    return option(512, "longest prompt + response, in tokens")
+
+
+def _max_prompt_length() -> Any:
+    return option(256, "longest prompt, in tokens; the rest of it is cut off", least=1)
+
+
+def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
+    if config.max_prompt_length >= config.max_length:
+        yield (f"--max-prompt-length ({config.max_prompt_length}) must be below --max-length "
+               f"({config.max_length}), or no room is left for a response")
+
+
+def _eval_batch_size() -> Any:
+    return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
+                  may_change=True)
+
+
+def _precision() -> Any:
+    return option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
+
+
+def _trust_remote_code() -> Any:
+    return option(False, "run Python code that comes with a model; only for models you trust")
+
+
+def _teacher_cache_dtype() -> Any:
+    return option(OWN_DTYPE, "numbers of the teacher cache; own, the teacher's, is exact", choices=CACHE_DTYPES,
+                  may_change=True)
+
+
+def _check_only() -> Any:
+    return option(False, "check all input, then stop before any weights are loaded", may_change=True)
+
+
+# ---- training
 
 @dataclass(frozen=True)
 class StudentConfig:
@@ -27,23 +90,19 @@ class StudentConfig:
     model_path: str = option("", "the student: a model folder, a GGUF file, or a Hugging Face Hub name")
     model_type: str = option("auto", "model family (todi/models/families.py); auto reads it from the config")
     peft: str | None = option(None, "how to fine-tune: lora, or every weight when not given", choices=("lora",))
-    peft_lora_r: int = option(256, "LoRA rank")
-    peft_lora_alpha: float = option(8, "LoRA alpha")
-    peft_lora_dropout: float = option(0.1, "LoRA dropout")
+    peft_lora_r: int = option(256, "LoRA rank", least=1, env="LORA_RANK")
+    peft_lora_alpha: float = option(8, "LoRA alpha", env="LORA_ALPHA")
+    peft_lora_dropout: float = option(0.1, "LoRA dropout", least=0, below=1, env="LORA_DROPOUT")
     peft_path: str | None = option(None, "go on from this LoRA adapter")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", may_change=True)
-    trust_remote_code: bool = option(False, "run Python code that comes with a model; only for models you trust")
+    trust_remote_code: bool = _trust_remote_code()
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
+    def rules(self) -> Iterator[str]:
+        """What is wrong between these settings, a sentence each."""
         if not self.model_path:
             yield "--model-path is required"
         if self.peft_path and not self.peft:
             yield "--peft-path needs --peft lora"
-        if self.peft_lora_r < 1:
-            yield f"--peft-lora-r must be at least 1, got {self.peft_lora_r}"
-        if not 0 <= self.peft_lora_dropout < 1:
-            yield f"--peft-lora-dropout must be in [0, 1), got {self.peft_lora_dropout}"
 
 
 @dataclass(frozen=True)
@@ -53,33 +112,30 @@ class TeacherConfig:
     teacher_model_path: str | None = option(None, "the teacher: a model folder, a GGUF file, or a Hub name")
     teacher_model_type: str = option("auto", "model family of the teacher")
     teacher_weights: tuple[float, ...] = option((), "share of each of several teachers in their mean; even when not "
-                                                    "given")
+                                                    "given", above=0)
     teacher_callable: str | None = option(None, "instead of a model: file.py:function, which gives logits for a batch")
     teacher_peft_path: str | None = option(None, "a LoRA adapter that is merged into the teacher")
     teacher_dtype: str | None = option(None, "precision of the teacher; the run's when not given",
                                        choices=PRECISIONS[1:])
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
+    def rules(self) -> Iterator[str]:
+        """What is wrong between these settings, a sentence each."""
         if self.teacher_peft_path and not self.teacher_model_path:
             yield "--teacher-peft-path needs --teacher-model-path"
         if self.teacher_callable and self.teacher_model_path:
             yield "--teacher-callable and --teacher-model-path: give one of them"
-        if any(not weight > 0 for weight in self.teacher_weights):
-            yield f"--teacher-weights must be above 0, got {' '.join(map(str, self.teacher_weights))}"
 
 
 @dataclass(frozen=True)
 class TeacherCacheConfig:
-    """Whether the teacher runs once. Free options: what a run made of them stays with it (todi/teachers.py)."""
+    """Whether the teacher runs once. What a run made of these settings stays with it (todi/teacher/opening.py)."""
 
     teacher_cache: str = option("auto", "keep the teacher's hidden states: on, off, auto (where it pays), or the "
                                         "folder to keep them in", may_change=True)
-    teacher_cache_dtype: str = option(OWN_DTYPE, "numbers of the teacher cache; own, the teacher's, is exact",
-                                      choices=CACHE_DTYPES, may_change=True)
+    teacher_cache_dtype: str = _teacher_cache_dtype()
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
+    def rules(self) -> Iterator[str]:
+        """What is wrong with the name of the folder."""
         cache = self.teacher_cache
         if cache not in CACHE_MODES and "/" not in cache and not Path(cache).is_dir():
             yield f"--teacher-cache must be {', '.join(CACHE_MODES)} or a folder (as ./{cache}), got {cache!r}"
@@ -89,34 +145,25 @@ class TeacherCacheConfig:
 class DataConfig:
     """What is read, and how much of it."""
 
-    data_dir: tuple[str, ...] = option(("data/demo",), "folder with train.jsonl and dev.jsonl, or several to mix")
+    data_dir: tuple[str, ...] = option(("data/dolly",), "folder with train.jsonl and dev.jsonl, or several to mix")
     data_shares: tuple[float, ...] = option((), "share of each of several data folders in an epoch; by their sizes "
-                                                "when not given")
-    train_num: int | None = option(None, "use only the first so many training records of each folder")
-    dev_num: int | None = option(None, "use only the first so many dev records of each folder")
-    max_length: int = option(512, "longest prompt + response, in tokens")
-    max_prompt_length: int = option(256, "longest prompt, in tokens")
+                                                "when not given", above=0)
+    train_num: int | None = option(None, "use only the first so many training records of each folder", least=1)
+    dev_num: int | None = option(None, "use only the first so many dev records of each folder", least=1)
+    max_length: int = _max_length()
+    max_prompt_length: int = _max_prompt_length()
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
+    def rules(self) -> Iterator[str]:
+        """What is wrong between these settings, a sentence each."""
         if not self.data_dir:
             yield "--data-dir needs at least one folder"
         if len(set(map(Path, self.data_dir))) < len(self.data_dir):
             yield (f"--data-dir names a folder more than once: {' '.join(self.data_dir)}; --data-shares says how often "
                    "each is drawn from")
-        if any(not (share > 0 and math.isfinite(share)) for share in self.data_shares):
-            yield f"--data-shares must be above 0, got {' '.join(map(str, self.data_shares))}"
         if self.data_shares and len(self.data_shares) != len(self.data_dir):
             yield (f"--data-shares needs a number for each folder of --data-dir, which has {len(self.data_dir)}; got "
                    f"{' '.join(map(str, self.data_shares))}")
-        for name in ("train_num", "dev_num"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-        if self.max_prompt_length < 1:
-            yield f"--max-prompt-length must be at least 1, got {self.max_prompt_length}"
-        if self.max_prompt_length >= self.max_length:
-            yield (f"--max-prompt-length ({self.max_prompt_length}) must be below --max-length "
-                   f"({self.max_length}), or no room is left for a response")
+        yield from _room_for_a_response(self)
 
 
 @dataclass(frozen=True)
@@ -124,111 +171,77 @@ class ObjectiveConfig:
     """What the student is trained on."""
 
     criterion: str = option("vanilla_kd", "cross_entropy (SFT) or vanilla_kd (distillation)", choices=CRITERIA)
-    kd_objective: str = option("ToDi", "the divergence (todi/criterions/divergences.py)")
+    kd_objective: str = option("ToDi", "the divergence (todi/criterions/divergences.py)", env="KD_OBJ")
     kd_params: tuple[str, ...] = option((), "parameters of the divergence as name=value, e.g. beta=0.5")
-    kd_rate: float = option(0.5, "share of the divergence in the loss; the rest is cross-entropy")
-    kd_temperature: float = option(2.0, "temperature of both softmaxes in the divergence")
-    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
-    loss_terms: tuple[str, ...] = option((), "further terms of the loss as name=weight, e.g. hidden_states=0.1")
+    kd_rate: float = option(0.5, "share of the divergence in the loss; the rest is cross-entropy", least=0, at_most=1)
+    kd_temperature: float = option(2.0, "temperature of both softmaxes in the divergence", above=0, env="KD_TEMP")
+    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy", least=0, below=1)
+    loss_terms: tuple[str, ...] = option((), "further terms of the loss as name=weight, e.g. hidden_states=0.1",
+                                         pattern=(r"\w+=[\d.e+-]+", "name=weight"))
     hidden_layers: tuple[str, ...] = option((), "for the term hidden_states: pairs student:teacher of layers, e.g. "
-                                                "3:6; spread evenly when not given")
+                                                "3:6; spread evenly when not given",
+                                            pattern=(r"\d+:\d+", "student:teacher, two numbers of layers"))
     loss_chunk_size: int | None = option(None, "rows of the vocabulary projection at a time; chosen when not given",
-                                         may_change=True)
+                                         least=1, may_change=True)
 
     @property
     def distils(self) -> bool:
         """Whether there is a teacher."""
         return self.criterion != CROSS_ENTROPY
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
-        if not 0 <= self.kd_rate <= 1:
-            yield f"--kd-rate must be in [0, 1], got {self.kd_rate}"
-        if not (self.kd_temperature > 0 and math.isfinite(self.kd_temperature)):
-            yield f"--kd-temperature must be above 0, got {self.kd_temperature}"
-        for words, form in ((self.loss_terms, r"\w+=[\d.e+-]+"), (self.hidden_layers, r"\d+:\d+")):
-            yield from (f"{word!r} is neither name=weight nor student:teacher" for word in words
-                        if not re.fullmatch(form, word))
-        if not 0 <= self.label_smoothing < 1:
-            yield f"--label-smoothing must be in [0, 1), got {self.label_smoothing}"
-        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
-            yield f"--loss-chunk-size must be at least 1, got {self.loss_chunk_size}"
-
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer, schedule, and the shape of a step."""
 
-    lr: float = option(5e-4, "peak learning rate")
-    lr_min: float = option(1e-7, "learning rate at the end of the cosine schedule")
+    lr: float = option(5e-4, "peak learning rate", above=0)
+    lr_min: float = option(1e-7, "learning rate at the end of the cosine schedule", least=0)
     lr_scheduler: str = option("cosine", "schedule after the warm-up", choices=SCHEDULES)
-    warmup_iters: int = option(0, "optimizer steps of linear warm-up")
-    weight_decay: float = option(0.01, "AdamW weight decay, on matrices only")
-    adam_beta1: float = option(0.9, "AdamW beta 1")
-    adam_beta2: float = option(0.999, "AdamW beta 2")
-    adam_eps: float = option(1e-8, "AdamW epsilon")
-    clip_grad: float = option(1.0, "largest gradient norm; 0 turns clipping off")
-    batch_size: int = option(4, "samples of a micro-batch, per device", may_change=True)
-    gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device", may_change=True)
-    num_epochs: int = option(20, "passes over the training data")
-    max_steps: int | None = option(None, "stop after so many optimizer steps")
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
-        for name in ("batch_size", "gradient_accumulation_steps", "num_epochs"):
-            if getattr(self, name) < 1:
-                yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-        if self.max_steps is not None and self.max_steps < 1:
-            yield f"--max-steps must be at least 1, got {self.max_steps}"
-        for name in ("lr", "adam_eps"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                yield f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}"
-        for name in ("lr_min", "warmup_iters", "weight_decay", "clip_grad"):
-            if not getattr(self, name) >= 0:
-                yield f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}"
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}"
+    warmup_iters: int = option(0, "optimizer steps of linear warm-up", least=0)
+    weight_decay: float = option(0.01, "AdamW weight decay, on matrices only", least=0)
+    adam_beta1: float = option(0.9, "AdamW beta 1", least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW beta 2", least=0, below=1)
+    adam_eps: float = option(1e-8, "AdamW epsilon", above=0)
+    clip_grad: float = option(1.0, "largest gradient norm; 0 turns clipping off", least=0)
+    batch_size: int = option(4, "samples of a micro-batch, per device", least=1, may_change=True)
+    gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device", least=1,
+                                              env="GRAD_ACC", may_change=True)
+    num_epochs: int = option(20, "passes over the training data", least=1, env="EPOCH")
+    max_steps: int | None = option(None, "stop after so many optimizer steps", least=1)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run goes, in what precision, and how it is judged."""
 
-    save_dir: str = option("outputs/run", "folder for checkpoints, args.json, train.log, metrics.jsonl",
-                           may_change=True)
-    keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", may_change=True)
-    precision: str = option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
-    zero_stage: int = option(1, "DeepSpeed ZeRO stage, 0 to 3")
+    save_dir: str = option("outputs/run", "folder for checkpoints, args.json, train.log, metrics.jsonl; launchers name "
+                                          "it by the settings", may_change=True)
+    keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", least=1,
+                                          env="SAVE_BEST_N_CKPTS", may_change=True)
+    precision: str = _precision()
+    zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3)
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
                                           flag="--deepspeed_config", may_change=True)
     seed: int = option(10, "seed of the data order, the dropout and the dev sampling")
-    log_interval: int = option(10, "optimizer steps between lines of the log", may_change=True)
-    eval_interval: int = option(1, "epochs between evaluations on dev")
+    log_interval: int = option(10, "optimizer steps between lines of the log", least=1, may_change=True)
+    eval_interval: int = option(1, "epochs between evaluations on dev", least=1)
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
-    eval_batch_size: int = option(16, "prompts decoded together in an evaluation, per device", may_change=True)
+    eval_batch_size: int = _eval_batch_size()
     resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "
                                  "settings differ; never starts anew and removes it", choices=RESUME, may_change=True)
     save_state_every: str = option("30m", "a resume state after so many minutes (30m) or steps (500) besides the one "
-                                          "at each epoch's end; 0 for no others", may_change=True)
+                                          "at each epoch's end; 0 for no others", may_change=True,
+                                   pattern=(r"\d+m?", "a number of steps (500) or of minutes (30m)"))
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
-                                may_change=True)
+                                least=1, may_change=True)
     report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
     plugins: tuple[str, ...] = option((), "Python files that are run first, to register what is one's own")
-    check_only: bool = option(False, "check all input, then stop before any weights are loaded", may_change=True)
+    check_only: bool = _check_only()
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these settings, a sentence each."""
-        for name in ("keep_best_n_checkpoints", "log_interval", "eval_interval", "eval_batch_size", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                yield f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-        if self.zero_stage not in range(4):
-            yield f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}"
+    def rules(self) -> Iterator[str]:
+        """What is wrong with the named file."""
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             yield f"--deepspeed_config: no such file: {self.deepspeed_config}"
-        if not re.fullmatch(r"\d+m?", self.save_state_every):
-            yield (f"--save-state-every must be a number of steps (500) or of minutes (30m), got "
-                   f"{self.save_state_every!r}")
 
 
 @dataclass(frozen=True)
@@ -255,13 +268,100 @@ class TrainConfig:
         """Of the settings that decide what a run computes, by name."""
         return parse(cls, ()).deciding
 
+    def rules(self) -> Iterator[str]:
+        """What is wrong between the groups, a sentence each."""
+        if self.objective.distils and not self.teacher.teacher_model_path:
+            yield f"--criterion {self.objective.criterion} needs --teacher-model-path"
+
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""
-        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        found = [problem for part in parts for problem in part.problems()]
-        if self.objective.distils and not self.teacher.teacher_model_path:
-            found.append(f"--criterion {self.objective.criterion} needs --teacher-model-path")
-        return found
+        return problems(self)
+
+
+# ---- evaluation
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Scores a checkpoint by ROUGE-L on instruction sets, over several sampling seeds."""
+
+    model_path: str | None = option(None, "a model folder, a GGUF file, or a Hub name; an adapter names its own")
+    # no variables for what the launchers are told by words: those of a training may be set in the same shell
+    peft_path: str | None = option(None, "a LoRA adapter, merged into --model-path or into the base that it names",
+                                   env=())
+    trust_remote_code: bool = _trust_remote_code()
+    sets_dir: str = option("data", "folder with a folder for each set", flag=("--sets-dir", "--data-dir"),
+                           env=("SETS_DIR", "DATA_DIR"))
+    sets: tuple[str, ...] = option(("dolly", "self-inst", "vicuna", "sinst/11_", "uinst/11_"),
+                                   "sets to score; one that is not there is named and skipped",
+                                   pattern=(SET_NAME, "the plain name of a folder below --sets-dir"))
+    limit: int | None = option(None, "use only the first so many records of each set", least=1)
+    seeds: tuple[int, ...] = option((10, 20, 30, 40, 50), "sampling seeds; greedy takes the first alone")
+    batch_size: int = _eval_batch_size()
+    max_length: int = _max_length()
+    max_new_tokens: int = option(256, "longest response, in tokens", least=1)
+    max_prompt_length: int = _max_prompt_length()
+    do_sample: bool = option(True, "sample; else greedy or beam search")
+    num_beams: int = option(1, "beams of the beam search, with --no-do-sample", least=1)
+    temperature: float = option(1.0, "sampling temperature", above=0)
+    top_p: float = option(1.0, "sample from the smallest set of tokens with this mass; 1 is off", above=0, at_most=1)
+    top_k: int = option(0, "sample from the k most likely tokens; 0 is off", least=0)
+    no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
+    precision: str = _precision()
+    save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
+    check_only: bool = _check_only()
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """The seeds that make a difference."""
+        return self.seeds if self.do_sample else self.seeds[:1]
+
+    @property
+    def folder(self) -> Path:
+        """Where eval/ goes."""
+        return Path(self.save_dir or self.peft_path or self.model_path)
+
+    def rules(self) -> Iterator[str]:
+        """What is wrong between these settings, a sentence each."""
+        if not (self.model_path or self.peft_path):
+            yield "--model-path or --peft-path is required"
+        elif not (self.save_dir or self.peft_path or Path(self.model_path).is_dir()):
+            yield f"--save-dir is required: {self.model_path} is no folder that results could go to"
+        for name in ("sets", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                yield f"--{name} needs at least one"
+            repeated = sorted({str(value) for value in values if values.count(value) > 1})
+            if repeated:
+                yield f"--{name}: {', '.join(repeated)} given more than once"
+        yield from _room_for_a_response(self)
+        if self.do_sample and self.num_beams > 1:
+            yield f"--num-beams {self.num_beams} needs --no-do-sample"
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the settings themselves, in the order of the options."""
+        return problems(self)
+
+
+# ---- the teacher cache
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Makes a teacher cache, describes one, or compares one with its teacher."""
+
+    command: str = option("", "what to do", choices=("build", "info", "verify"), flag="command")
+    folder: str = option("", "of the cache", flag="folder")
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    precision: str = _precision()
+    teacher_cache_dtype: str = _teacher_cache_dtype()
+    trust_remote_code: bool = _trust_remote_code()
+    samples: int = option(32, "samples that verify runs the teacher over again", least=0)
+    seed: int = option(0, "of the choice of these samples")
+
+    def rules(self) -> Iterator[str]:
+        """What is wrong between these settings, a sentence each."""
+        if self.command == "build" and not self.teacher.teacher_model_path:
+            yield "--teacher-model-path is required"
 
 
 def parse_kd_params(words: tuple[str, ...]) -> dict[str, float]:
@@ -275,3 +375,43 @@ def parse_kd_params(words: tuple[str, ...]) -> dict[str, float]:
             raise ValueError(f"expected name=number, got {word!r}") from None
     return params
 
+
+def page() -> str:
+    """docs/settings.md."""
+    launchers = "\n".join(f"| `{name}` | {help} |" for name, help in LAUNCHER_VARIABLES.items())
+    return f"""# Settings
+
+Made from the declarations in `code/todi/settings.py` by `python -m todi.settings > docs/settings.md`.
+
+A launcher takes the variables; its words go to the Python command as they are, and win. A variable that is empty is not
+given. Of a list the values are separated by spaces, quoted as in a shell. Yes and no are `1` and `0`. A name that no
+setting has, but nearly, is refused.
+
+## Training: `python -m todi.train`, `todi.doctor`
+
+"At resume" marks what may change when a run goes on: it does not alter what is computed.
+
+{markdown_tables(TrainConfig, ("variable", "option", "default", "allowed", "at resume", "meaning"))}
+
+## What launchers understand besides
+
+`PEFT=full` trains every weight though the launcher has an adapter; `TEACHER_PEFT_PATH=none` leaves the teacher's out.
+
+| variable | meaning |
+| --- | --- |
+{launchers}
+
+## Evaluation: `python -m todi.evaluate`
+
+{markdown_tables(EvalConfig, ("variable", "option", "default", "allowed", "meaning"))}
+
+## Teacher cache: `python -m todi.cache`
+
+Besides its own, the settings of the teacher and of the data above.
+
+{markdown_tables(CacheConfig, ("option", "default", "allowed", "meaning"), leave_out=(TeacherConfig, DataConfig))}
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")

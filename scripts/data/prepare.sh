@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Makes sets from their public sources:  bash scripts/data/prepare.sh dolly self-inst vicuna sinst/11_ uinst/11_
-# RAW_DIR=downloads takes files that you have; TOKENIZER=model_hub/gpt2/gpt2-base counts its tokens; LIMIT SEED DATA_DIR PLUGINS
+# RAW_DIR=downloads takes files that you have; TOKENIZER=model_hub/gpt2/gpt2-base counts its tokens; LIMIT SEED SETS_DIR
+# PLUGINS=my_sets.py runs a Python file first
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 
 cd "$ROOT"
+sets_dir=${SETS_DIR:-${DATA_DIR:-}}  # an older name
 export DS_ACCELERATOR=cpu  # works on the CPU; DeepSpeed need not look for a GPU and warn
-exec "$PYTHON" -m todi.data.prepare "$@" ${RAW_DIR:+--raw-dir "$RAW_DIR"} ${DATA_DIR:+--data-dir "$DATA_DIR"} \
-  ${TOKENIZER:+--tokenizer "$TOKENIZER"} ${LIMIT:+--limit "$LIMIT"} ${SEED:+--seed "$SEED"} ${PLUGINS:+--plugins $PLUGINS}
+exec "$PYTHON" -m todi.data.prepare "$@" ${RAW_DIR:+--raw-dir "$RAW_DIR"} ${sets_dir:+--sets-dir "$sets_dir"} \
+  ${TOKENIZER:+--tokenizer "$TOKENIZER"} ${LIMIT:+--limit "$LIMIT"} ${SEED:+--seed "$SEED"} \
+  ${PLUGINS:+--plugins $PLUGINS}

@@ -3,4 +3,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 
 (($# >= 1)) || die "usage: bash scripts/eval/run_eval.sh CKPT_PATH [EVAL_BATCH_SIZE]"
-evaluate --model-path "$1" --batch-size "${2:-${EVAL_BATCH_SIZE:-32}}" "${@:3}"
+evaluate --model-path "$1" ${2:+--batch-size "$2"} "${@:3}"

@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 
 (($# >= 1)) || die "usage: bash scripts/eval/run_eval_lora.sh LORA_ADAPTER_PATH [EVAL_BATCH_SIZE]"
-evaluate --peft-path "$1" ${MODEL_PATH:+--model-path "$MODEL_PATH"} --batch-size "${2:-${EVAL_BATCH_SIZE:-32}}" "${@:3}"
+evaluate --peft-path "$1" ${2:+--batch-size "$2"} "${@:3}"

@@ -5,8 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 default FAMILY qwen2.5
 default CKPT_NAME qwen2.5-0.5b
 default LR 5e-5
-default BATCH_SIZE 4
-default GRAD_ACC 2
 default EPOCH 10
 
 sft "$@"

@@ -5,8 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 default FAMILY smollm2
 default CKPT_NAME smollm2-12-layers
 default LR 1e-3
-default BATCH_SIZE 4
-default GRAD_ACC 2
 default EPOCH 10
 
 sft "$@"

@@ -2,15 +2,10 @@
 # Distils the fine-tuned SmolLM2-135M (sft_teacher_smollm2.sh) into its depth-pruned copy.
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 
-default KD_OBJ ToDi
 default FAMILY smollm2
 default CKPT_NAME smollm2-12-layers
 default TEACHER_NAME smollm2-135m-instruct
 default LR 1e-3
-default BATCH_SIZE 4
-default GRAD_ACC 2
 default EPOCH 10
-default KD_RATE 0.5
-default KD_TEMP 2.0
 
 distil "$@"

@@ -20,6 +20,7 @@ from todi.data.templates import alpaca_prompt
 from todi.errors import InputError, collecting, run_main
 from todi.models.loading import load_tokenizer
 from todi.options import option, parse
+from todi.options import problems as problems_of
 from todi.registry import did_you_mean, load_plugins
 from todi.runtime.checksums import file_checksum
 from todi.runtime.logs import set_up_logging
@@ -38,11 +39,11 @@ class PrepareConfig:
                                        "or a plugin's",
                                    flag="sets")
     raw_dir: str = option("data/raw", "the sources' own files; what is not there is downloaded to it")
-    data_dir: str = option("data", "where the sets go")
+    sets_dir: str = option("data", "where the sets go", flag=("--sets-dir", "--data-dir"))
     tokenizer: str | None = option(None, "a model whose tokens the length limits count; without, a token is a word or "
                                          "a punctuation mark")
-    max_prompt_length: int = option(256, "longest prompt, in tokens; longer ones are left out")
-    limit: int | None = option(None, "at most so many records of a split")
+    max_prompt_length: int = option(256, "longest prompt, in tokens; longer ones are left out", least=1)
+    limit: int | None = option(None, "at most so many records of a split", least=1)
     seed: int = option(10, "of shuffling and sampling")
     plugins: tuple[str, ...] = option((), "Python files that are run first, to register sets of one's own")
 
@@ -52,13 +53,12 @@ def main() -> None:
     config = parse(PrepareConfig, prog="python -m todi.data.prepare")
     set_up_logging(is_main=True)
     load_plugins(config.plugins)
-    problems = [] if config.sets else [f"name at least one set of {', '.join(SOURCES)}"]
+    problems = problems_of(config)
+    if not config.sets:
+        problems.append(f"name at least one set of {', '.join(SOURCES)}")
     for name in config.sets:
         if name not in SOURCES:
             problems.append(f"unknown set {name!r}; {did_you_mean(name, SOURCES)}allowed: {', '.join(SOURCES)}")
-    for name, value in (("max_prompt_length", config.max_prompt_length), ("limit", config.limit)):
-        if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if problems:
         raise InputError(problems)
     count = _counter(config.tokenizer)
@@ -84,7 +84,7 @@ def prepare(name: str, config: PrepareConfig, count: Count) -> None:
         raise InputError(f"{', '.join(raw.used)} in {raw.folder}: not of the form of {name} ({error!r})") from None
     if not kept:
         raise InputError(f"{', '.join(raw.used)} in {raw.folder}: no item of {name} is left")
-    folder = Path(config.data_dir) / name
+    folder = Path(config.sets_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
     for split, records in _splits(kept, source, config.seed).items():

@@ -7,10 +7,11 @@ ROUGE-L.
 """
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from todi.errors import InputError
 from todi.evaluation.bootstrap import interval
 from todi.runtime.storage import write_text
+from todi.settings import SET_NAME
 
 RESULTS_FILE = Path("eval", "results.json")
 
@@ -43,8 +45,7 @@ class Generation:
 
 def is_set_name(name: str) -> bool:
     """Whether `name` is a relative path, spelled plainly, that stays below the folder it is joined to."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and str(path) == name
+    return re.fullmatch(SET_NAME, name) is not None
 
 
 def seed_file(folder: Path, set_name: str, seed: int) -> Path:

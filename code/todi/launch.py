@@ -1,0 +1,214 @@
+"""Turns the launchers' variables into options, by the declarations in todi/settings.py.
+
+    FAMILY=gpt2 CKPT_NAME=gpt2-base TEACHER_NAME=gpt2-xlarge KD_OBJ=ToDi python -m todi.launch train --lr 1e-3
+    SETS="dolly vicuna" python -m todi.launch evaluate --print0 --model-path CKPT
+
+prints the options of todi.train or todi.evaluate: what the variables say and no option says, then the given options as
+they are. For a training it also finds the models by their names, and names the folder of the run; that is always the
+last word, after --save-dir. --print0 ends each word with a NUL, for `mapfile -d ''`.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from todi.errors import InputError, run_main
+from todi.options import Option, declared, spell
+from todi.settings import (
+    CROSS_ENTROPY,
+    LAUNCHER_VARIABLES,
+    EvalConfig,
+    TeacherCacheConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+Given = dict[str, list[str]]  # an option's name -> the words of its value
+
+_TRAINING = {one.name: one for options in declared(TrainConfig).values() for one in options}
+_EVALUATION = {one.name: one for options in declared(EvalConfig).values() for one in options}
+# What a shell may hold for its distillations while it also fine-tunes.
+_OF_DISTILLATION = {one.name for group in (TeacherConfig, TeacherCacheConfig) for one in declared(group)[group]} | {
+    name for name in _TRAINING if name.startswith("kd_")}
+_BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
+_ALIKE = 0.85
+_FOREIGN = {"NGPUS", "NODES"}  # batch systems set them
+_CHECKPOINT = re.compile(r"epoch\d+_step\d+_loss(?P<loss>[\d.]+|nan|inf)(_rougel(?P<rouge>[\d.]+))?")
+
+
+def main() -> None:
+    """Compose, print."""
+    command, *words = sys.argv[1:] or [""]
+    if command not in _COMMANDS:
+        raise InputError(f"usage: python -m todi.launch {'|'.join(_COMMANDS)} [--print0] [OPTION...], got {command!r}")
+    print0 = words[:1] == ["--print0"]
+    options = _COMMANDS[command](words[print0:], os.environ)
+    text = "".join(f"{word}\0" for word in options) if print0 else f"{shlex.join(options)}\n"
+    sys.stdout.buffer.write(os.fsencode(text))
+
+
+def training_options(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The options of todi.train, --save-dir last.
+
+    Raises:
+        InputError: a variable that is none of ours but looks like it, or with a value that cannot be.
+    """
+    variables = set_variables(environment)
+    save_dir, words = _split_off_save_dir(words)
+    given = find_models(variables) | read_values(_TRAINING, variables)
+    # words for what a launcher has and its user does not want
+    if given.get("peft") == ["full"]:
+        del given["peft"]
+    if given.get("teacher_peft_path") == ["none"]:
+        del given["teacher_peft_path"]
+    if "SKEW_LAMBDA" in variables:
+        given["kd_params"] = [*given.get("kd_params", ()), f"skew_lambda={variables['SKEW_LAMBDA']}"]
+    if given.get("criterion") == [CROSS_ENTROPY]:
+        given = {name: value for name, value in given.items() if name not in _OF_DISTILLATION}
+    save_dir = save_dir or "".join(given.pop("save_dir", ())) or name_run(given, variables)
+    return [*compose(_TRAINING, given, words), *words, "--save-dir", save_dir]
+
+
+def evaluation_options(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The options of todi.evaluate. Raises InputError like `training_options`."""
+    return [*compose(_EVALUATION, read_values(_EVALUATION, set_variables(environment)), words), *words]
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], list[str]]] = {
+    "train": training_options, "evaluate": evaluation_options}
+
+
+def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are set and not empty. Raises InputError for those that are nearly ours."""
+    options = [*_TRAINING.values(), *_EVALUATION.values()]
+    ours = {*LAUNCHER_VARIABLES, *(variable for one in options for variable in one.variables)}
+    meant = {one.name.upper(): one.variables[0] for one in options if one.variables} | {name: name for name in ours}
+    variables = {name: value for name, value in environment.items() if value}
+    problems = []
+    for name in variables.keys() - ours - _FOREIGN:
+        near = difflib.get_close_matches(name, meant, n=1, cutoff=_ALIKE) if name.isupper() else []
+        problems += [f"unknown variable {name}; did you mean {meant[one]}?" for one in near]
+    if problems:
+        raise InputError(sorted(problems))
+    return variables
+
+
+def read_values(options: Mapping[str, Option], variables: Mapping[str, str]) -> Given:
+    """What the variables say of the options. Raises InputError with every value that cannot be read."""
+    given, problems = {}, []
+    for name, one in options.items():
+        variable = next((variable for variable in one.variables if variable in variables), None)
+        if variable:
+            try:
+                given[name] = _split(one, variables[variable])
+            except ValueError as error:
+                problems.append(f"{variable}: {error}, got {variables[variable]!r}")
+    if problems:
+        raise InputError(problems)
+    return given
+
+
+def _split(one: Option, text: str) -> list[str]:
+    """The words of a variable's value: of a list, those that a shell would see, but the path of something as it is."""
+    if one.type is bool and text.lower() not in _BOOLEANS:
+        raise ValueError(f"must be {', '.join(_BOOLEANS)}")
+    return shlex.split(text) if one.many and not os.path.exists(text) else [text]
+
+
+def compose(options: Mapping[str, Option], given: Given, words: Sequence[str]) -> Iterator[str]:
+    """The words of a command line that say what is given, but for options that are among `words`."""
+    said = {word.split("=")[0] for word in words}
+    for name, one in options.items():
+        negative = f"--no-{one.flag[2:]}"
+        if name not in given or said.intersection([*one.flags, negative]):
+            continue
+        value = given[name]
+        if one.type is bool:
+            yield one.flag if _BOOLEANS[value[0].lower()] else negative
+        elif len(value) == 1 and value[0].startswith("-"):
+            yield f"{one.flag}={value[0]}"  # it would be taken for an option
+        else:
+            yield from (one.flag, *value)
+
+
+def find_models(variables: Mapping[str, str]) -> Given:
+    """The student in model_hub/, and the teacher: its newest SFT run's best, or model_hub/'s with that as adapter."""
+    family, name = variables.get("FAMILY"), variables.get("CKPT_NAME")
+    found = {"model_type": [family]} if family else {}
+    if family and name:
+        found["model_path"] = [f"model_hub/{family}/{name}"]
+    family, name = variables.get("TEACHER_FAMILY", family), variables.get("TEACHER_NAME")
+    peft = variables.get("TEACHER_PEFT", "full")
+    if peft not in ("lora", "full"):
+        raise InputError(f"TEACHER_PEFT must be lora or full, got {peft!r}")
+    if family:
+        found["teacher_model_type"] = [family]
+    if family and name and "TEACHER_CALLABLE" not in variables:
+        tuned = best_checkpoint(Path("outputs", family, name, "sft"))
+        found |= ({"teacher_model_path": [f"model_hub/{family}/{name}"], "teacher_peft_path": [tuned]}
+                  if peft == "lora" else {"teacher_model_path": [tuned]})
+    return found
+
+
+def best_checkpoint(runs: Path) -> str:
+    """The best checkpoint of the newest run in a folder of runs, or the folder itself where there is none yet."""
+    checkpoints = {path: match for path in runs.glob("*/epoch*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    if not checkpoints:
+        return str(runs)
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    # of those that a run keeps: the highest ROUGE-L or, without, the lowest loss
+    kept = [(match, str(path)) for path, match in checkpoints.items() if path.parent == newest]
+    by_rouge = [(float(match["rouge"]), path) for match, path in kept if match["rouge"]]
+    by_loss = [(math.inf if match["loss"] == "nan" else float(match["loss"]), path) for match, path in kept]
+    return max(by_rouge)[1] if by_rouge else min(by_loss)[1]
+
+
+def name_run(given: Given, variables: Mapping[str, str]) -> str:
+    """The folder of a run, below outputs/. Earlier runs are found by it: a change of it would start them anew."""
+    def text(name: str) -> str:
+        return " ".join(given[name]) if name in given else spell(_TRAINING[name].default)
+
+    def number(name: str) -> int:
+        if not variables.get(name, "1").isdecimal():
+            raise InputError(f"{name} must be a whole number, got {variables[name]!r}")
+        return int(variables.get(name, 1))
+
+    def required(name: str) -> str:
+        if name not in variables:
+            raise InputError(f"set {name} or SAVE_DIR: the folder of the run is named by it")
+        return variables[name]
+
+    adapter = "default"
+    if "peft" in given:
+        adapter = (f"{text('peft')}-rank={text('peft_lora_r')}-alpha={text('peft_lora_alpha')}"
+                   f"-dropout={text('peft_lora_dropout')}")
+    criterion, config = text("criterion"), f"{adapter}-{text('precision')}"
+    task, parts = "sft", [config]
+    if criterion != CROSS_ENTROPY:
+        task, parts = criterion, [f"kd^obj={text('kd_objective')}", config, f"teacher={required('TEACHER_NAME')}",
+                                  f"kd^rate={text('kd_rate')}", f"kd^temp={text('kd_temperature')}"]
+    batch = f"{text('batch_size')}x{text('gradient_accumulation_steps')}x{number('NPROC') * number('NNODES')}"
+    parts = [f"criterion={criterion}", *parts, f"epoch={text('num_epochs')}", f"bsz={batch}", f"lr={text('lr')}",
+             f"seed={text('seed')}"]
+    return f"outputs/{required('FAMILY')}/{required('CKPT_NAME')}/{task}/{'__'.join(parts)}"
+
+
+def _split_off_save_dir(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The last --save-dir of a command line, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--save-dir")
+    try:
+        known, others = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    return known.save_dir, others
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,230 @@
+"""From the launchers' variables to options: values, names of models and runs, and variables that there are not."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from launching import ROOT, run
+from todi.errors import InputError
+from todi.launch import best_checkpoint, evaluation_options, read_values, training_options
+from todi.options import Option, declared, option, parse
+from todi.settings import EvalConfig, TrainConfig
+
+GPT2 = {"FAMILY": "gpt2", "CKPT_NAME": "gpt2-base", "TEACHER_NAME": "gpt2-xlarge", "CRITERION": "vanilla_kd"}
+RUN_NAMES = json.loads((Path(__file__).parent / "assets" / "run_names.json").read_text())  # made by version 0.1
+
+
+FOREIGN = """PATH HOME USER LANG LC_ALL SHELL PWD TERM TMPDIR TEMP TMP HOSTNAME EDITOR DISPLAY RANK WORLD_SIZE
+    LOCAL_RANK GROUP_RANK CUDA_VISIBLE_DEVICES CUDA_HOME OMP_NUM_THREADS PYTHON PYTHONPATH VIRTUAL_ENV CONDA_PREFIX
+    HF_HOME TORCH_HOME XDG_DATA_DIRS DS_ACCELERATOR SLURM_NNODES SLURM_NPROCS SLURM_GPUS SLURM_PROCID PBS_NODEFILE NGPUS
+    NODES NODE_NAME WANDB_DIR WANDB_MODE TOKENIZERS_PARALLELISM LD_LIBRARY_PATH SEED_FILE epochs"""
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """Nothing but a declaration is needed for a variable."""
+
+    paths: tuple[str, ...] = option((), "some", env=("PATHS", "OLD_PATHS"))
+
+
+def train(*words: str, **variables: str) -> TrainConfig:
+    return parse(TrainConfig, training_options(words, GPT2 | variables))
+
+
+def evaluate(*words: str, **variables: str) -> EvalConfig:
+    return parse(EvalConfig, evaluation_options(words, variables))
+
+
+class TestValues:
+    def test_what_is_not_said_is_as_declared(self):
+        assert train() == parse(TrainConfig, [
+            "--model-path", "model_hub/gpt2/gpt2-base", "--model-type", "gpt2", "--teacher-model-type", "gpt2",
+            "--teacher-model-path", "outputs/gpt2/gpt2-xlarge/sft", "--save-dir", train().run.save_dir])
+
+    def test_every_variable_reaches_its_option(self):
+        """Every one alone, with a value that is not the default."""
+        for config_type, compose, base in ((TrainConfig, training_options, GPT2 | {"SAVE_DIR": "x"}),
+                                           (EvalConfig, evaluation_options, {})):
+            for one in (one for options in declared(config_type).values() for one in options):
+                for variable in one.variables:
+                    text, value = other_value(one)
+                    config = parse(config_type, compose([], base | {variable: text}))
+                    assert found(config, one.name) == value, variable
+
+    def test_empty_is_not_given(self):
+        assert train(LR="", KD_PARAMS="", PEFT="", EVAL_GEN="") == train()
+
+    def test_words_win(self):
+        config = train("--lr=1e-3", "--eval-gen", "--num-epochs", "7", LR="fast", EPOCH="3", EVAL_GEN="0", SEED="4")
+        assert (config.optim.lr, config.optim.num_epochs, config.run.eval_gen, config.run.seed) == (1e-3, 7, True, 4)
+        assert evaluate("--data-dir", "there", SETS_DIR="here").sets_dir == "there"
+
+    @pytest.mark.parametrize("words", [["--save-dir", "there"], ["--save-dir=there"],
+                                       ["--save-dir", "a", "--kd-params", "beta=1", "--save-dir", "there"]])
+    def test_the_folder_of_the_run_is_the_last_word(self, words):
+        assert training_options(words, GPT2 | {"SAVE_DIR": "here"})[-2:] == ["--save-dir", "there"]
+        assert training_options([], GPT2 | {"SAVE_DIR": "here"})[-2:] == ["--save-dir", "here"]
+
+    def test_lists_are_split_as_in_a_shell(self):
+        assert train(KD_PARAMS="a=1  'b=2 3'").objective.kd_params == ("a=1", "b=2 3")
+        config = evaluate(SETS="dolly sinst/11_", SEEDS="1 2")
+        assert (config.sets, config.seeds) == (("dolly", "sinst/11_"), (1, 2))
+        assert len(train(KD_PARAMS="a=1 " * 200).objective.kd_params) == 200
+        with pytest.raises(InputError, match=re.escape("SETS: No closing quotation, got \"it's\"")):
+            evaluate(SETS="it's")
+
+    def test_a_list_of_paths_may_be_one_with_spaces(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        paths = {one.name: one for one in declared(OwnConfig)[OwnConfig]}
+        assert read_values(paths, {"OLD_PATHS": "my data"}) == {"paths": ["my", "data"]}
+        (tmp_path / "my data").mkdir()
+        assert read_values(paths, {"PATHS": "my data", "OLD_PATHS": "x"}) == {"paths": ["my data"]}
+
+    def test_a_value_that_looks_like_an_option(self):
+        assert train(DATA_DIR="--data", LR="-1").data.data_dir == ("--data",)
+
+    @pytest.mark.parametrize(("text", "value"), [("1", True), ("0", False), ("true", True), ("False", False)])
+    def test_yes_and_no(self, text, value):
+        assert train(GRADIENT_CHECKPOINTING=text).student.gradient_checkpointing == value
+        assert train(EVAL_GEN=text).run.eval_gen == value
+
+    def test_neither_yes_nor_no(self):
+        with pytest.raises(InputError, match="EVAL_GEN: must be 1, true, 0, false, got 'on'"):
+            train(EVAL_GEN="on")
+
+    def test_short_forms(self):
+        assert train(SKEW_LAMBDA="0.2", KD_PARAMS="a=1").objective.kd_params == ("a=1", "skew_lambda=0.2")
+        assert train(PEFT="full") == train()
+        assert train(TEACHER_PEFT="lora", TEACHER_PEFT_PATH="none").teacher.teacher_peft_path is None
+
+    def test_sft_leaves_out_what_is_of_distillations(self):
+        config = train(CRITERION="cross_entropy", KD_OBJ="tvd", TEACHER_MODEL_PATH="t", TEACHER_CACHE="on", LR="1e-3")
+        assert (config.objective.kd_objective, config.teacher.teacher_model_path) == ("ToDi", None)
+        assert (config.cache.teacher_cache, config.optim.lr) == ("auto", 1e-3)
+
+    def test_an_older_name_counts_where_the_new_one_is_not_set(self):
+        assert evaluate(DATA_DIR="old").sets_dir == "old"
+        assert evaluate(DATA_DIR="old", SETS_DIR="new").sets_dir == "new"
+        assert evaluate("--data-dir", "old").sets_dir == "old"
+
+
+def other_value(one: Option) -> tuple[str, object]:
+    """A text for a variable that is not the default, and what it means."""
+    if one.type is bool:
+        return str(int(not one.default)), not one.default
+    if one.choices:
+        text = next(word for word in one.choices if word != one.default)
+    else:
+        text = "0.25" if one.type is float else "77" if one.type is int else "x/y"
+    return text, (one.type(text),) if one.many else one.type(text)
+
+
+def found(config: object, name: str) -> object:
+    """The option `name` of a config or of its groups."""
+    parts = [config, *vars(config).values()]
+    return next(vars(part)[name] for part in parts if name in getattr(part, "__dict__", {}))
+
+
+class TestModels:
+    def test_the_teacher_is_the_best_of_its_newest_run(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        runs = tmp_path / "outputs/gpt2/gpt2-xlarge/sft"
+        make_run(runs / "old", 1000, "epoch1_step3_loss1.0000_rougel99.0")
+        make_run(runs / "new run", 2000, "epoch1_step3_loss2.0_rougel9.5", "epoch2_step6_loss3.0_rougel10.2", "state",
+                 "epoch3_step9_loss1.0_rougel8.0", ".epoch4_step9_loss1.0_rougel80.0.unfinished")
+        best = "outputs/gpt2/gpt2-xlarge/sft/new run/epoch2_step6_loss3.0_rougel10.2"
+        assert train().teacher.teacher_model_path == best
+        teacher = train(TEACHER_PEFT="lora").teacher
+        assert (teacher.teacher_model_path, teacher.teacher_peft_path) == ("model_hub/gpt2/gpt2-xlarge", best)
+        assert train(TEACHER_MODEL_PATH="mine").teacher.teacher_model_path == "mine"
+
+    @pytest.mark.parametrize(("names", "best"), [
+        (["epoch1_step3_loss2.5", "epoch2_step6_loss12.1", "epoch3_step9_loss2.1"], 2),
+        (["epoch1_step3_loss2.5", "epoch2_step6_lossnan"], 0),
+        (["epoch1_step3_loss2.5_rougel7.0", "epoch2_step6_loss2.6_rougel7.0"], 1),  # as ever
+    ])
+    def test_which_is_best(self, tmp_path, names, best):
+        make_run(tmp_path / "run", 1000, *names)
+        assert best_checkpoint(tmp_path) == str(tmp_path / "run" / names[best])
+
+    def test_a_family_of_its_own(self):
+        config = train(TEACHER_FAMILY="llama2", TEACHER_PEFT="lora")
+        assert config.teacher.teacher_model_type == "llama2"
+        assert config.teacher.teacher_model_path == "model_hub/llama2/gpt2-xlarge"
+        assert config.teacher.teacher_peft_path == "outputs/llama2/gpt2-xlarge/sft"
+        with pytest.raises(InputError, match="TEACHER_PEFT must be lora or full, got 'lore'"):
+            train(TEACHER_PEFT="lore")
+
+    def test_a_callable_is_instead_of_a_model(self):
+        teacher = train(TEACHER_CALLABLE="mine.py:logits", TEACHER_PEFT="lora").teacher
+        assert (teacher.teacher_model_path, teacher.teacher_peft_path) == (None, None)
+
+    def test_a_run_needs_names(self):
+        with pytest.raises(InputError, match="set TEACHER_NAME or SAVE_DIR"):
+            training_options([], {"FAMILY": "gpt2", "CKPT_NAME": "base", "CRITERION": "vanilla_kd"})
+        with pytest.raises(InputError, match="NPROC must be a whole number, got 'two'"):
+            train(NPROC="two")
+        assert training_options([], {"MODEL_PATH": "m", "SAVE_DIR": "d"}) == ["--model-path", "m", "--save-dir", "d"]
+
+
+def make_run(folder: Path, seconds: int, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (seconds, seconds))
+
+
+class TestNames:
+    @pytest.mark.parametrize("case", RUN_NAMES, ids=lambda case: f"{case['launcher']} {case['variables']}")
+    def test_a_run_is_found_where_it_has_always_been(self, case):
+        done = run(case["launcher"], DRY_RUN=1, **case["variables"])
+        assert done.returncode == 0, done.stdout
+        assert shlex.split(done.stdout)[-1] == case["save_dir"]
+
+    def test_an_evaluation_is_told_by_words(self):
+        config = evaluate("--model-path", "here", MODEL_PATH="there", PEFT_PATH="a", SAVE_DIR="b", BATCH_SIZE="3")
+        assert (config.model_path, config.peft_path, config.save_dir, config.batch_size) == ("here", None, None, 32)
+
+
+class TestUnknownVariables:
+    @pytest.mark.parametrize(("name", "meant"), [
+        ("EPOCHS", "EPOCH"), ("KD_OBJECTIVE", "KD_OBJ"), ("BATCHSIZE", "BATCH_SIZE"), ("TEACHER_NAMES", "TEACHER_NAME"),
+        ("GRADIENT_ACCUMULATION_STEPS", "GRAD_ACC"), ("SEEEDS", "SEEDS"), ("DRYRUN", "DRY_RUN")])
+    def test_one_that_is_nearly_ours(self, name, meant):
+        for compose in (training_options, evaluation_options):
+            with pytest.raises(InputError) as error:
+                compose([], GPT2 | {name: "1"})
+            assert error.value.problems == [f"unknown variable {name}; did you mean {meant}?"]
+
+    def test_those_of_others(self):
+        assert training_options([], GPT2 | dict.fromkeys(FOREIGN.split(), "1")) == training_options([], GPT2)
+
+    def test_from_a_launcher(self):
+        done = run("gpt2/sft_gpt2_base", EPOCHS=3, SED=1)
+        assert done.returncode == 2
+        assert done.stdout.splitlines() == ["error: unknown variable EPOCHS; did you mean EPOCH?",
+                                            "error: unknown variable SED; did you mean SEED?"]
+
+
+def test_it_is_quick_and_says_how_it_is_called():
+    program = ("import sys; from todi.launch import main; sys.argv[1:] = ['evaluate']; main(); "
+               "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT / "code")}).returncode == 0
+    answer = subprocess.run([sys.executable, "-m", "todi.launch", "trian"], capture_output=True, text=True,
+                            env={"PYTHONPATH": str(ROOT / "code")})
+    assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)
+    assert "train|evaluate" in answer.stderr
+
+
+def test_words_with_nul_and_for_a_shell():
+    command = [sys.executable, "-m", "todi.launch", "evaluate", "--print0", "--model-path", "a b\nc"]
+    environment = {"PYTHONPATH": str(ROOT / "code"), "SETS": "dolly 'the other'"}
+    words = ["--sets", "dolly", "the other", "--model-path", "a b\nc"]
+    assert subprocess.check_output(command, env=environment, text=True) == "".join(f"{word}\0" for word in words)
+    command.remove("--print0")
+    assert shlex.split(subprocess.check_output(command, env=environment, text=True)) == words
