@@ -40,6 +40,12 @@ class TestBadInput:
                 and message in line], message
         assert not (tmp_path / "out").exists()
 
+    def test_a_set_instead_of_the_folder_of_sets(self, monkeypatch, checkpoint, data, tmp_path, capsys):
+        assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "out", "--sets-dir", data / "dolly") == 2
+        error, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert f"{data}/dolly is a set itself" in error
+        assert f"--sets-dir {data} --sets dolly, or SETS_DIR={data} SETS=dolly" in error
+
     def test_every_problem_is_listed(self, monkeypatch, checkpoint, data, tmp_path, capsys):
         (data / "dolly/valid.jsonl").write_text('{"prompt": "a", "output": "b"}\n{"prompt": "a"}\n[]\n')
         (data / "sinst/11_/valid.jsonl").write_text("")

@@ -211,6 +211,16 @@ class TestUnknownVariables:
                                             "error: unknown variable SED; did you mean SEED?"]
 
 
+def test_a_launcher_of_ones_own(tmp_path):
+    """Assignments count, by `default` where nothing is set outside."""
+    (tmp_path / "mine.sh").write_text(f"source {ROOT}/scripts/lib/common.sh\nLR=7e-3\ndefault EPOCH 3\ndefault SEED 4\n"
+                                      'KD_PARAMS="beta=0.5"\ndefault KD_RATE 1\nFAMILY=f CKPT_NAME=c\ndistil "$@"\n')
+    done = run(os.path.relpath(tmp_path / "mine", ROOT / "scripts"), DRY_RUN=1, SEED=5, LR=1, TEACHER_NAME="t")
+    config = parse(TrainConfig, shlex.split(done.stdout)[3:])
+    assert (config.optim.lr, config.optim.num_epochs, config.run.seed) == (7e-3, 3, 5)
+    assert (config.objective.kd_params, config.objective.kd_rate) == (("beta=0.5",), 1)
+
+
 def test_it_is_quick_and_says_how_it_is_called():
     program = ("import sys; from todi.launch import main; sys.argv[1:] = ['evaluate']; main(); "
                "sys.exit('torch' in sys.modules)")

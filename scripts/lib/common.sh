@@ -57,6 +57,7 @@ launch() {
 
 # read_settings COMMAND WORD...: sets `options`: what the variables say as options of todi.COMMAND, then the words.
 read_settings() {
+  set +a
   cd "$ROOT"
   choose_devices
   mapfile -d '' -t options < <("$PYTHON" -m todi.launch "$1" --print0 "${@:2}")
@@ -100,3 +101,5 @@ hand_on() {
   # shellcheck disable=SC2086
   kill "-$1" $processes 2>/dev/null || true
 }
+
+set -a  # what a launcher assigns is a setting, also without `default`
