@@ -5,20 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from todi.criterions.divergences import Divergence
-from todi.criterions.linear import LinearHead, LossSums, linear_distillation_loss
-
-
-@dataclass(frozen=True)
-class TeacherRows:
-    """What a teacher says about N labelled positions.
-
-    Attributes:
-        hidden: (N, H_t) last hidden states.
-        head: the teacher's head.
-    """
-
-    hidden: Tensor
-    head: LinearHead
+from todi.criterions.linear import LossSums, distillation_loss
+from todi.criterions.linear_head import LinearHead
+from todi.criterions.teacher_rows import TeacherRows
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,6 @@ class DistillationCriterion:
 
     def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor, teacher: TeacherRows | None) -> LossSums:
         """Sums over the rows of `hidden` (N, H) with `labels` (N,)."""
-        return linear_distillation_loss(
-            hidden, head, teacher and teacher.hidden, teacher and teacher.head, labels,
-            divergence=self.divergence, temperature=self.temperature, kd_rate=self.kd_rate,
-            label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)
+        return distillation_loss(
+            hidden, head, teacher, labels, divergence=self.divergence, temperature=self.temperature,
+            kd_rate=self.kd_rate, label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)
