@@ -33,7 +33,8 @@ from todi.settings import CACHE_DTYPES, OWN_DTYPE, PRECISIONS, DataConfig, Teach
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.filling import BATCH_TOKENS, batch_rows, batches
 from todi.teacher.live import LiveTeacher
-from todi.teacher.opening import TeacherSpec, check_match, fill_cache, load_teacher
+from todi.teacher.opening import check_match, fill_cache, load_teacher
+from todi.teacher.spec import TeacherSpec
 from todi.training.train_inputs import read_model
 
 logger = logging.getLogger("todi.cache")
@@ -60,8 +61,11 @@ class CacheConfig:
     def problems(self) -> list[str]:
         """What is wrong with the settings, a sentence each."""
         found = [*self.teacher.problems(), *self.data.problems()]
-        if self.command == "build" and not self.teacher.teacher_model_path:
+        teachers = self.teacher.teacher_model_path
+        if self.command == "build" and not teachers:
             found.append("--teacher-model-path is required")
+        if len(teachers) > 1:
+            found.append(f"--teacher-model-path: a cache is of one teacher, got {' '.join(teachers)}; make one of each")
         if self.samples < 0:
             found.append(f"--samples must not be negative, got {self.samples}")
         return found
@@ -135,15 +139,15 @@ def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
     with collecting(problems):
         precision = choose_precision(config.teacher.teacher_dtype or config.precision, device)
     with collecting(problems):
-        model = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                           config.teacher.teacher_peft_path, precision, config.data.max_length,
-                           config.trust_remote_code)
+        model = read_model(*config.teacher.teacher_model_path, config.teacher.teacher_model_type,
+                           *config.teacher.adapters, precision, config.data.max_length, config.trust_remote_code)
     if problems:
         raise InputError(problems)
     examples = encode_examples(render(records, model.tokenizer, train_file), model.tokenizer, model.family,
                                config.data.max_length, config.data.max_prompt_length)
-    return TeacherSpec(config.teacher, config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype),
-                  model.tokenizer, examples, train_file, config.trust_remote_code)
+    return TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
+                       config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype), model.tokenizer,
+                       examples, [train_file], config.trust_remote_code)
 
 
 def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> Iterator[str]:
@@ -177,8 +181,13 @@ def _as_made(config: CacheConfig, store: CacheStore) -> CacheConfig:
     """The settings that the cache was made with, but for those that were given now."""
 
     def recalled(part: Any) -> dict[str, Any]:
-        return {field.name: store.made_from[field.name] for field in dataclasses.fields(part)
+        return {field.name: as_option(store.made_from[field.name], field.default) for field in dataclasses.fields(part)
                 if field.name in store.made_from and getattr(part, field.name) == field.default}
+
+    def as_option(value: Any, default: Any) -> Any:
+        if not isinstance(default, tuple):
+            return value
+        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **recalled(config.teacher)),
                                data=dataclasses.replace(config.data, **recalled(config.data)), **recalled(config))

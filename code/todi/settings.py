@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ RESUME = ("auto", "force", "never")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
 CACHE_MODES = ("auto", "on", "off")
+NO_ADAPTER = "none"
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,39 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The model that is imitated."""
+    """What is imitated: a model, the mean of several, or a function."""
 
-    teacher_model_path: str | None = option(None, "the teacher: a model folder, a GGUF file, or a Hub name")
+    teacher_model_path: tuple[str, ...] = option((), "the teacher: a model folder, a GGUF file, or a Hub name; of "
+                                                     "several the mean of their probabilities is imitated")
     teacher_model_type: str = option("auto", "model family of the teacher")
     teacher_weights: tuple[float, ...] = option((), "share of each of several teachers in their mean; even when not "
                                                     "given")
     teacher_callable: str | None = option(None, "instead of a model: file.py:function, which gives logits for a batch")
-    teacher_peft_path: str | None = option(None, "a LoRA adapter that is merged into the teacher")
+    teacher_peft_path: tuple[str, ...] = option((), "a LoRA adapter that is merged into the teacher; one for each of "
+                                                    f"several, {NO_ADAPTER} for one without")
     teacher_dtype: str | None = option(None, "precision of the teacher; the run's when not given",
                                        choices=PRECISIONS[1:])
 
+    @property
+    def adapters(self) -> tuple[str | None, ...]:
+        """Of each teacher the path of its LoRA adapter, or None."""
+        if not self.teacher_peft_path:
+            return (None,) * len(self.teacher_model_path)
+        return tuple(None if path == NO_ADAPTER else path for path in self.teacher_peft_path)
+
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
+        teachers = len(self.teacher_model_path)
         if self.teacher_peft_path and not self.teacher_model_path:
             yield "--teacher-peft-path needs --teacher-model-path"
+        for name in ("teacher_peft_path", "teacher_weights"):
+            given = getattr(self, name)
+            if teachers and given and len(given) != teachers:
+                yield (f"--{name.replace('_', '-')} needs one for each of --teacher-model-path, which has {teachers}; "
+                       f"got {' '.join(map(str, given))}")
         if self.teacher_callable and self.teacher_model_path:
             yield "--teacher-callable and --teacher-model-path: give one of them"
-        if any(not weight > 0 for weight in self.teacher_weights):
+        if any(not (weight > 0 and math.isfinite(weight)) for weight in self.teacher_weights):
             yield f"--teacher-weights must be above 0, got {' '.join(map(str, self.teacher_weights))}"
 
 
@@ -239,16 +255,22 @@ class TrainConfig:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what a run computes, by name."""
         parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)
-                if not field.metadata["may_change"]}
+        deciding = {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)
+                    if not field.metadata["may_change"]}
+        return deciding | {name: recorded(deciding[name]) for name in ("teacher_model_path", "teacher_peft_path")}
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""
         parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
         found = [problem for part in parts for problem in part.problems()]
-        if self.objective.distils and not self.teacher.teacher_model_path:
-            found.append(f"--criterion {self.objective.criterion} needs --teacher-model-path")
+        if self.objective.distils and not (self.teacher.teacher_model_path or self.teacher.teacher_callable):
+            found.append(f"--criterion {self.objective.criterion} needs --teacher-model-path or --teacher-callable")
         return found
+
+
+def recorded(values: Sequence[Any]) -> Any:
+    """Values as args.json and caches hold them where there used to be one at most: a single one by itself."""
+    return list(values) if len(values) > 1 else values[0] if values else None
 
 
 def parse_kd_params(words: tuple[str, ...]) -> dict[str, float]:

@@ -112,7 +112,7 @@ def default_chunk_size(vocabulary: int, device: torch.device) -> int:
     return _rows_within(_CHUNK_BYTES, vocabulary, device)
 
 
-def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trained: bool, distils: bool,
+def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trained: bool, teachers: int,
                chunk_size: int | None, device: torch.device) -> int:
     """Bytes that `linear_distillation_loss` adds at its peak, gradients of the hidden states and the head included.
 
@@ -120,9 +120,11 @@ def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trai
         rows: with a label.
         hidden: size of the student's hidden states.
         width: bytes of a number of the models.
+        teachers: 0 for cross-entropy alone, more than 1 for a mean.
     """
     chunk = min(rows, chunk_size or default_chunk_size(vocabulary, device))
-    logits = chunk * vocabulary * (4 + (width if width < 4 else 0)) * (2 if distils else 1)
+    copies = 1 + min(teachers, 1) + (2 if teachers > 1 else 0)  # beside the mean, what is added and its log-softmax
+    logits = chunk * vocabulary * (4 + (width if width < 4 else 0)) * copies
     block = 6 * min(chunk * vocabulary * 4, _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]))
     # a 16-bit head's gradient is summed in fp32, and each chunk's share is made before it is added
     head = vocabulary * hidden * (4 if width == 4 else 4 + width) if head_trained else 0

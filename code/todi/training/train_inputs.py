@@ -18,6 +18,7 @@ from todi.models.loading import load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
 from todi.runtime.device import Precision, choose_precision
 from todi.settings import ObjectiveConfig, TrainConfig, parse_kd_params
+from todi.teacher.callable import Function, load_function
 from todi.training.deepspeed_config import build_deepspeed_config
 
 
@@ -30,14 +31,21 @@ class ModelInputs:
     family: Family
     tokenizer: Tokenizer
     precision: Precision
+    adapter: str | None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was read. `train_file` and `dev_file` are where the records came from; SFT has no teacher."""
+    """What was read. `train_file` and `dev_file` are where the records came from.
+
+    Attributes:
+        teachers: none for SFT, or where a function answers in their place.
+        teacher_function: that function.
+    """
 
     student: ModelInputs
-    teacher: ModelInputs | None
+    teachers: list[ModelInputs]
+    teacher_function: Function | None
     deepspeed_config: dict[str, Any]
     train: list[Record]
     dev: list[Record]
@@ -53,7 +61,8 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     """
     problems = config.problems()
     train_file, dev_file = (Path(config.data.data_dir) / f"{split}.jsonl" for split in ("train", "dev"))
-    student = teacher = precision = deepspeed_config = train = dev = None
+    student = function = precision = deepspeed_config = train = dev = None
+    teachers: list[ModelInputs] = []
     with collecting(problems):
         check_objective(config.objective)
     with collecting(problems):
@@ -74,20 +83,23 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
         with collecting(problems):
             student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
                                  precision, config.data.max_length, config.student.trust_remote_code)
-    if config.objective.distils and config.teacher.teacher_model_path:
+    if config.objective.distils:
+        for path, adapter in zip(config.teacher.teacher_model_path, config.teacher.adapters, strict=False):
+            with collecting(problems):
+                teachers.append(read_model(path, config.teacher.teacher_model_type, adapter, teacher_precision,
+                                           config.data.max_length, config.student.trust_remote_code))
+    if config.objective.distils and config.teacher.teacher_callable:
         with collecting(problems):
-            teacher = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                                 config.teacher.teacher_peft_path, teacher_precision, config.data.max_length,
-                                 config.student.trust_remote_code)
-    if student and teacher:
+            function = load_function(config.teacher.teacher_callable)
+    for teacher in teachers if student else ():
         with collecting(problems):
-            _check_tokenizers(student.tokenizer, teacher.tokenizer)
+            _check_tokenizers(student, teacher)
     with collecting(problems):
         if student and train and dev:
             train, dev = render(train, student.tokenizer, train_file), render(dev, student.tokenizer, dev_file)
     if problems:
         raise InputError(problems)
-    return Inputs(student, teacher, deepspeed_config, train, dev, train_file, dev_file)
+    return Inputs(student, teachers, function, deepspeed_config, train, dev, train_file, dev_file)
 
 
 def read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None, max_length: int,
@@ -108,7 +120,7 @@ def read_model(path: str, model_type: str, adapter: str | None, precision: Preci
         check_vocabulary(model_config, tokenizer, path)
     if problems:
         raise InputError(problems)
-    return ModelInputs(path, model_config, family, tokenizer, precision)
+    return ModelInputs(path, model_config, family, tokenizer, precision, adapter)
 
 
 def check_objective(objective: ObjectiveConfig) -> None:
@@ -126,9 +138,9 @@ def _family(model_type: str, architecture: str) -> Family:
         raise InputError(str(error)) from None
 
 
-def _check_tokenizers(student: Tokenizer, teacher: Tokenizer) -> None:
-    difference = tokenizer_difference(student, teacher)
+def _check_tokenizers(student: ModelInputs, teacher: ModelInputs) -> None:
+    difference = tokenizer_difference(student.tokenizer, teacher.tokenizer)
     if difference:
-        raise InputError(f"teacher and student have different tokenizers: {difference}. Distillation compares their "
-                         "distributions entry by entry. Take two models of one family, or, if both were trained with "
-                         "one tokenizer, copy its files over the other's")
+        raise InputError(f"the teacher {teacher.path} and the student have different tokenizers: {difference}. "
+                         "Distillation compares their distributions entry by entry. Take two models of one family, "
+                         "or, if both were trained with one tokenizer, copy its files over the other's")

@@ -21,7 +21,7 @@ from todi.runtime.distributed import World
 from todi.runtime.logs import Metrics, peak_memory_gib
 from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
-from todi.teacher.live import TeacherSource
+from todi.teacher.source import TeacherSource
 from todi.training.checkpoints import BestCheckpoints, Score, save_model
 from todi.training.dev import DevSet, dev_loss, dev_rouge_l, means
 from todi.training.state import Position, StateStore
