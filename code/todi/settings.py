@@ -72,11 +72,9 @@ class TeacherConfig:
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings, a sentence each."""
         teachers = len(self.teacher_model_path)
-        if self.teacher_peft_path and not self.teacher_model_path:
-            yield "--teacher-peft-path needs --teacher-model-path"
         for name in ("teacher_peft_path", "teacher_weights"):
             given = getattr(self, name)
-            if teachers and given and len(given) != teachers:
+            if given and len(given) != teachers:
                 yield (f"--{name.replace('_', '-')} needs one for each of --teacher-model-path, which has {teachers}; "
                        f"got {' '.join(map(str, given))}")
         if self.teacher_callable and self.teacher_model_path:
