@@ -11,12 +11,13 @@ from todi.models.families import family_of
 from todi.models.loading import add_lora, load_model, load_tokenizer
 from todi.runtime.device import Precision
 from todi.runtime.distributed import World
-from todi.settings import DataConfig, TeacherConfig
+from todi.settings import DataConfig
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.cached import CachedTeacher
 from todi.teacher.filling import fill
 from todi.teacher.live import LiveTeacher
-from todi.teacher.opening import TeacherSpec, load_teacher
+from todi.teacher.opening import load_teacher
+from todi.teacher.spec import TeacherSpec
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1)
@@ -28,11 +29,11 @@ def teacher_spec_of(workshop: Workshop, family: str = "gpt2", adapter: Path | No
     """What a tiny teacher of a family says about the workshop's samples."""
     path = workshop.model(f"cache-{family}-teacher", family=family, hidden=48, vocab=320, seed=1,
                           **SPECIAL.get(family, {}))
-    teacher = TeacherConfig(teacher_model_path=str(path), teacher_peft_path=adapter and str(adapter))
     data = DataConfig(data_dir=(str(workshop.data),), max_length=64, max_prompt_length=48, train_num=train_num)
     tokenizer, file = load_tokenizer(str(path)), workshop.data / "train.jsonl"
     examples = encode_examples(load_records(file, train_num), tokenizer, family_of("auto", family), 64, 48)
-    spec = TeacherSpec(teacher, data, Precision("fp32", "test"), torch.float32, tokenizer, examples, [file])
+    spec = TeacherSpec(str(path), adapter and str(adapter), "auto", None, data, Precision("fp32", "test"),
+                       torch.float32, tokenizer, examples, [file])
     return dataclasses.replace(spec, **changes)
 
 

@@ -17,13 +17,15 @@ from todi.data.plans import DatasetSource, StepShape
 from todi.errors import InputError, StorageError
 from todi.models.loading import load_model
 from todi.runtime.device import Precision
-from todi.settings import TeacherConfig
 from todi.teacher import opening
+from todi.teacher import spec as spec_module
 from todi.teacher.cache_files import CacheStore, CorruptCache
 from todi.teacher.choice import Estimate
 from todi.teacher.filling import BATCH_TOKENS, fill, filling_alone
-from todi.teacher.live import LiveTeacher, TeacherSource
-from todi.teacher.opening import TeacherSpec, choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
+from todi.teacher.live import LiveTeacher
+from todi.teacher.opening import choose_cache, describe_choice, fill_cache, load_teacher, open_teacher
+from todi.teacher.source import TeacherSource
+from todi.teacher.spec import TeacherSpec
 from todi.training.optimizer import build_optimizer
 from todi.training.student import Student
 
@@ -67,7 +69,7 @@ class TestExactness:
             torch.testing.assert_close(cached_weights[name], weight, rtol=1e-6, atol=1e-6, msg=name)
 
     def test_an_adapter_is_merged(self, workshop, spec, tmp_path):
-        adapter = make_adapter(spec.teacher.teacher_model_path, tmp_path / "adapter")
+        adapter = make_adapter(spec.path, tmp_path / "adapter")
         adapted = teacher_spec_of(workshop, adapter=adapter)
         cached = filled_by(adapted, tmp_path / "cache", batch_tokens=1)
         live, plain = (LiveTeacher(load_teacher(which, CPU)) for which in (adapted, spec))
@@ -161,12 +163,12 @@ class TestFingerprint:
 
     def test_what_it_depends_on(self, workshop, spec, tmp_path):
         base = spec.fingerprint
-        adapter = make_adapter(spec.teacher.teacher_model_path, tmp_path / "adapter")
-        copy = shutil.copytree(spec.teacher.teacher_model_path, tmp_path / "copy")
+        adapter = make_adapter(spec.path, tmp_path / "adapter")
+        copy = shutil.copytree(spec.path, tmp_path / "copy")
         data = write_data(tmp_path / "data", train=18) / "train.jsonl"
         with data.open("a") as file:
             file.write("\n")  # another file, the same records
-        moved = dataclasses.replace(spec, teacher=TeacherConfig(teacher_model_path=str(copy)))
+        moved = dataclasses.replace(spec, path=str(copy))
         assert moved.fingerprint == base
         flip(copy / "model.safetensors", -1)
         changes = {"teacher weights": dataclasses.replace(moved),
@@ -188,7 +190,7 @@ class TestFingerprint:
 class TestAuto:
     def test_a_single_pass_is_live_and_reads_no_weights(self, spec, monkeypatch, todi_log):
         spec = dataclasses.replace(spec)  # without a fingerprint that is remembered
-        monkeypatch.setattr(opening, "weights_checksum", None)
+        monkeypatch.setattr(spec_module, "weights_checksum", None)
         assert choose(spec, "off") is None
         assert choose(spec, "auto", passes=1.0) is None
         assert any("none, each sample is seen once: " in line and "min to fill" in line for line in todi_log)
@@ -202,7 +204,7 @@ class TestAuto:
         assert costs.saving == (costs.passes - 1) * costs.seconds
 
     def test_it_takes_what_is_there(self, spec, filled, monkeypatch):
-        monkeypatch.setattr(opening, "SHARED_CACHES", filled.parent / "shared")
+        monkeypatch.setattr(spec_module, "SHARED_CACHES", filled.parent / "shared")
         spec.shared_folder.parent.mkdir()
         filled.rename(spec.shared_folder)
         assert choose(spec, "auto", passes=1.0) == spec.shared_folder

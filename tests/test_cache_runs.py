@@ -12,9 +12,9 @@ from launching import ROOT, run, write_data
 from teachers import flip
 from todi import cache as command
 from todi.errors import run_main
-from todi.teacher import opening
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.opening import check_match
+from todi.teacher.spec import SHARED_CACHES
 
 
 class TestCommands:
@@ -39,7 +39,7 @@ class TestCommands:
         return call
 
     def test_build_info_verify(self, spec, tmp_path, todi_cache, small_shards):
-        settings = ["--teacher-model-path", spec.teacher.teacher_model_path, "--data-dir", *spec.data.data_dir,
+        settings = ["--teacher-model-path", spec.path, "--data-dir", *spec.data.data_dir,
                     "--max-length", 64, "--max-prompt-length", 48, "--precision", "fp32"]
         folder = tmp_path / "cache"
         code, said = todi_cache("build", folder, *settings)
@@ -63,7 +63,7 @@ class TestCommands:
 
     def test_of_two_data_folders(self, spec, tmp_path, todi_cache):
         more = write_data(tmp_path / "more", train=3)
-        code, said = todi_cache("build", tmp_path / "cache", "--teacher-model-path", spec.teacher.teacher_model_path,
+        code, said = todi_cache("build", tmp_path / "cache", "--teacher-model-path", spec.path,
                                 "--data-dir", *spec.data.data_dir, more, "--max-length", 64, "--precision", "fp32",
                                 "--max-prompt-length", 48)
         assert (code, "is complete: 21 samples" in said) == (0, True), said
@@ -105,7 +105,7 @@ class TestLaunchers:
 
     def test_on_twice_and_off(self, workshop, settings):
         """The second run does not load the teacher; all three come to the same."""
-        remains = ROOT / opening.SHARED_CACHES
+        remains = ROOT / SHARED_CACHES
         self.remove_caches(remains)
         try:
             eps = ("--adam-eps", "1e-2")

@@ -1,6 +1,7 @@
 """The model card that a checkpoint carries."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import yaml
@@ -13,10 +14,10 @@ STUDENT = Base("model_hub/qwen2.5/qwen2.5-0.5b", FAMILIES["qwen2.5"])
 TEACHER = Base("model_hub/qwen2.5/qwen2.5-7b", FAMILIES["qwen2.5"], adapter="outputs/teacher")
 
 
-def card(words: list[str], student: Base = STUDENT, teacher: Base | None = TEACHER) -> tuple[dict, str]:
+def card(words: list[str], student: Base = STUDENT, teachers: Sequence[Base] = (TEACHER,)) -> tuple[dict, str]:
     """Front matter and text."""
     settings = dataclasses.asdict(parse(TrainConfig, words))
-    text = model_card(settings, {"data/dolly/train.jsonl": "abc123"}, {"torch": "2.13"}, student, teacher,
+    text = model_card(settings, {"data/dolly/train.jsonl": "abc123"}, {"torch": "2.13"}, student, teachers,
                       {"loss": 1.23456, "ROUGE-L": 25.5})
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
@@ -35,7 +36,7 @@ def test_distillation_in_full():
 
 
 def test_sft_of_an_adapter():
-    front, body = card(["--criterion", "cross_entropy", "--peft", "lora", "--peft-lora-r", "16"], teacher=None)
+    front, body = card(["--criterion", "cross_entropy", "--peft", "lora", "--peft-lora-r", "16"], teachers=())
     assert front["library_name"] == "peft"
     assert front["base_model_relation"] == "adapter"
     assert front["tags"] == ["todi", "sft", "lora"]

@@ -9,7 +9,6 @@ import reference
 import torch
 from tiny import tiny_model, tiny_multimodal_model
 from todi.criterions import DistillationCriterion, build_divergence
-from todi.criterions.criterion import TeacherRows
 from todi.data.batches import Batch, collate
 from todi.data.tokenize import Example
 from todi.models.families import FAMILIES
@@ -97,7 +96,7 @@ class TestLoss:
         batch = random_batch()
         criterion = DistillationCriterion(build_divergence("ToDi"), TEMPERATURE, KD_RATE)
         expected, _ = Student(student)(batch, criterion, LiveTeacher(teacher).rows(batch))
-        rows: TeacherRows = LiveTeacher(teacher.to(torch.bfloat16)).rows(batch)
+        rows = LiveTeacher(teacher.to(torch.bfloat16)).rows(batch)
         assert rows.hidden.dtype == torch.bfloat16
         sums, _ = Student(student)(batch, criterion, rows)
         assert sums["loss"].item() == pytest.approx(expected.loss.item(), rel=0.1)

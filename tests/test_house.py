@@ -16,7 +16,7 @@ ENTRY_POINTS = "entry points"
 # From the ground up. A module imports from floors below its own and from its own floor.
 FLOORS = ("ground", "runtime", "criterions", "models", "data", "generation", "teacher", "evaluation", "training",
           ENTRY_POINTS)
-GROUND = ("errors", "registry", "options", "schedules", "settings")
+GROUND = ("errors", "python_files", "registry", "options", "schedules", "settings")
 
 
 def floor_of(module: str) -> str:

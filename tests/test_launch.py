@@ -101,11 +101,11 @@ class TestValues:
     def test_short_forms(self):
         assert train(SKEW_LAMBDA="0.2", KD_PARAMS="a=1").objective.kd_params == ("a=1", "skew_lambda=0.2")
         assert train(PEFT="full") == train()
-        assert train(TEACHER_PEFT="lora", TEACHER_PEFT_PATH="none").teacher.teacher_peft_path is None
+        assert train(TEACHER_PEFT="lora", TEACHER_PEFT_PATH="none").teacher.teacher_peft_path == ()
 
     def test_sft_leaves_out_what_is_of_distillations(self):
         config = train(CRITERION="cross_entropy", KD_OBJ="tvd", TEACHER_MODEL_PATH="t", TEACHER_CACHE="on", LR="1e-3")
-        assert (config.objective.kd_objective, config.teacher.teacher_model_path) == ("ToDi", None)
+        assert (config.objective.kd_objective, config.teacher.teacher_model_path) == ("ToDi", ())
         assert (config.cache.teacher_cache, config.optim.lr) == ("auto", 1e-3)
 
     def test_an_older_name_counts_where_the_new_one_is_not_set(self):
@@ -139,10 +139,11 @@ class TestModels:
         make_run(runs / "new run", 2000, "epoch1_step3_loss2.0_rougel9.5", "epoch2_step6_loss3.0_rougel10.2", "state",
                  "epoch3_step9_loss1.0_rougel8.0", ".epoch4_step9_loss1.0_rougel80.0.unfinished")
         best = "outputs/gpt2/gpt2-xlarge/sft/new run/epoch2_step6_loss3.0_rougel10.2"
-        assert train().teacher.teacher_model_path == best
+        assert train().teacher.teacher_model_path == (best,)
         teacher = train(TEACHER_PEFT="lora").teacher
-        assert (teacher.teacher_model_path, teacher.teacher_peft_path) == ("model_hub/gpt2/gpt2-xlarge", best)
-        assert train(TEACHER_MODEL_PATH="mine").teacher.teacher_model_path == "mine"
+        assert (teacher.teacher_model_path, teacher.teacher_peft_path) == (("model_hub/gpt2/gpt2-xlarge",), (best,))
+        assert train(TEACHER_MODEL_PATH="mine").teacher.teacher_model_path == ("mine",)
+        assert train(TEACHER_MODEL_PATH="mine 'other one'").teacher.teacher_model_path == ("mine", "other one")
 
     @pytest.mark.parametrize(("names", "best"), [
         (["epoch1_step3_loss2.5", "epoch2_step6_loss12.1", "epoch3_step9_loss2.1"], 2),
@@ -156,14 +157,14 @@ class TestModels:
     def test_a_family_of_its_own(self):
         config = train(TEACHER_FAMILY="llama2", TEACHER_PEFT="lora")
         assert config.teacher.teacher_model_type == "llama2"
-        assert config.teacher.teacher_model_path == "model_hub/llama2/gpt2-xlarge"
-        assert config.teacher.teacher_peft_path == "outputs/llama2/gpt2-xlarge/sft"
+        assert config.teacher.teacher_model_path == ("model_hub/llama2/gpt2-xlarge",)
+        assert config.teacher.teacher_peft_path == ("outputs/llama2/gpt2-xlarge/sft",)
         with pytest.raises(InputError, match="TEACHER_PEFT must be lora or full, got 'lore'"):
             train(TEACHER_PEFT="lore")
 
     def test_a_callable_is_instead_of_a_model(self):
         teacher = train(TEACHER_CALLABLE="mine.py:logits", TEACHER_PEFT="lora").teacher
-        assert (teacher.teacher_model_path, teacher.teacher_peft_path) == (None, None)
+        assert (teacher.teacher_model_path, teacher.teacher_peft_path) == ((), ())
 
     def test_a_run_needs_names(self):
         with pytest.raises(InputError, match="set TEACHER_NAME or SAVE_DIR"):

@@ -9,12 +9,12 @@ import torch
 from todi.criterions import (
     DIVERGENCES,
     DistillationCriterion,
+    HeadRows,
     LinearHead,
     build_divergence,
     linear_distillation_loss,
 )
 from todi.criterions import linear as linear_module
-from todi.criterions.criterion import TeacherRows
 from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -383,7 +383,7 @@ def test_teacher_and_divergence_go_together(missing):
 
 def test_criterion_hands_everything_on():
     case, options = make_case(), {"temperature": 2.0, "kd_rate": 0.3, "label_smoothing": 0.1, "chunk_size": 3}
-    head, teacher = LinearHead(case.weight), TeacherRows(case.teacher_hidden, LinearHead(case.teacher_weight))
+    head, teacher = LinearHead(case.weight), HeadRows(case.teacher_hidden, LinearHead(case.teacher_weight))
     criterion = DistillationCriterion(build_divergence("js_divergence"), **options)
     assert_close(dict(criterion(case.hidden, head, case.labels, teacher)),
                  ours(case, "js_divergence", **options)._asdict())

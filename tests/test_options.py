@@ -20,8 +20,7 @@ CODE = Path(__file__).parents[1] / "code" / "todi"
 SOURCES = {path: path.read_text() for path in CODE.rglob("*.py")}
 DECLARATIONS = SOURCES.pop(CODE / "settings.py")
 # Declared, and to be read by what is not built yet.
-NOT_YET = {"TeacherConfig.teacher_weights", "TeacherConfig.teacher_callable",
-           "ObjectiveConfig.loss_terms", "ObjectiveConfig.hidden_layers"}
+NOT_YET = {"ObjectiveConfig.loss_terms", "ObjectiveConfig.hidden_layers"}
 
 SHAPES: Registry[int] = Registry("shape")
 SHAPES.add("round", 1)

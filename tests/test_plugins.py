@@ -5,7 +5,7 @@ from evaluating import run
 from todi.data import prepare
 from todi.data.sources import SOURCES
 from todi.errors import InputError
-from todi.registry import load_plugins
+from todi.python_files import load_plugins
 
 SUMS = '''
 from todi.data.sources import SOURCES, Cut, Source
@@ -32,7 +32,7 @@ def test_a_set_of_ones_own(monkeypatch, tmp_path, capsys):
     sizes = {file.name: len(file.read_text().splitlines()) for file in (tmp_path / "data" / "sums").glob("*.jsonl")}
     assert sizes == {"valid.jsonl": 10, "train.jsonl": 20}
     assert run(monkeypatch, prepare, "sums", "--plugins", tmp_path / "other.py") == 2
-    assert capsys.readouterr().err == f"error: no such plugin: {tmp_path}/other.py\n"
+    assert capsys.readouterr().err == f"error: no such Python file: {tmp_path}/other.py\n"
 
 
 def test_it_is_run_once_under_a_name_of_its_own(tmp_path, monkeypatch):
@@ -64,11 +64,11 @@ def test_what_is_wrong_is_said_of_every_file(tmp_path):
     with pytest.raises(InputError) as error:
         load_plugins([*paths, str(tmp_path)])
     assert error.value.problems == [
-        f"plugin {paths[0]}:5: KeyError: 'key'",
-        f"plugin {paths[1]}:2: SyntaxError: expected ':' (b.py, line 2)",
-        f"plugin {paths[2]}:1: ModuleNotFoundError: No module named 'no_such_module'",
-        f"plugin {paths[3]}:2: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 "
+        f"{paths[0]}:5: KeyError: 'key'",
+        f"{paths[1]}:2: SyntaxError: expected ':' (b.py, line 2)",
+        f"{paths[2]}:1: ModuleNotFoundError: No module named 'no_such_module'",
+        f"{paths[3]}:2: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 "
         "(char 1)",
-        f"no such plugin: {tmp_path}"]
+        f"no such Python file: {tmp_path}"]
     write(tmp_path, "a.py", "")
     load_plugins(paths[:1])  # mended

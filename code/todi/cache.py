@@ -33,7 +33,8 @@ from todi.settings import CacheConfig
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.filling import BATCH_TOKENS, batch_rows, batches
 from todi.teacher.live import LiveTeacher
-from todi.teacher.opening import TeacherSpec, check_match, fill_cache, load_teacher
+from todi.teacher.opening import check_match, fill_cache, load_teacher
+from todi.teacher.spec import TeacherSpec
 from todi.training.train_inputs import read_model
 
 logger = logging.getLogger("todi.cache")
@@ -109,16 +110,16 @@ def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
     with collecting(problems):
         precision = choose_precision(config.teacher.teacher_dtype or config.precision, device)
     with collecting(problems):
-        model = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                           config.teacher.teacher_peft_path, precision, config.data.max_length,
-                           config.trust_remote_code)
+        model = read_model(*config.teacher.teacher_model_path, config.teacher.teacher_model_type,
+                           *config.teacher.adapters, precision, config.data.max_length, config.trust_remote_code)
     if problems:
         raise InputError(problems)
     records = list(chain(*render_sets(sets, model.tokenizer, train_files)))
     examples = encode_examples(records, model.tokenizer, model.family, config.data.max_length,
                                config.data.max_prompt_length)
-    return TeacherSpec(config.teacher, config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype),
-                       model.tokenizer, examples, train_files, config.trust_remote_code)
+    return TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
+                       config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype), model.tokenizer,
+                       examples, train_files, config.trust_remote_code)
 
 
 def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> Iterator[str]:
@@ -156,9 +157,9 @@ def _as_made(config: CacheConfig, store: CacheStore) -> CacheConfig:
                 if field.name in store.made_from and getattr(part, field.name) == field.default}
 
     def as_option(value: Any, default: Any) -> Any:
-        if isinstance(default, tuple):  # JSON has lists; of one data folder, a cache names it alone
-            return (value,) if isinstance(value, str) else tuple(value)
-        return value
+        if not isinstance(default, tuple):
+            return value
+        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **recalled(config.teacher)),
                                data=dataclasses.replace(config.data, **recalled(config.data)), **recalled(config))

@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -67,18 +68,19 @@ def main() -> None:
     data, student = config.data, inputs.student
     examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
                                data.max_prompt_length)
-    report = examine(config, inputs, examples, world, device, cached=config.cache.teacher_cache not in ("auto", "off"))
+    cached = config.cache.teacher_cache not in ("auto", "off")
+    report = examine(config, inputs, examples, world, device, [cached] * len(inputs.teachers))
     report.log()
     if not report.warnings:
         logger.info("nothing is wrong")
 
 
 def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], world: World,
-            device: torch.device, cached: bool = False) -> Report:
+            device: torch.device, cached: Sequence[bool] = ()) -> Report:
     """Estimates memory and disk space of a run whose input is in order; loads no weights.
 
     Args:
-        cached: the teacher's hidden states come from a cache.
+        cached: of each teacher, whether its hidden states come from a cache; without it, none does.
     """
     length = max(len(example.ids) for example in examples) - 1
     student = _student_shape(config.student, inputs.student, config.optim.batch_size, length, device)
@@ -89,18 +91,17 @@ def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], wo
 
 
 def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, examples: Sequence[Example], world: World,
-                    device: torch.device, cached: bool = False) -> Memory:
+                    device: torch.device, cached: Sequence[bool] = ()) -> Memory:
     """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
     optim, rows = config.optim, config.optim.batch_size * max(example.response_tokens for example in examples)
-    teacher = vocabulary = 0
-    if inputs.teacher:
-        model = empty_model(inputs.teacher.config, config.student.trust_remote_code)
-        width = inputs.teacher.precision.dtype.itemsize
-        weights = model.get_output_embeddings().weight.numel() if cached else model.num_parameters()
-        teacher = (weights + rows * inputs.teacher.config.hidden_size) * width
-        vocabulary = inputs.teacher.config.vocab_size
-    loss = peak_bytes(rows, min(student.vocabulary, vocabulary or student.vocabulary), student.hidden,
-                      width=student.width, head_trained=student.head_trained, distils=config.objective.distils,
+    trust = config.student.trust_remote_code
+    teacher = sum(_teacher_bytes(model, rows, from_cache, trust)
+                  for model, from_cache in zip_longest(inputs.teachers, cached, fillvalue=False))
+    if inputs.teacher_function:
+        teacher = rows * student.vocabulary * 4  # its logits; what it computes them with is its own affair
+    vocabulary = min([student.vocabulary, *(model.config.vocab_size for model in inputs.teachers)])
+    loss = peak_bytes(rows, vocabulary, student.hidden, width=student.width, head_trained=student.head_trained,
+                      teachers=max(len(inputs.teachers), int(config.objective.distils)),
                       chunk_size=config.objective.loss_chunk_size, device=device)
     zero = inputs.deepspeed_config["zero_optimization"]
     state = training_state(student, zero["stage"], world.size)
@@ -112,6 +113,13 @@ def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, example
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
     return peak(state, forward=forward, accumulates=optim.gradient_accumulation_steps > 1, teacher=teacher, base=0)
+
+
+def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_code: bool) -> int:
+    """Of a teacher's weights, or its head where the rest is cached, and of its hidden states of a micro-batch."""
+    model = empty_model(inputs.config, trust_remote_code)
+    weights = model.get_output_embeddings().weight.numel() if cached else model.num_parameters()
+    return (weights + rows * inputs.config.hidden_size) * inputs.precision.dtype.itemsize
 
 
 def _student_shape(config: StudentConfig, inputs: ModelInputs, samples: int, length: int,

@@ -1,16 +1,8 @@
-"""Names -> things. The one place where a name of the command line is looked up, and how a user's file adds to it."""
+"""Names -> things. The one place where a name of the command line is looked up."""
 
 import difflib
-import hashlib
-import importlib.util
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
-
-from todi.errors import InputError, collecting
 
 T = TypeVar("T")
 
@@ -62,43 +54,3 @@ def did_you_mean(given: str, allowed: "Registry | list[str]") -> str:
     by_lower = {name.lower(): name for name in allowed}
     near = difflib.get_close_matches(given.lower(), by_lower, n=1)
     return f"did you mean {by_lower[near[0]]}? " if near else ""
-
-
-def load_plugins(paths: Sequence[str]) -> None:
-    """Runs Python files, each once in a process, so that they can register what is a user's own.
-
-    Each is a module with a name of its own; a file that stops with an error is run anew when it is asked for again.
-
-    Raises:
-        InputError: with each file that is missing or fails, the line and the reason.
-    """
-    problems: list[str] = []
-    for path in paths:
-        with collecting(problems):
-            _run_plugin(path)
-    if problems:
-        raise InputError(problems)
-
-
-def _run_plugin(path: str) -> None:
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise InputError(f"no such plugin: {path}")
-    name = f"todi_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_loader(name, SourceFileLoader(name, str(file)))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise InputError(f"plugin {path}{_line_in(file, error)}: {type(error).__name__}: {error}") from error
-
-
-def _line_in(file: Path, error: Exception) -> str:
-    """':LINE', the last one of `file` that the error came through; '' when it came through none."""
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        return f":{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return f":{lines[-1]}" if lines else ""

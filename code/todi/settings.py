@@ -6,7 +6,7 @@ Nothing below the entry points and the builders ever sees these classes.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
 CACHE_MODES = ("auto", "on", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
 SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
+NO_ADAPTER = "none"
 
 # What launchers understand besides the settings.
 LAUNCHER_VARIABLES = {
@@ -107,21 +108,34 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The model that is imitated."""
+    """What is imitated: a model, the mean of several, or a function."""
 
-    teacher_model_path: str | None = option(None, "the teacher: a model folder, a GGUF file, or a Hub name")
+    teacher_model_path: tuple[str, ...] = option((), "the teacher: a model folder, a GGUF file, or a Hub name; of "
+                                                     "several the mean of their probabilities is imitated")
     teacher_model_type: str = option("auto", "model family of the teacher")
     teacher_weights: tuple[float, ...] = option((), "share of each of several teachers in their mean; even when not "
                                                     "given", above=0)
     teacher_callable: str | None = option(None, "instead of a model: file.py:function, which gives logits for a batch")
-    teacher_peft_path: str | None = option(None, "a LoRA adapter that is merged into the teacher")
+    teacher_peft_path: tuple[str, ...] = option((), "a LoRA adapter that is merged into the teacher; one for each of "
+                                                    f"several, {NO_ADAPTER} for one without")
     teacher_dtype: str | None = option(None, "precision of the teacher; the run's when not given",
                                        choices=PRECISIONS[1:])
 
+    @property
+    def adapters(self) -> tuple[str | None, ...]:
+        """Of each teacher the path of its LoRA adapter, or None."""
+        if not self.teacher_peft_path:
+            return (None,) * len(self.teacher_model_path)
+        return tuple(None if path == NO_ADAPTER else path for path in self.teacher_peft_path)
+
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
-        if self.teacher_peft_path and not self.teacher_model_path:
-            yield "--teacher-peft-path needs --teacher-model-path"
+        teachers = len(self.teacher_model_path)
+        for name in ("teacher_peft_path", "teacher_weights"):
+            given = getattr(self, name)
+            if given and len(given) != teachers:
+                yield (f"--{name.replace('_', '-')} needs one for each of --teacher-model-path, which has {teachers}; "
+                       f"got {' '.join(map(str, given))}")
         if self.teacher_callable and self.teacher_model_path:
             yield "--teacher-callable and --teacher-model-path: give one of them"
 
@@ -270,8 +284,8 @@ class TrainConfig:
 
     def rules(self) -> Iterator[str]:
         """What is wrong between the groups, a sentence each."""
-        if self.objective.distils and not self.teacher.teacher_model_path:
-            yield f"--criterion {self.objective.criterion} needs --teacher-model-path"
+        if self.objective.distils and not (self.teacher.teacher_model_path or self.teacher.teacher_callable):
+            yield f"--criterion {self.objective.criterion} needs --teacher-model-path or --teacher-callable"
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""
@@ -360,8 +374,16 @@ class CacheConfig:
 
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
-        if self.command == "build" and not self.teacher.teacher_model_path:
+        teachers = self.teacher.teacher_model_path
+        if self.command == "build" and not teachers:
             yield "--teacher-model-path is required"
+        if len(teachers) > 1:
+            yield f"--teacher-model-path: a cache is of one teacher, got {' '.join(teachers)}; make one of each"
+
+
+def recorded(values: Sequence[Any]) -> Any:
+    """Values as args.json and caches hold them where there used to be one at most: a single one by itself."""
+    return list(values) if len(values) > 1 else values[0] if values else None
 
 
 def parse_kd_params(words: tuple[str, ...]) -> dict[str, float]:

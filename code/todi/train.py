@@ -26,6 +26,7 @@ from todi.errors import run_main
 from todi.generation.decoding import Decoding
 from todi.models.backbone import check_head
 from todi.models.card import Base, model_card
+from todi.models.checks import reachable_tokens
 from todi.models.loading import add_lora, load_model
 from todi.options import parse
 from todi.runtime.cadence import Cadence
@@ -34,8 +35,10 @@ from todi.runtime.distributed import World, start_process_group, stop_process_gr
 from todi.runtime.logs import set_up_logging
 from todi.runtime.signals import Interrupted
 from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, parse_kd_params
-from todi.teacher.live import TeacherSource
-from todi.teacher.opening import TeacherSpec, choose_cache, describe_choice, open_teacher
+from todi.teacher.callable import CallableTeacher
+from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
+from todi.teacher.source import TeacherSource
+from todi.teacher.spec import TeacherSpec
 from todi.training.checkpoints import Score, save_model
 from todi.training.dev import DevSet
 from todi.training.monitors import Monitors, RunInfo
@@ -77,23 +80,23 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
     source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
     max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
-    spec = build_teacher_spec(config, inputs, examples) if config.objective.distils else None
-    run = cache = None
+    specs = build_teacher_specs(config, inputs, examples)
+    run = caches = None
     if world.is_main:
-        run, cache = _decide(config, inputs, spec, max_steps / source.steps_per_epoch, world, device)
+        run, caches = _decide(config, inputs, specs, max_steps / source.steps_per_epoch, world, device)
     if config.run.check_only:
         return
     start_process_group(world, device)
-    run, cache = world.gather((run, cache))[0]
+    run, caches = world.gather((run, caches))[0]
     folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
     with folder.claimed():
         if not folder.begin(run, anew=config.run.resume == "never"):
             return
         _log_decisions(inputs, shape, len(examples), max_steps, -(-max_steps // source.steps_per_epoch), world, device)
         if world.is_main:
-            examine(config, inputs, examples, world, device, cached=cache is not None).log()
+            examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
         # before the student is there: a pass that fills a cache needs room for the teacher
-        teacher = open_teacher(spec, cache, world, device) if spec else None
+        teacher = build_teacher(config, inputs, specs, caches, world, device)
         trainer = build_trainer(config, inputs, source, teacher, folder, max_steps,
                                 build_card(config, inputs, run), world, device)
         with closing(trainer.monitors):
@@ -104,23 +107,22 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
                 raise
 
 
-def _decide(config: TrainConfig, inputs: Inputs, spec: TeacherSpec | None, passes: float, world: World,
-            device: torch.device) -> tuple[dict[str, Any], Path | None]:
-    """What args.json will hold, and the folder of the teacher cache if there is to be one; for the first rank.
+def _decide(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], passes: float, world: World,
+            device: torch.device) -> tuple[dict[str, Any], list[Path | None]]:
+    """What args.json will hold, and for each teacher the folder of its cache if there is to be one; for the first rank.
 
     Raises:
         InputError: the run in the folder, or the cache, is another one.
     """
-    folder, source, cache = Path(config.run.save_dir), None, None
-    if spec:
-        earlier = None if config.run.resume == "never" else read_record(folder)
-        cache = choose_cache(spec, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
-                             earlier=earlier and earlier["deciding"].get("teacher"))
-        source = describe_choice(spec, cache)
+    folder = Path(config.run.save_dir)
+    earlier = None if config.run.resume == "never" else read_record(folder)
+    caches = choose_caches(specs, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
+                           earlier=earlier and earlier["deciding"].get("teacher"))
+    source = LIVE if inputs.teacher_function else describe_choices(specs, caches)
     run = describe_run(config, world.size, checksums(config, inputs), source)
     if config.run.resume == "auto":
         check_same_run(folder, run)
-    return run, cache
+    return run, caches
 
 
 def build_trainer(config: TrainConfig, inputs: Inputs, source: SampleSource, teacher: TeacherSource | None,
@@ -171,12 +173,22 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
     return model
 
 
-def build_teacher_spec(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> TeacherSpec:
-    """What is asked of the teacher."""
-    precision = inputs.teacher.precision
-    return TeacherSpec(config.teacher, config.data, precision,
-                       dtype_of(config.cache.teacher_cache_dtype, precision.dtype), inputs.student.tokenizer, examples,
-                       inputs.train_files, config.student.trust_remote_code)
+def build_teacher_specs(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> list[TeacherSpec]:
+    """What is asked of each teacher."""
+    return [TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
+                        config.data, model.precision,
+                        dtype_of(config.cache.teacher_cache_dtype, model.precision.dtype), inputs.student.tokenizer,
+                        examples, inputs.train_files, config.student.trust_remote_code)
+            for model in inputs.teachers]
+
+
+def build_teacher(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
+                  world: World, device: torch.device) -> TeacherSource | None:
+    """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
+    if inputs.teacher_function:
+        last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
+        return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
+    return open_teachers(specs, caches, config.teacher.teacher_weights, world, device) if specs else None
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
@@ -217,9 +229,8 @@ def build_dev_set(config: TrainConfig, inputs: Inputs, world: World) -> DevSet:
 def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
     """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
     data = {str(file): run["files"][str(file)] for file in (*inputs.train_files, *inputs.dev_files)}
-    student = Base(inputs.student.path, inputs.student.family, config.student.peft_path)
-    teacher = inputs.teacher and Base(inputs.teacher.path, inputs.teacher.family, config.teacher.teacher_peft_path)
-    return partial(model_card, run["settings"], data, run["versions"], student, teacher)
+    student, *teachers = (Base(model.path, model.family, model.adapter) for model in (inputs.student, *inputs.teachers))
+    return partial(model_card, run["settings"], data, run["versions"], student, teachers)
 
 
 def _log_decisions(inputs: Inputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,

@@ -6,20 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from todi.criterions.divergences import Divergence
-from todi.criterions.linear import LinearHead, linear_distillation_loss
-
-
-@dataclass(frozen=True)
-class TeacherRows:
-    """What a teacher says about N labelled positions.
-
-    Attributes:
-        hidden: (N, H_t) last hidden states.
-        head: the teacher's head.
-    """
-
-    hidden: Tensor
-    head: LinearHead
+from todi.criterions.linear import distillation_loss
+from todi.criterions.linear_head import LinearHead
+from todi.criterions.teacher_rows import TeacherRows
 
 
 @dataclass(frozen=True)
@@ -39,8 +28,7 @@ class DistillationCriterion:
                  teacher: TeacherRows | None) -> Mapping[str, Tensor]:
         """Sums over the rows of `hidden` (N, H) with `labels` (N,), by name: those of `LossSums`, without `kd` where
         there is no divergence."""
-        sums = linear_distillation_loss(
-            hidden, head, teacher and teacher.hidden, teacher and teacher.head, labels,
-            divergence=self.divergence, temperature=self.temperature, kd_rate=self.kd_rate,
-            label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)._asdict()
+        sums = distillation_loss(
+            hidden, head, teacher, labels, divergence=self.divergence, temperature=self.temperature,
+            kd_rate=self.kd_rate, label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)._asdict()
         return sums if self.divergence else {name: value for name, value in sums.items() if name != "kd"}

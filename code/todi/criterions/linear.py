@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from todi.criterions.divergences import MASKED_LOGIT, Divergence, compute_dtype
+from todi.criterions.linear_head import LinearHead
+from todi.criterions.teacher_rows import HeadRows, TeacherRows
 
 IGNORE_INDEX = -100
 
@@ -24,37 +26,6 @@ _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # Bytes of one (block, V) tensor. Everything but the matrix products goes through a chunk in blocks, so that the
 # passes over the vocabulary stay in the cache of a CPU, and the temporaries are small.
 _BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """The last layer of a language model: logits = softcap(scale (hidden W^T + bias)).
-
-    Attributes:
-        weight: (V, H).
-        bias: (V,) or None. An entry of -inf masks a vocabulary entry, in both models.
-        softcap: c in c tanh(logits / c), as in Gemma.
-        scale: factor of the logits, as in Granite and Cohere.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., V) logits in the dtype of the weight."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def cropped(self, vocabulary: int) -> "LinearHead":
-        """The head of the first `vocabulary` entries; a view."""
-        bias = None if self.bias is None else self.bias[:vocabulary]
-        return LinearHead(self.weight[:vocabulary], bias, self.softcap, self.scale)
 
 
 class LossSums(NamedTuple):
@@ -81,14 +52,33 @@ def linear_distillation_loss(student_hidden: Tensor, student_head: LinearHead,
                              label_smoothing: float = 0.0, chunk_size: int | None = None) -> LossSums:
     """Cross-entropy and divergence of N rows, in chunks, with the gradients made on the way.
 
-    Logits and everything behind them are float32 (float64 for float64 hidden states). Heads of different padded
+    This is `distillation_loss` of a teacher that is hidden states and a head; its arguments and errors hold here too.
+
+    Args:
+        teacher_hidden: (N, H_t); None, like `teacher_head` and `divergence`, for cross-entropy alone.
+    """
+    given = {teacher_hidden is not None, teacher_head is not None, divergence is not None}
+    if len(given) > 1:
+        raise ValueError("teacher_hidden, teacher_head and divergence go together: give all three or none")
+    teacher = HeadRows(teacher_hidden, teacher_head) if divergence is not None else None
+    return distillation_loss(student_hidden, student_head, teacher, labels, divergence=divergence,
+                             temperature=temperature, kd_rate=kd_rate, label_smoothing=label_smoothing,
+                             chunk_size=chunk_size)
+
+
+def distillation_loss(student_hidden: Tensor, student_head: LinearHead, teacher: TeacherRows | None, labels: Tensor, *,
+                      divergence: Divergence | None, temperature: float = 1.0, kd_rate: float = 0.5,
+                      label_smoothing: float = 0.0, chunk_size: int | None = None) -> LossSums:
+    """Cross-entropy and divergence of N rows, in chunks, with the gradients made on the way.
+
+    Logits and everything behind them are float32 (float64 for float64 hidden states). Models of different padded
     vocabulary sizes are cropped to the common part before any softmax. Gradients reach `student_hidden` and the
     student's weight and bias where they require one; nothing is computed for a frozen head.
 
     Args:
         student_hidden: (N, H_s) last hidden states, after the final norm.
-        teacher_hidden: (N, H_t); None, like `teacher_head` and `divergence`, for cross-entropy alone.
-        labels: (N,) token ids; a row with -100 counts for nothing.
+        teacher: what it says of these rows; None, like `divergence`, for cross-entropy alone.
+        labels: (N,) token ids; a row with -100 counts for nothing, whatever either model says of it.
         temperature: of both softmaxes of the divergence, > 0; the cross-entropy is at 1.
         kd_rate: share of the divergence in `loss`, in [0, 1]; there is no temperature^2 factor.
         label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1).
@@ -97,19 +87,17 @@ def linear_distillation_loss(student_hidden: Tensor, student_head: LinearHead,
     Raises:
         ValueError: arguments out of range, or a teacher without divergence or the reverse.
     """
-    distils = divergence is not None
-    if (teacher_hidden is not None, teacher_head is not None) != (distils, distils):
-        raise ValueError("teacher_hidden, teacher_head and divergence go together: give all three or none")
+    if (teacher is None) != (divergence is None):
+        raise ValueError("teacher and divergence go together: give both or neither")
     _check_ranges(temperature, kd_rate, label_smoothing, chunk_size)
     vocabulary = len(student_head.weight)
-    if distils:
-        vocabulary = min(vocabulary, len(teacher_head.weight))
-        teacher_head = teacher_head.cropped(vocabulary)
+    if teacher is not None:
+        vocabulary = min(vocabulary, teacher.vocabulary)
     if torch.is_autocast_enabled(student_hidden.device.type):
         student_hidden, student_head = _autocast(student_hidden, student_head)
     grad, device = torch.is_grad_enabled(), student_hidden.device
-    job = _Job(student_head, teacher_head, teacher_hidden, labels, divergence, temperature,
-               kd_rate if distils else 0.0, label_smoothing, vocabulary,
+    job = _Job(student_head, teacher, labels, divergence, temperature, 0.0 if teacher is None else kd_rate,
+               label_smoothing, vocabulary,
                chunk_size=chunk_size or default_chunk_size(vocabulary, device),
                block_size=_rows_within(_BLOCK_BYTES, vocabulary, device),
                dtype=compute_dtype(student_hidden),
@@ -124,7 +112,7 @@ def default_chunk_size(vocabulary: int, device: torch.device) -> int:
     return _rows_within(_CHUNK_BYTES, vocabulary, device)
 
 
-def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trained: bool, distils: bool,
+def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trained: bool, teachers: int,
                chunk_size: int | None, device: torch.device) -> int:
     """Bytes that `linear_distillation_loss` adds at its peak, gradients of the hidden states and the head included.
 
@@ -132,9 +120,11 @@ def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trai
         rows: with a label.
         hidden: size of the student's hidden states.
         width: bytes of a number of the models.
+        teachers: 0 for cross-entropy alone, more than 1 for a mean.
     """
     chunk = min(rows, chunk_size or default_chunk_size(vocabulary, device))
-    logits = chunk * vocabulary * (4 + (width if width < 4 else 0)) * (2 if distils else 1)
+    copies = 1 + min(teachers, 1) + (2 if teachers > 1 else 0)  # beside the mean, what is added and its log-softmax
+    logits = chunk * vocabulary * (4 + (width if width < 4 else 0)) * copies
     block = 6 * min(chunk * vocabulary * 4, _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]))
     # a 16-bit head's gradient is summed in fp32, and each chunk's share is made before it is added
     head = vocabulary * hidden * (4 if width == 4 else 4 + width) if head_trained else 0
@@ -150,8 +140,7 @@ class _Job:
     """The constants of one call."""
 
     student_head: LinearHead
-    teacher_head: LinearHead | None
-    teacher_hidden: Tensor | None
+    teacher: TeacherRows | None
     labels: Tensor
     divergence: Divergence | None
     temperature: float
@@ -171,11 +160,11 @@ class _Job:
 
     @cached_property
     def masked(self) -> Tensor | None:
-        """(V,) vocabulary entries that a bias of -inf masks in either model; None without any bias."""
-        heads = [head for head in (self.student_head, self.teacher_head) if head and head.bias is not None]
-        if not heads:
-            return None
-        return torch.stack([head.bias[:self.vocabulary].isneginf() for head in heads]).any(0)
+        """(V,) vocabulary entries that either model never gives; None where neither has a say in it."""
+        student = None if self.student_head.bias is None else self.student_head.bias.isneginf()
+        teacher = None if self.teacher is None else self.teacher.masked
+        masks = [mask[:self.vocabulary] for mask in (student, teacher) if mask is not None]
+        return torch.stack(masks).any(0) if masks else None
 
     @cached_property
     def uniform(self) -> Tensor:
@@ -246,9 +235,9 @@ def _chunk(hidden: Tensor, head: LinearHead, rows: slice, job: _Job, grads: _Gra
     """The five sums of one chunk; its gradients go to `grads`."""
     labels = job.labels[rows]
     hidden = _labelled(hidden[rows], labels)
-    logits, teacher_logits = _logits(head, hidden, job), None
-    if job.divergence is not None:
-        teacher_logits = _logits(job.teacher_head, _labelled(job.teacher_hidden[rows], labels), job)
+    logits, teacher_logits = _masked(head(hidden), job), None
+    if job.teacher is not None:  # its rows without a label may hold anything: `_block` drops what comes of them
+        teacher_logits = _masked(job.teacher.logits(rows, job.vocabulary, job.temperature), job)
     sums = logits.new_zeros(5)
     for block in _slices(len(logits), job.block_size):
         block_teacher = None if teacher_logits is None else teacher_logits[block]
@@ -271,14 +260,9 @@ def _block(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, job: _
 
     kd = torch.zeros_like(ce)
     if teacher_logits is not None:
-        if job.temperature != 1:
-            log_q = torch.log_softmax(logits / job.temperature, -1)
-        log_p = torch.log_softmax(teacher_logits / job.temperature, -1)
-        if job.wants_gradients and job.kd_rate > 0:
-            kd, d_kd = job.divergence.value_and_gradient(log_p, log_q)
+        kd, d_kd = _divergence(logits, teacher_logits, log_q, job)
+        if d_kd is not None:
             d_logits.add_(d_kd, alpha=job.kd_rate / job.temperature)
-        else:
-            kd = job.divergence.value(log_p, log_q)
 
     correct = logits.argmax(-1, keepdim=True) == target
     if d_logits is not None:
@@ -286,6 +270,26 @@ def _block(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, job: _
     kd, ce = (value.masked_fill(~counts, 0).sum() for value in (kd, ce))
     loss = (1 - job.kd_rate) * ce + job.kd_rate * kd
     return torch.stack([loss, kd, ce, (correct.squeeze(-1) & counts).sum(), counts.sum()]), d_logits
+
+
+def _divergence(logits: Tensor, teacher_logits: Tensor, log_q: Tensor, job: _Job) -> tuple[Tensor, Tensor | None]:
+    """The divergence (rows,), and where one is wanted its gradient (rows, V) for the logits over temperature.
+
+    What a teacher leaves out of a row, the student is not compared on there.
+
+    Args:
+        log_q: of the student at temperature 1.
+    """
+    left_out = teacher_logits.isneginf() if job.teacher.sparse else None
+    if left_out is not None:
+        logits, teacher_logits = (side.masked_fill(left_out, MASKED_LOGIT) for side in (logits, teacher_logits))
+    if left_out is not None or job.temperature != 1:
+        log_q = torch.log_softmax(logits / job.temperature, -1)
+    log_p = torch.log_softmax(teacher_logits / job.temperature, -1)
+    if not job.wants_gradients or job.kd_rate == 0:
+        return job.divergence.value(log_p, log_q), None
+    kd, d_kd = job.divergence.value_and_gradient(log_p, log_q)
+    return kd, d_kd if left_out is None else d_kd.masked_fill_(left_out, 0)
 
 
 def _before_head(d_logits: Tensor, logits: Tensor, job: _Job) -> Tensor:
@@ -306,8 +310,9 @@ def _labelled(hidden: Tensor, labels: Tensor) -> Tensor:
     return hidden.masked_fill((labels == IGNORE_INDEX)[:, None], 0)
 
 
-def _logits(head: LinearHead, hidden: Tensor, job: _Job) -> Tensor:
-    logits = head(hidden).to(job.dtype)
+def _masked(logits: Tensor, job: _Job) -> Tensor:
+    """In the compute precision, finite where an entry is masked; may overwrite `logits`."""
+    logits = logits.to(job.dtype)
     return logits if job.masked is None else logits.masked_fill_(job.masked, MASKED_LOGIT)
 
 

@@ -21,7 +21,8 @@ from todi.errors import InputError, collecting, run_main
 from todi.models.loading import load_tokenizer
 from todi.options import option, parse
 from todi.options import problems as problems_of
-from todi.registry import did_you_mean, load_plugins
+from todi.python_files import load_plugins
+from todi.registry import did_you_mean
 from todi.runtime.checksums import file_checksum
 from todi.runtime.logs import set_up_logging
 from todi.runtime.storage import write_text

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from todi.criterions.criterion import TeacherRows
+from todi.criterions import HeadRows
 from todi.data.batches import Batch
 from todi.teacher.cache_files import CacheStore
 
@@ -22,10 +22,10 @@ class CachedTeacher:
         self.head = store.head(device)
         _ = store.places  # a damaged index is found before training, not within it
 
-    def rows(self, batch: Batch) -> TeacherRows:
+    def rows(self, batch: Batch) -> HeadRows:
         """Raises CorruptCache when a sample is not what was written."""
         hidden = self.store.read([sample for sample in batch.sample_ids.tolist() if sample >= 0])
-        return TeacherRows(hidden.to(self.device), self.head)
+        return HeadRows(hidden.to(self.device), self.head)
 
     def expect(self, samples: Sequence[int]) -> None:
         self.store.expect(samples)

@@ -16,7 +16,7 @@ from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.runtime.storage import writing
 from todi.teacher.cache_files import CacheStore
-from todi.teacher.live import TeacherSource
+from todi.teacher.live import LiveTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def filling_alone(folder: Path, world: World) -> Iterator[None]:
             os.close(descriptor)
 
 
-def fill(store: CacheStore, teacher: TeacherSource, examples: Sequence[Example], pad_id: int, world: World,
+def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], pad_id: int, world: World,
          device: torch.device, batch_tokens: int | None = None) -> None:
     """Runs the teacher over the samples of every shard that is not there; each rank writes its own shards.
 
@@ -75,7 +75,7 @@ def fill(store: CacheStore, teacher: TeacherSource, examples: Sequence[Example],
                     seconds / 60 / done * (len(missing) - done))
 
 
-def hidden_states(teacher: TeacherSource, examples: Sequence[Example], samples: Sequence[int], pad_id: int,
+def hidden_states(teacher: LiveTeacher, examples: Sequence[Example], samples: Sequence[int], pad_id: int,
                   device: torch.device, batch_tokens: int) -> Tensor:
     """(N, H) rows of `samples`, one after the other, on the CPU."""
     rows: dict[int, Tensor] = {}
@@ -95,7 +95,7 @@ def batches(examples: Sequence[Example], samples: Sequence[int], batch_tokens: i
     yield batch
 
 
-def batch_rows(teacher: TeacherSource, examples: Sequence[Example], samples: Sequence[int], pad_id: int,
+def batch_rows(teacher: LiveTeacher, examples: Sequence[Example], samples: Sequence[int], pad_id: int,
                device: torch.device) -> dict[int, Tensor]:
     """The (rows, H) hidden states of each sample of one batch, on the CPU."""
     hidden = teacher.rows(collate([examples[sample] for sample in samples], pad_id).to(device)).hidden.cpu()

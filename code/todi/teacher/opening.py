@@ -1,120 +1,46 @@
-"""From settings to a teacher source: what a cache for them must hold, whether to use one, and how it is made."""
+"""From settings to a teacher source: whether to use a cache, and how it is made."""
 
-import dataclasses
 import gc
-import hashlib
-import json
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
-import todi
-from todi.data.tokenize import Example, examples_checksum
 from todi.errors import InputError, StorageError
 from todi.models.backbone import check_head
-from todi.models.loading import checksum_or_commit, empty_model, load_config, load_model, merge_adapter
-from todi.models.tokenizers import tokenizer_checksum
-from todi.runtime.checksums import file_checksum, weights_checksum
-from todi.runtime.device import Precision, name_of
+from todi.models.loading import load_model, merge_adapter
+from todi.runtime.device import name_of
 from todi.runtime.distributed import World
-from todi.settings import DataConfig, TeacherConfig
-from todi.teacher.cache_files import CacheStore, Layout
+from todi.settings import CACHE_MODES, recorded
+from todi.teacher.cache_files import CacheStore
 from todi.teacher.cached import CachedTeacher
-from todi.teacher.choice import Estimate, estimate, free_bytes
+from todi.teacher.choice import free_bytes
 from todi.teacher.filling import fill, filling_alone
-from todi.teacher.live import LiveTeacher, TeacherSource
+from todi.teacher.live import LiveTeacher
+from todi.teacher.mean import MeanTeacher
+from todi.teacher.source import TeacherSource
+from todi.teacher.spec import TeacherSpec
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1  # counts up whenever other numbers, or the same ones otherwise, are stored
-SHARED_CACHES = Path("outputs/teacher_cache")
+LIVE = "live"
 
+def choose_caches(specs: Sequence[TeacherSpec], mode: str, *, passes: float, ranks: int, device: torch.device,
+                  earlier: str | Sequence[str] | None) -> list[Path | None]:
+    """For each teacher what `choose_cache` says; of a folder given for several, each has one of its own in it.
 
-@dataclass(frozen=True)
-class TeacherSpec:
-    """What a teacher says about which samples: all that the contents of a cache follow from.
-
-    Attributes:
-        precision: that the teacher computes in.
-        stored_dtype: of the numbers in the cache.
-        examples: the samples, encoded.
-        train_files: that their records came from.
+    Args:
+        earlier: what `describe_choices` said when this run began, if it did.
     """
-
-    teacher: TeacherConfig
-    data: DataConfig
-    precision: Precision
-    stored_dtype: torch.dtype
-    tokenizer: Tokenizer
-    examples: Sequence[Example]
-    train_files: Sequence[Path]
-    trust_remote_code: bool = False
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """What the hidden states depend on; reads all weights once."""
-        adapter = self.teacher.teacher_peft_path
-        return {
-            "teacher weights": str(checksum_or_commit(self.teacher.teacher_model_path, weights_checksum,
-                                                      self.trust_remote_code)),
-            "teacher adapter": adapter and weights_checksum(Path(adapter)),
-            "tokenizer": tokenizer_checksum(self.tokenizer),
-            "data": " ".join(map(file_checksum, self.train_files)),
-            "records": len(self.examples),
-            "max_length": self.data.max_length,
-            "max_prompt_length": self.data.max_prompt_length,
-            "token ids": examples_checksum(self.examples),
-            "precision": self.precision.name,
-            "stored dtype": name_of(self.stored_dtype),
-            "code": f"todi {todi.__version__}, format {CACHE_FORMAT}, transformers {transformers.__version__}",
-        }
-
-    @property
-    def made_from(self) -> dict[str, Any]:
-        """The settings, for `todi.cache verify`; paths are absolute."""
-        settings = dataclasses.asdict(self.teacher) | dataclasses.asdict(self.data)
-        for name in ("teacher_model_path", "teacher_peft_path"):
-            if settings[name] and Path(settings[name]).exists():
-                settings[name] = str(Path(settings[name]).absolute())
-        folders = [str(Path(folder).absolute()) for folder in self.data.data_dir]
-        settings["data_dir"] = folders if len(folders) > 1 else folders[0]
-        return settings | {"precision": self.precision.name, "teacher_cache_dtype": name_of(self.stored_dtype)}
-
-    @cached_property
-    def layout(self) -> Layout:
-        config = load_config(self.teacher.teacher_model_path, self.trust_remote_code)
-        return Layout(tuple(example.response_tokens for example in self.examples), config.hidden_size,
-                      self.stored_dtype)
-
-    @property
-    def shared_folder(self) -> Path:
-        """Where every run with the same fingerprint looks for its cache."""
-        digest = hashlib.sha256(json.dumps(self.fingerprint).encode()).hexdigest()
-        return SHARED_CACHES / f"{self.teacher_name}-{digest[:12]}"
-
-    @property
-    def teacher_name(self) -> str:
-        """Last part of its path, fit for a file name."""
-        return re.sub(r"[^\w.-]+", "-", Path(self.teacher.teacher_model_path).name)
-
-    def estimate(self, passes: float, ranks: int, device: torch.device) -> Estimate:
-        """What a cache would take and save in a training of so many passes over the samples."""
-        model = empty_model(load_config(self.teacher.teacher_model_path, self.trust_remote_code),
-                            self.trust_remote_code)
-        matrices = sum(parameter.numel() for parameter in model.base_model.parameters())
-        return estimate(folder=SHARED_CACHES, bytes=self.layout.bytes,
-                        tokens=sum(len(example.ids) for example in self.examples),
-                        parameters=matrices - model.get_input_embeddings().weight.numel(), passes=passes,
-                        device=device, dtype=self.precision.dtype, ranks=ranks)
+    before = [earlier] if earlier is None or isinstance(earlier, str) else earlier
+    if len(before) != len(specs):  # a run of other teachers
+        before = [None] * len(specs)
+    shared = len(specs) > 1 and mode not in CACHE_MODES
+    return [choose_cache(spec, str(Path(mode) / spec.cache_name) if shared else mode, passes=passes, ranks=ranks,
+                         device=device, earlier=said)
+            for spec, said in zip(specs, before, strict=True)]
 
 
 def choose_cache(spec: TeacherSpec, mode: str, *, passes: float, ranks: int, device: torch.device,
@@ -144,7 +70,12 @@ def choose_cache(spec: TeacherSpec, mode: str, *, passes: float, ranks: int, dev
 
 def describe_choice(spec: TeacherSpec, folder: Path | None) -> str:
     """Where hidden states come from, in as far as it alters what is computed."""
-    return "live" if folder is None else f"cached in {name_of(spec.stored_dtype)}"
+    return LIVE if folder is None else f"cached in {name_of(spec.stored_dtype)}"
+
+
+def describe_choices(specs: Sequence[TeacherSpec], folders: Sequence[Path | None]) -> str | list[str]:
+    """`describe_choice` of the teacher; of several, a list."""
+    return recorded([describe_choice(*pair) for pair in zip(specs, folders, strict=True)])
 
 
 def check_match(store: CacheStore, spec: TeacherSpec) -> None:
@@ -153,6 +84,24 @@ def check_match(store: CacheStore, spec: TeacherSpec) -> None:
     if differing:
         raise InputError(f"the teacher cache {store.folder} is of something else: {'; '.join(differing)}. Name "
                          "another folder, or use --teacher-cache on, which finds its own")
+
+
+def open_teachers(specs: Sequence[TeacherSpec], caches: Sequence[Path | None], weights: Sequence[float], world: World,
+                  device: torch.device) -> TeacherSource:
+    """`open_teacher` of the teacher; of several, their mean.
+
+    Args:
+        weights: of each in the mean; even where there are none.
+    """
+    for spec, cache in zip(specs, caches, strict=True):
+        if cache:
+            fill_cache(spec, cache, world, device)  # while no other teacher is in memory
+    sources = [open_teacher(spec, cache, world, device) for spec, cache in zip(specs, caches, strict=True)]
+    if len(sources) == 1:
+        return sources[0]
+    logger.info("the teacher is the mean of %d, %s", len(sources),
+                f"weighted {' : '.join(f'{weight:g}' for weight in weights)}" if weights else "evenly weighted")
+    return MeanTeacher(sources, weights)
 
 
 def open_teacher(spec: TeacherSpec, cache: Path | None, world: World, device: torch.device) -> TeacherSource:
@@ -201,7 +150,7 @@ def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.devi
 
 def load_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
     """The frozen model that is imitated, its LoRA adapter merged."""
-    path, adapter = spec.teacher.teacher_model_path, spec.teacher.teacher_peft_path
+    path, adapter = spec.path, spec.adapter
     model = load_model(path, spec.precision.dtype, device, spec.trust_remote_code)
     if adapter:
         model = merge_adapter(model, adapter)
@@ -215,14 +164,13 @@ def load_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
 def _choose_automatically(spec: TeacherSpec, passes: float, ranks: int, device: torch.device,
                           earlier: str | None) -> Path | None:
     if earlier:
-        logger.info("teacher cache: %s, as when this run began", earlier)
-        return None if earlier == "live" else spec.shared_folder
-    # to name the cache takes a checksum of all weights, so only where there may be one
-    if any(SHARED_CACHES.glob(f"{spec.teacher_name}-*")) and _is_complete(spec.shared_folder):
+        logger.info("teacher cache of %s: %s, as when this run began", spec.path, earlier)
+        return None if earlier == LIVE else spec.shared_folder
+    if spec.may_have_been_cached() and _is_complete(spec.shared_folder):
         return spec.shared_folder
     costs = spec.estimate(passes, ranks, device)
     against = costs.reason_against()
-    logger.info("teacher cache: %s: %s", f"none, {against}" if against else "yes", costs)
+    logger.info("teacher cache of %s: %s: %s", spec.path, f"none, {against}" if against else "yes", costs)
     return None if against else spec.shared_folder
 
 

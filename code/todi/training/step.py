@@ -11,7 +11,7 @@ from todi.criterions import DistillationCriterion
 from todi.data.batches import collate
 from todi.data.plans import StepPlan
 from todi.runtime.distributed import World
-from todi.teacher.live import TeacherSource
+from todi.teacher.source import TeacherSource
 
 Sums = Mapping[str, Tensor]  # scalars by the name of what was summed; `tokens` is what to divide them by
 

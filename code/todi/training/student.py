@@ -6,8 +6,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from todi.criterions import DistillationCriterion, diagnose
-from todi.criterions.criterion import TeacherRows
+from todi.criterions import DistillationCriterion, TeacherRows, diagnose
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_rows
 
@@ -31,7 +30,8 @@ class Student(nn.Module):
         if with_diagnostics and teacher is not None and len(hidden):
             rows = slice(DIAGNOSED_ROWS)
             with torch.no_grad():
-                report = diagnose(*_common(head(hidden[rows]), teacher.head(teacher.hidden[rows])),
+                logits = head(hidden[rows])[:, :teacher.vocabulary]
+                report = diagnose(logits, teacher.logits(rows, logits.shape[1], criterion.temperature),
                                   criterion.divergence, criterion.temperature)
         return sums, report
 
@@ -46,8 +46,3 @@ class Student(nn.Module):
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 has spread the parameters over the ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def _common(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    return student_logits[:, :vocabulary], teacher_logits[:, :vocabulary]

@@ -20,10 +20,11 @@ from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import checksum_or_commit, load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
-from todi.registry import load_plugins
+from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
 from todi.settings import DataConfig, ObjectiveConfig, TrainConfig, parse_kd_params
+from todi.teacher.callable import Function, load_function
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.monitors import check_monitors
 
@@ -39,6 +40,7 @@ class ModelInputs:
     family: Family
     tokenizer: Tokenizer
     precision: Precision
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,16 @@ class Inputs:
     """What was read.
 
     Attributes:
-        teacher: None for SFT.
+        teachers: none for SFT, or where a function answers in their place.
+        teacher_function: that function.
         train, dev: the records of all sets, one set after the other.
         train_files, dev_files: where they came from.
         train_sizes: how many training records each set has.
     """
 
     student: ModelInputs
-    teacher: ModelInputs | None
+    teachers: list[ModelInputs]
+    teacher_function: Function | None
     deepspeed_config: dict[str, Any]
     train: list[Record]
     dev: list[Record]
@@ -71,7 +75,8 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     load_plugins(config.run.plugins)
     problems = config.problems()
     train_files, dev_files = _data_files(config.data.data_dir)
-    student = teacher = precision = deepspeed_config = train = dev = None
+    student = function = precision = deepspeed_config = train = dev = None
+    teachers: list[ModelInputs] = []
     with collecting(problems):
         check_objective(config.objective)
     with collecting(problems):
@@ -94,14 +99,17 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
         with collecting(problems):
             student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
                                  precision, config.data.max_length, config.student.trust_remote_code)
-    if config.objective.distils and config.teacher.teacher_model_path:
+    if config.objective.distils:
+        for path, adapter in zip(config.teacher.teacher_model_path, config.teacher.adapters, strict=False):
+            with collecting(problems):
+                teachers.append(read_model(path, config.teacher.teacher_model_type, adapter, teacher_precision,
+                                           config.data.max_length, config.student.trust_remote_code))
+    if config.objective.distils and config.teacher.teacher_callable:
         with collecting(problems):
-            teacher = read_model(config.teacher.teacher_model_path, config.teacher.teacher_model_type,
-                                 config.teacher.teacher_peft_path, teacher_precision, config.data.max_length,
-                                 config.student.trust_remote_code)
-    if student and teacher:
+            function = load_function(config.teacher.teacher_callable)
+    for teacher in teachers if student else ():
         with collecting(problems):
-            _check_tokenizers(student.tokenizer, teacher.tokenizer)
+            _check_tokenizers(student, teacher)
     with collecting(problems):
         if student and train and dev:
             train, dev = (render_sets(sets, student.tokenizer, files)
@@ -111,16 +119,19 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             _check_shares(config.data, [len(records) for records in train])
     if problems:
         raise InputError(problems)
-    return Inputs(student, teacher, deepspeed_config, list(chain(*train)), list(chain(*dev)), train_files, dev_files,
-                  [len(records) for records in train])
+    return Inputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)), train_files,
+                  dev_files, [len(records) for records in train])
 
 
 def checksums(config: TrainConfig, inputs: Inputs) -> dict[str, str]:
     """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit."""
-    found = {str(file): file_checksum(file) for file in (*inputs.train_files, *inputs.dev_files, *config.run.plugins)}
-    adapters = config.student.peft_path, config.teacher.teacher_peft_path
-    for path in filter(None, (inputs.student.path, inputs.teacher and inputs.teacher.path, *adapters)):
-        found[path] = str(checksum_or_commit(path, weights_checksum, config.student.trust_remote_code))
+    code = list(config.run.plugins)
+    if inputs.teacher_function:
+        code.append(config.teacher.teacher_callable.rpartition(":")[0])
+    found = {str(file): file_checksum(file) for file in (*inputs.train_files, *inputs.dev_files, *code)}
+    for model in (inputs.student, *inputs.teachers):
+        for path in filter(None, (model.path, model.adapter)):
+            found[path] = str(checksum_or_commit(path, weights_checksum, config.student.trust_remote_code))
     return found
 
 
@@ -142,7 +153,7 @@ def read_model(path: str, model_type: str, adapter: str | None, precision: Preci
         check_vocabulary(model_config, tokenizer, path)
     if problems:
         raise InputError(problems)
-    return ModelInputs(path, model_config, family, tokenizer, precision)
+    return ModelInputs(path, model_config, family, tokenizer, precision, adapter)
 
 
 def check_objective(objective: ObjectiveConfig) -> None:
@@ -177,9 +188,9 @@ def _family(model_type: str, architecture: str) -> Family:
         raise InputError(str(error)) from None
 
 
-def _check_tokenizers(student: Tokenizer, teacher: Tokenizer) -> None:
-    difference = tokenizer_difference(student, teacher)
+def _check_tokenizers(student: ModelInputs, teacher: ModelInputs) -> None:
+    difference = tokenizer_difference(student.tokenizer, teacher.tokenizer)
     if difference:
-        raise InputError(f"teacher and student have different tokenizers: {difference}. Distillation compares their "
-                         "distributions entry by entry. Take two models of one family, or, if both were trained with "
-                         "one tokenizer, copy its files over the other's")
+        raise InputError(f"the teacher {teacher.path} and the student have different tokenizers: {difference}. "
+                         "Distillation compares their distributions entry by entry. Take two models of one family, "
+                         "or, if both were trained with one tokenizer, copy its files over the other's")

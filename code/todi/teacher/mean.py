@@ -1,0 +1,26 @@
+"""The teacher source that is the mean of several."""
+
+from collections.abc import Sequence
+
+from todi.criterions import MeanRows
+from todi.data.batches import Batch
+from todi.teacher.source import TeacherSource
+
+
+class MeanTeacher:
+    """Several teachers whose probabilities are averaged; each is asked by itself, so one may be live, another cached.
+
+    Args:
+        weights: of each in the mean, > 0; even where there are none.
+    """
+
+    def __init__(self, sources: Sequence[TeacherSource], weights: Sequence[float] = ()):
+        self.sources = sources
+        self.weights = weights or [1.0] * len(sources)
+
+    def rows(self, batch: Batch) -> MeanRows:
+        return MeanRows([source.rows(batch) for source in self.sources], self.weights)
+
+    def expect(self, samples: Sequence[int]) -> None:
+        for source in self.sources:
+            source.expect(samples)

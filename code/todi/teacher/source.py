@@ -1,0 +1,17 @@
+"""Who answers for the labelled rows of a batch. Training does not care whether a model, a file or a function does."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from todi.criterions import TeacherRows
+from todi.data.batches import Batch
+
+
+class TeacherSource(Protocol):
+    """Answers for the labelled rows of a batch of samples."""
+
+    def rows(self, batch: Batch) -> TeacherRows:
+        """What the teacher says at `batch.rows`."""
+
+    def expect(self, samples: Sequence[int]) -> None:
+        """Says which samples come next, so that they can be fetched meanwhile."""
