@@ -38,7 +38,7 @@ from todi.training.memory import (
     training_state,
 )
 from todi.training.state import KEPT_STATES
-from todi.training.train_inputs import Inputs, ModelInputs, build_loss_terms, read_inputs
+from todi.training.train_inputs import ModelInputs, TrainInputs, build_loss_terms, read_inputs
 
 logger = logging.getLogger("todi.doctor")
 
@@ -76,7 +76,7 @@ def main() -> None:
         logger.info("nothing is wrong")
 
 
-def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], world: World,
+def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example], world: World,
             device: torch.device, cached: Sequence[bool] = ()) -> Report:
     """Estimates memory and disk space of a run whose input is in order; loads no weights.
 
@@ -91,7 +91,7 @@ def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], wo
     return Report(facts + more_facts, warnings + more_warnings)
 
 
-def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, examples: Sequence[Example], world: World,
+def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, examples: Sequence[Example], world: World,
                     device: torch.device, cached: Sequence[bool] = ()) -> Memory:
     """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
     optim, rows = config.optim, config.optim.batch_size * max(example.response_tokens for example in examples)
@@ -123,7 +123,7 @@ def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_co
     return (weights + rows * inputs.config.hidden_size) * inputs.precision.dtype.itemsize
 
 
-def _student_shape(config: TrainConfig, inputs: Inputs, length: int, device: torch.device) -> Shape:
+def _student_shape(config: TrainConfig, inputs: TrainInputs, length: int, device: torch.device) -> Shape:
     shape = _model_shape(config.student, inputs.student, config.optim.batch_size, length, device)
     with torch.device("meta"):
         terms = build_loss_terms(config.objective, inputs.student, inputs.teachers).values()

@@ -25,7 +25,7 @@ from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding
 from todi.models.backbone import check_head
-from todi.models.card import Base, model_card
+from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import add_lora, load_model
 from todi.options import parse
@@ -48,8 +48,8 @@ from todi.training.run_folder import RunFolder
 from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.train_inputs import (
-    Inputs,
     ModelInputs,
+    TrainInputs,
     build_loss_terms,
     checksums,
     read_inputs,
@@ -100,7 +100,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     run, caches = world.gather((run, caches))[0]
     folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
     with folder.claimed():
-        if not folder.begin(run, anew=config.run.resume == "never"):
+        if not folder.start_run(run, anew=config.run.resume == "never"):
             return
         _log_decisions(inputs, shape, len(examples), max_steps, -(-max_steps // source.steps_per_epoch), world, device)
         if world.is_main:
@@ -121,7 +121,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
                 raise
 
 
-def _decide(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], cache_mode: str, passes: float,
+def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], cache_mode: str, passes: float,
             world: World, device: torch.device) -> tuple[dict[str, Any], list[Path | None]]:
     """What args.json will hold, and for each teacher the folder of its cache if there is to be one; for the first rank.
 
@@ -139,7 +139,7 @@ def _decide(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], c
     return run, caches
 
 
-def build_export(engine: deepspeed.DeepSpeedEngine, inputs: Inputs, card: Callable[[Mapping[str, float]], str],
+def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,
                  world: World) -> Callable[[Score, Path], None]:
     """What writes the student that has a score into a folder."""
     def export(score: Score, path: Path) -> None:
@@ -179,7 +179,7 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
     return model
 
 
-def build_teacher_specs(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> list[TeacherSpec]:
+def build_teacher_specs(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example]) -> list[TeacherSpec]:
     """What is asked of each teacher."""
     return [TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
                         config.data, model.precision,
@@ -188,7 +188,7 @@ def build_teacher_specs(config: TrainConfig, inputs: Inputs, examples: Sequence[
             for model in inputs.teachers]
 
 
-def build_teacher(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
+def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
                   layers: Sequence[int], world: World, device: torch.device) -> TeacherSource | None:
     """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
     if inputs.teacher_function:
@@ -207,7 +207,7 @@ def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
                                  config.loss_chunk_size, named_numbers(config.loss_terms))
 
 
-def build_engine(config: TrainConfig, inputs: Inputs, terms: Mapping[str, LossTerm], max_steps: int, world: World,
+def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, world: World,
                  device: torch.device) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around the student, its optimizer and its schedule."""
     optim = config.optim
@@ -225,7 +225,7 @@ def build_engine(config: TrainConfig, inputs: Inputs, terms: Mapping[str, LossTe
     return engine
 
 
-def build_dev_set(config: TrainConfig, inputs: Inputs, world: World) -> DevSet:
+def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> DevSet:
     """The dev records, encoded for the loss and for generation."""
     data, tokenizer, family = config.data, inputs.student.tokenizer, inputs.student.family
     return DevSet(
@@ -237,14 +237,14 @@ def build_dev_set(config: TrainConfig, inputs: Inputs, world: World) -> DevSet:
         config.run.eval_batch_size, config.run.seed, world)
 
 
-def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
+def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:
     """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
     data = {str(file): run["files"][str(file)] for file in (*inputs.train_files, *inputs.dev_files)}
     student, *teachers = (Base(model.path, model.family, model.adapter) for model in (inputs.student, *inputs.teachers))
     return partial(model_card, run["settings"], data, run["versions"], student, teachers)
 
 
-def _log_decisions(inputs: Inputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
+def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
                    device: torch.device) -> None:
     precision = inputs.student.precision
     logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,

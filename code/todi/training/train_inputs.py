@@ -44,7 +44,7 @@ class ModelInputs:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainInputs:
     """What was read.
 
     Attributes:
@@ -66,7 +66,7 @@ class Inputs:
     train_sizes: list[int]
 
 
-def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
+def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     """Everything that `config` names, short of weights.
 
     Raises:
@@ -122,11 +122,11 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             _check_shares(config.data, [len(records) for records in train])
     if problems:
         raise InputError(problems)
-    return Inputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)), train_files,
-                  dev_files, [len(records) for records in train])
+    return TrainInputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)),
+                       train_files, dev_files, [len(records) for records in train])
 
 
-def checksums(config: TrainConfig, inputs: Inputs) -> dict[str, str]:
+def checksums(config: TrainConfig, inputs: TrainInputs) -> dict[str, str]:
     """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit."""
     code = list(config.run.plugins)
     if inputs.teacher_function:
