@@ -23,6 +23,7 @@ from todi.models.tokenizers import tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
+from todi.runtime.distributed import world_from_environment
 from todi.settings import DataConfig, ObjectiveConfig, TrainConfig, named_numbers
 from todi.teacher.callable import Function, load_function
 from todi.training.deepspeed_config import build_deepspeed_config
@@ -90,7 +91,7 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
         deepspeed_config = build_deepspeed_config(
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
             accumulation=config.optim.gradient_accumulation_steps, clip_grad=config.optim.clip_grad,
-            override_file=config.run.deepspeed_config)
+            ranks=world_from_environment().size, override_file=config.run.deepspeed_config)
     teacher_precision = precision
     if config.teacher.teacher_dtype:
         with collecting(problems):
