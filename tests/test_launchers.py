@@ -8,6 +8,7 @@ import pytest
 import torch
 from launching import ROOT, run, write_data
 from peft import PeftModel
+from stopping import TIMINGS
 from tiny import tiny_tokenizer
 from todi.criterions import DIVERGENCES
 from todi.options import parse
@@ -130,6 +131,14 @@ class TestSeveralRanks:
         for key, weight in expected.items():
             moved = (weight - start[key]).norm()
             assert (actual[key] - weight).norm() <= 2e-3 * moved + 1e-6, key
+
+    @pytest.mark.parametrize("name", ["1x8", *(f"4x1x2, ZeRO-{stage}" for stage in range(4))])
+    def test_same_metrics(self, shapes, name):
+        expected, actual = (shapes[shape].result().metrics("train") for shape in ("8x1", name))
+        assert {"gradient_norm", "teacher_entropy", "forward_share", "top1_agreement"} <= expected[0].keys()
+        for line, same in zip(expected, actual, strict=True):
+            numbers = {key: value for key, value in line.items() if key not in TIMINGS | {"kind"}}
+            assert {key: same[key] for key in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-6)
 
     @pytest.mark.parametrize("stage", range(4))
     def test_bf16_with_generation(self, workshop, models, stage):

@@ -1,7 +1,7 @@
 """What a student is trained on: divergences between next-token distributions, chunked over the vocabulary."""
 
 from todi.criterions.criterion import DistillationCriterion
-from todi.criterions.diagnostics import diagnose
+from todi.criterions.diagnostics import diagnose, diagnosis
 from todi.criterions.divergences import DIVERGENCES, Divergence, Parameter, build_divergence, divergence
 from todi.criterions.linear import LossSums, distillation_loss, linear_distillation_loss
 from todi.criterions.linear_head import LinearHead
@@ -10,5 +10,5 @@ from todi.criterions.terms import TERMS, HiddenStates, LossTerm, ModelShape, Ter
 
 __all__ = ["DIVERGENCES", "TERMS", "DistillationCriterion", "Divergence", "HeadRows", "HiddenStates", "LinearHead",
            "LogitRows", "LossSums", "LossTerm", "MeanRows", "ModelShape", "Parameter", "TeacherRows", "TermContext",
-           "build_divergence", "build_terms", "diagnose", "distillation_loss", "divergence",
+           "build_divergence", "build_terms", "diagnose", "diagnosis", "distillation_loss", "divergence",
            "linear_distillation_loss"]

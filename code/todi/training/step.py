@@ -1,17 +1,22 @@
 """One optimizer step: forward and backward of its micro-batches, with one division by the tokens of all ranks."""
 
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 from torch import Tensor
 
-from todi.criterions import DistillationCriterion
+from todi.criterions import DistillationCriterion, diagnosis
 from todi.data.batches import collate
 from todi.data.plans import StepPlan
+from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.teacher.source import TeacherSource
+
+DIAGNOSED_ROWS = 128  # of a step: enough for means to two digits, small beside a micro-batch
 
 Sums = Mapping[str, Tensor]  # scalars by the name of what was summed; `tokens` is what to divide them by
 
@@ -24,7 +29,7 @@ class StepResult:
         sums: over its labelled rows; zeros where the optimizer left the step out.
         finite: of a step that the optimizer left out, for its gradients were not finite: whether the loss of each
             micro-batch is. None of a step that was taken.
-        diagnostics: of the divergence, on some rows of one micro-batch, when asked for.
+        diagnostics: of the divergence when asked for: over the first rows of every sample of the step, on all ranks.
     """
 
     sums: Sums
@@ -61,22 +66,41 @@ class TrainStep:
 
     def __call__(self, plan: StepPlan, with_diagnostics: bool = False) -> StepResult:
         """Runs all micro-batches of `plan` and the optimizer."""
-        parts, diagnostics = [], {}
+        parts, report = [], Counter()
         # DeepSpeed averages gradients over ranks; a step's loss is divided by the tokens of all ranks instead.
         scale = self.world.size / plan.tokens
         for examples in plan.micro_batches:
             batch = collate(examples, self.pad_id).to(self.engine.device)
             teacher = self.teacher.rows(batch) if self.teacher else None
-            sums, report = self.engine(batch, self.criterion, teacher, with_diagnostics and not diagnostics)
+            diagnosed = first_rows(examples, plan.samples) if with_diagnostics else ()
+            sums, more = self.engine(batch, self.criterion, teacher, diagnosed)
             self.engine.backward(sums["loss"] * scale, scale_wrt_gas=False)
             self.engine.step()
             parts.append(torch.stack(tuple(sums.values())).detach())
-            diagnostics = diagnostics or report
+            report.update(more)  # adds them up
+        diagnostics = self._diagnosis(report) if with_diagnostics else {}
         by_part, names = torch.stack(parts), tuple(sums)
         if self.engine.was_step_applied():
             return StepResult(dict(zip(names, by_part.sum(0), strict=True)), None, diagnostics)
         finite = by_part[:, names.index("loss")].isfinite().tolist()
         return StepResult(dict.fromkeys(names, by_part.new_zeros(())), tuple(finite), diagnostics)
+
+    def _diagnosis(self, sums: Sums) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for part in self.world.gather({name: value.item() for name, value in sums.items()}):
+            total.update(part)
+        return diagnosis(total)
+
+
+def first_rows(examples: Sequence[Example], samples: int) -> list[slice]:
+    """Of the labelled rows of a micro-batch the first of each sample, so many that `samples` make `DIAGNOSED_ROWS`.
+
+    They are the same rows of a step however it is cut into micro-batches.
+    """
+    ends = itertools.accumulate(example.response_tokens for example in examples)
+    most = max(1, DIAGNOSED_ROWS // samples)
+    return [slice(end - example.response_tokens, end - max(0, example.response_tokens - most))
+            for end, example in zip(ends, examples, strict=True)]
 
 
 def add(sums: Sums, more: Sums) -> Sums:

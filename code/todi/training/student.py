@@ -1,6 +1,6 @@
 """The trained model as DeepSpeed wraps it: everything that touches its parameters is inside one forward."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import deepspeed
 import torch
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from todi.criterions import DistillationCriterion, HeadRows, LossTerm, TeacherRows, diagnose
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_layers
-
-DIAGNOSED_ROWS = 128  # enough for means to two digits, small beside a micro-batch
 
 
 class Student(nn.Module):
@@ -26,8 +24,8 @@ class Student(nn.Module):
         self.terms = nn.ModuleDict(terms or {})
 
     def forward(self, batch: Batch, criterion: DistillationCriterion, teacher: TeacherRows | None = None,
-                with_diagnostics: bool = False) -> tuple[Mapping[str, Tensor], dict[str, float]]:
-        """The sums over the batch's labelled rows, and the divergence's diagnostics when asked for."""
+                diagnosed: Sequence[slice] = ()) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        """The sums over the batch's labelled rows, and those of the divergence's diagnostics over some of them."""
         backbone, head = backbone_and_head(self.model)
         terms = {name: self.terms[name] for name in criterion.terms}
         layers = sorted({layer for term in terms.values() for layer in term.student_layers})
@@ -37,12 +35,11 @@ class Student(nn.Module):
             sums[name] = term(HeadRows(hidden, head, outputs), teacher, batch.row_labels)
             sums["loss"] = sums["loss"] + criterion.terms[name] * sums[name]
         report = {}
-        if with_diagnostics and teacher is not None and len(hidden):
-            rows = slice(DIAGNOSED_ROWS)
+        if teacher is not None and diagnosed:
             with torch.no_grad():
-                logits = head(hidden[rows])[:, :teacher.vocabulary]
-                report = diagnose(logits, teacher.logits(rows, logits.shape[1], criterion.temperature),
-                                  criterion.divergence, criterion.temperature)
+                logits = head(torch.cat([hidden[rows] for rows in diagnosed]))[:, :teacher.vocabulary]
+                theirs = [teacher.logits(rows, logits.shape[1], criterion.temperature) for rows in diagnosed]
+                report = diagnose(logits, torch.cat(theirs), criterion.divergence, criterion.temperature)
         return sums, report
 
     def share_head(self) -> None:

@@ -181,10 +181,11 @@ class Trainer:
     def _log_train(self, epoch: int, mean: Mapping[str, float], lr: float, diagnostics: Mapping[str, float]) -> None:
         engine, losses = self.step.engine, {name: value for name, value in mean.items() if name != "correct"}
         norm = engine.get_global_grad_norm()
+        peak = self.world.max(torch.tensor(peak_memory_gib(engine.device), device=engine.device)).item()
         values = {**losses, "accuracy": mean["correct"], "lr": lr,
                   "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
                   "samples_per_second": self.progress.samples_per_second(),
-                  "peak_memory_gib": peak_memory_gib(engine.device), **diagnostics}
+                  "peak_memory_gib": peak, **diagnostics}
         self._tell("train", epoch, {"seconds": self.progress.seconds(), **values})
         logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %.1f GiB, %s left",
                     epoch, self.at.step, self.pace.max_steps,
