@@ -70,6 +70,19 @@ def test_a_changed_run_is_refused_and_a_finished_one_left_alone(settings, tmp_pa
     assert outcome(tmp_path)["metrics"] != before["metrics"]
 
 
+def test_force_goes_on_with_another_learning_rate(settings, tmp_path):
+    stopped(tmp_path, settings | {"LR_SCHEDULER": "constant"})
+    changed = settings | {"LR_SCHEDULER": "constant", "LR": 1e-4, "RESUME": "force", "CLIP_GRAD": 0.5}
+    assert run(KD, **changed, SAVE_DIR=tmp_path, ZERO_STAGE=2).returncode == 2  # the state is of stage 1
+    done = run(KD, **changed, SAVE_DIR=tmp_path)
+    assert done.returncode == 0, done.stdout
+    for said in "going on though lr was 0.01, is 0.0001", "from here on lr 0.01 -> 0.0001", "clip_grad 1.0 -> 0.5":
+        assert said in done.stdout
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    rates = [line["lr"] for line in lines if line["kind"] == "train"]
+    assert len(rates) == 18 and set(rates[:5]) == {1e-2} and set(rates[6:]) == {1e-4}
+
+
 @pytest.mark.slow
 def test_twenty_kills(settings, tmp_path):
     settings = settings | {"EPOCH": 60, "SAVE_STATE_EVERY": 1, "SAVE_BEST_N_CKPTS": 2}

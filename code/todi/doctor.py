@@ -86,7 +86,8 @@ def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example
     length = max(len(example.ids) for example in examples) - 1
     student = _student_shape(config, inputs, length, device)
     memory = estimate_memory(config, inputs, student, examples, world, device, cached)
-    facts, warnings = _about_memory(memory, config, available_bytes(device, world.local_size) + memory.base, length)
+    facts, warnings = _about_memory(memory, config, inputs.deepspeed_config["zero_optimization"]["stage"],
+                                    available_bytes(device, world.local_size) + memory.base, length)
     more_facts, more_warnings = _about_disk(config, student)
     return Report(facts + more_facts, warnings + more_warnings)
 
@@ -140,7 +141,8 @@ def _model_shape(config: StudentConfig, inputs: ModelInputs, samples: int, lengt
     return measure_shape(model, samples, length, device, config.gradient_checkpointing)
 
 
-def _about_memory(memory: Memory, config: TrainConfig, available: int, length: int) -> tuple[list[str], list[str]]:
+def _about_memory(memory: Memory, config: TrainConfig, stage: int, available: int,
+                  length: int) -> tuple[list[str], list[str]]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in vars(memory).items() if size)
     facts = [f"memory: about {memory.total / _GIB:.2f} GiB on each device when fullest ({parts}) at "
              f"{config.optim.batch_size} x {length} tokens; {available / _GIB:.2f} GiB are free"]
@@ -152,7 +154,7 @@ def _about_memory(memory: Memory, config: TrainConfig, available: int, length: i
         remedies.append("--gradient-checkpointing")
     if not config.student.peft:
         remedies.append("--peft lora")
-    if config.run.zero_stage < 3:
+    if stage < 3:
         remedies.append("more devices with --zero-stage 3")
     return facts, [f"the run needs about {memory.total / _GIB:.2f} GiB on a device that has {available / _GIB:.2f} "
                    f"free; use {', or '.join(remedies)}"]
