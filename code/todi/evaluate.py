@@ -33,6 +33,7 @@ from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
+from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
 from todi.settings import EvalConfig
 
 logger = logging.getLogger("todi.evaluate")
@@ -45,11 +46,16 @@ def main() -> None:
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
     inputs = read_inputs(config, device)
+    description = what_must_agree(vars(config), {name: questions_checksum(records)
+                                                 for name, records in inputs.sets.items()}, world)
     if config.check_only:
+        if nodes := nodes_from_environment():
+            agree(nodes, description)
         return
     if world.size > 1:
         start_process_group(world, device)
     try:
+        check_ranks(world, description)
         evaluate(config, inputs, world, device)
     finally:
         stop_process_group()

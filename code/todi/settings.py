@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from todi.options import markdown_tables, option, parse, problems
+from todi.options import declared, markdown_tables, option, parse, problems
 from todi.schedules import SCHEDULES
 
 CROSS_ENTROPY = "cross_entropy"
@@ -36,6 +36,7 @@ LAUNCHER_VARIABLES = {
     "GPUS": "devices to use, 0,1 or cpu; all that are visible when not given",
     "NPROC": "processes; one for each device when not given, on a CPU one",
     "NNODES": "nodes; with NODE_RANK, MASTER_ADDR and MASTER_PORT, as in torchrun",
+    "RENDEZVOUS_TIMEOUT": "seconds that a node waits for the others before it gives up; 900 when not given",
     "NODE_RANK": "number of this node, from 0",
     "MASTER_ADDR": "name of the first node",
     "MASTER_PORT": "a free port there; 29500 when not given",
@@ -282,11 +283,16 @@ class TrainConfig:
     run: RunConfig
 
     @property
+    def by_name(self) -> dict[str, Any]:
+        """All settings, by name."""
+        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)}
+
+    @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what a run computes, by name."""
-        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)
-                if not field.metadata["may_change"]}
+        may_change = {one.name for options in declared(type(self)).values() for one in options if one.may_change}
+        return {name: value for name, value in self.by_name.items() if name not in may_change}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from todi.runtime.cadence import Cadence
 from todi.runtime.device import choose_device, dtype_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
+from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
 from todi.runtime.signals import Interrupted
 from todi.settings import ObjectiveConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
 from todi.teacher.callable import CallableTeacher
@@ -95,8 +96,11 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
         run, caches = _decide(config, inputs, specs, mode, max_steps / source.steps_per_epoch, world, device)
     if config.run.check_only:
+        if nodes := nodes_from_environment():
+            agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
     start_process_group(world, device)
+    check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
     run, caches = world.gather((run, caches))[0]
     folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
     with folder.claimed():

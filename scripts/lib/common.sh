@@ -24,6 +24,7 @@ choose_devices() {
     export CUDA_VISIBLE_DEVICES=
     export DS_ACCELERATOR=cpu
     default NPROC 1
+    whole NPROC 1
     # torchrun would give each process a single thread
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))}
     return
@@ -31,6 +32,21 @@ choose_devices() {
     export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
   fi
   default NPROC "$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"
+}
+
+# whole NAME LEAST: the variable must be a whole number that large.
+whole() { [[ ${!1:-} =~ ^[0-9]+$ ]] && ((10#${!1} >= $2)) || die "$1 must be a whole number of at least $2, got '${!1:-}'"; }
+
+check_processes() {
+  whole NPROC 1
+  whole NNODES 1
+  ((NNODES > 1)) || return 0
+  whole NODE_RANK 0
+  ((NODE_RANK < NNODES)) || die "NODE_RANK must be below NNODES=$NNODES, got $NODE_RANK"
+  [[ -n ${MASTER_ADDR:-} ]] || die "NNODES=$NNODES needs MASTER_ADDR, the name of the first node"
+  default MASTER_PORT 29500
+  whole MASTER_PORT 1
+  export NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 }
 
 several_processes() { ((NPROC * NNODES > 1)); }
@@ -41,8 +57,7 @@ several_processes() { ((NPROC * NNODES > 1)); }
 launch() {
   local runner=$1 module=("${@:2}") nodes=(--standalone) torchrun=()
   if ((NNODES > 1)); then
-    nodes=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}" --master-addr "${MASTER_ADDR:?set MASTER_ADDR}"
-      --master-port "${MASTER_PORT:-29500}")
+    nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
   fi
   if several_processes; then torchrun=(torch.distributed.run "${nodes[@]}" --nproc-per-node "$NPROC" -m); fi
   set -- "$PYTHON" -m "${torchrun[@]}" "${module[@]}"
@@ -60,6 +75,7 @@ read_settings() {
   set +a
   cd "$ROOT"
   choose_devices
+  check_processes
   mapfile -d '' -t options < <("$PYTHON" -m todi.launch "$1" --print0 "${@:2}")
   wait "$!"  # its exit code
 }

@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from todi.errors import InputError
+from todi.runtime.versions import git_commit, versions
 from todi.settings import TrainConfig
 
 FORMAT = 2  # 1 had the checksums of train.jsonl and dev.jsonl among `deciding`, by these names, and no others
-_LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "numpy", "rouge-score")
 
 
 def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str], teacher: str | None) -> dict[str, Any]:
@@ -34,8 +31,8 @@ def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str],
         "deciding": config.deciding | {"samples of a step": step_samples, "teacher": teacher},
         "files": dict(files),
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "git_commit": _git_commit(),
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
 
 
@@ -91,12 +88,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return list(value) if len(value) > 1 else next(iter(value), None)
     return value
-
-
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return answer.stdout.strip()

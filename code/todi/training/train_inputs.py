@@ -126,13 +126,17 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
                        train_files, dev_files, [len(records) for records in train])
 
 
-def checksums(config: TrainConfig, inputs: TrainInputs) -> dict[str, str]:
-    """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit."""
+def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) -> dict[str, str]:
+    """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit.
+
+    Args:
+        of_models: their weights too, which takes a second for each gigabyte or two.
+    """
     code = list(config.run.plugins)
     if inputs.teacher_function:
         code.append(config.teacher.teacher_callable.rpartition(":")[0])
     found = {str(file): file_checksum(file) for file in (*inputs.train_files, *inputs.dev_files, *code)}
-    for model in (inputs.student, *inputs.teachers):
+    for model in (inputs.student, *inputs.teachers) if of_models else ():
         for path in filter(None, (model.path, model.adapter)):
             found[path] = str(checksum_or_commit(path, weights_checksum, config.student.trust_remote_code))
     return found
