@@ -6,6 +6,7 @@
 WORLD_SIZE says for how many devices. Exit code 2 when something is wrong. Every training run begins with this report.
 """
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from todi.training.memory import (
     training_state,
 )
 from todi.training.state import KEPT_STATES
-from todi.training.train_inputs import Inputs, ModelInputs, read_inputs
+from todi.training.train_inputs import ModelInputs, TrainInputs, build_loss_terms, read_inputs
 
 logger = logging.getLogger("todi.doctor")
 
@@ -75,7 +76,7 @@ def main() -> None:
         logger.info("nothing is wrong")
 
 
-def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], world: World,
+def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example], world: World,
             device: torch.device, cached: Sequence[bool] = ()) -> Report:
     """Estimates memory and disk space of a run whose input is in order; loads no weights.
 
@@ -83,14 +84,14 @@ def examine(config: TrainConfig, inputs: Inputs, examples: Sequence[Example], wo
         cached: of each teacher, whether its hidden states come from a cache; without it, none does.
     """
     length = max(len(example.ids) for example in examples) - 1
-    student = _student_shape(config.student, inputs.student, config.optim.batch_size, length, device)
+    student = _student_shape(config, inputs, length, device)
     memory = estimate_memory(config, inputs, student, examples, world, device, cached)
     facts, warnings = _about_memory(memory, config, available_bytes(device, world.local_size) + memory.base, length)
     more_facts, more_warnings = _about_disk(config, student)
     return Report(facts + more_facts, warnings + more_warnings)
 
 
-def estimate_memory(config: TrainConfig, inputs: Inputs, student: Shape, examples: Sequence[Example], world: World,
+def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, examples: Sequence[Example], world: World,
                     device: torch.device, cached: Sequence[bool] = ()) -> Memory:
     """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
     optim, rows = config.optim, config.optim.batch_size * max(example.response_tokens for example in examples)
@@ -122,8 +123,16 @@ def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_co
     return (weights + rows * inputs.config.hidden_size) * inputs.precision.dtype.itemsize
 
 
-def _student_shape(config: StudentConfig, inputs: ModelInputs, samples: int, length: int,
-                   device: torch.device) -> Shape:
+def _student_shape(config: TrainConfig, inputs: TrainInputs, length: int, device: torch.device) -> Shape:
+    shape = _model_shape(config.student, inputs.student, config.optim.batch_size, length, device)
+    with torch.device("meta"):
+        terms = build_loss_terms(config.objective, inputs.student, inputs.teachers).values()
+    weights = sum(parameter.numel() for term in terms for parameter in term.parameters())
+    return dataclasses.replace(shape, parameters=shape.parameters + weights, trained=shape.trained + weights)
+
+
+def _model_shape(config: StudentConfig, inputs: ModelInputs, samples: int, length: int,
+                 device: torch.device) -> Shape:
     model = empty_model(inputs.config, config.trust_remote_code, inputs.precision.dtype)
     if config.peft:
         rank = PeftConfig.from_pretrained(config.peft_path).r if config.peft_path else config.peft_lora_r

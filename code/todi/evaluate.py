@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from todi.data.records import Record
 from todi.data.tokenize import encode_examples
 from todi.errors import run_main
-from todi.evaluation.eval_inputs import Inputs, decoding_of, read_inputs
+from todi.evaluation.eval_inputs import EvalInputs, decoding_of, read_inputs
 from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.set_files import Done, SetStore
@@ -55,7 +55,7 @@ def main() -> None:
         stop_process_group()
 
 
-def evaluate(config: EvalConfig, inputs: Inputs, world: World, device: torch.device) -> None:
+def evaluate(config: EvalConfig, inputs: EvalInputs, world: World, device: torch.device) -> None:
     """Does what is left of every set; the first rank keeps the files and prints the table."""
     stores = open_stores(config, inputs, device) if world.is_main else {}
     done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
@@ -68,7 +68,7 @@ def evaluate(config: EvalConfig, inputs: Inputs, world: World, device: torch.dev
         report(config, inputs, stores)
 
 
-def open_stores(config: EvalConfig, inputs: Inputs, device: torch.device) -> dict[str, SetStore]:
+def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device) -> dict[str, SetStore]:
     """What there is of each set, with a word on what does not count."""
     made_with = {**dataclasses.asdict(decoding_of(config)), "precision": inputs.precision.name, "device": device.type,
                  "model": checksum_or_commit(inputs.model_path, model_checksum, config.trust_remote_code),
@@ -87,7 +87,7 @@ def questions_checksum(records: Sequence[Record]) -> str:
     return value_checksum([[record.prompt, record.references] for record in records])
 
 
-def write_sets(config: EvalConfig, inputs: Inputs, left: Mapping[str, Sequence[int]], done: Mapping[str, Done],
+def write_sets(config: EvalConfig, inputs: EvalInputs, left: Mapping[str, Sequence[int]], done: Mapping[str, Done],
                stores: Mapping[str, SetStore], world: World, device: torch.device) -> None:
     """Writes and scores what is left, by set name and seeds."""
     writer = Writer(build_model(inputs, config, world, device), inputs.tokenizer, decoding_of(config),
@@ -100,7 +100,7 @@ def write_sets(config: EvalConfig, inputs: Inputs, left: Mapping[str, Sequence[i
             write_set(writer, inputs, name, seeds, done[name], stores.get(name), bar.update)
 
 
-def write_set(writer: Writer, inputs: Inputs, name: str, seeds: Sequence[int], done: Done, store: SetStore | None,
+def write_set(writer: Writer, inputs: EvalInputs, name: str, seeds: Sequence[int], done: Done, store: SetStore | None,
               progress: Callable[[int], object]) -> None:
     """Writes and scores one set with `seeds`; `store` is that of the first rank."""
     started = time.perf_counter()
@@ -123,7 +123,7 @@ def write_set(writer: Writer, inputs: Inputs, name: str, seeds: Sequence[int], d
                     100 * summary["cut_share"], loss, time.perf_counter() - started)
 
 
-def build_model(inputs: Inputs, config: EvalConfig, world: World, device: torch.device) -> PreTrainedModel:
+def build_model(inputs: EvalInputs, config: EvalConfig, world: World, device: torch.device) -> PreTrainedModel:
     """The model that is scored, its LoRA adapter merged."""
     logger.info("device: %s x %d; precision: %s (%s)", device.type, world.size, inputs.precision.name,
                 inputs.precision.reason)
@@ -136,7 +136,7 @@ def build_model(inputs: Inputs, config: EvalConfig, world: World, device: torch.
     return model
 
 
-def report(config: EvalConfig, inputs: Inputs, stores: Mapping[str, SetStore]) -> None:
+def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore]) -> None:
     """Writes results.json from the files of all sets, and prints its table."""
     sets, scores = {}, []
     for name, store in stores.items():

@@ -203,6 +203,17 @@ class ObjectiveConfig:
         """Whether there is a teacher."""
         return self.criterion != CROSS_ENTROPY
 
+    @property
+    def layer_pairs(self) -> tuple[tuple[int, int], ...]:
+        """`hidden_layers` as numbers."""
+        return tuple((int(student), int(teacher)) for student, _, teacher in
+                     (pair.partition(":") for pair in self.hidden_layers))
+
+    def rules(self) -> Iterator[str]:
+        """What is wrong between these settings, a sentence each."""
+        if self.hidden_layers and not self.loss_terms:
+            yield "--hidden-layers needs --loss-terms"
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -386,7 +397,7 @@ def recorded(values: Sequence[Any]) -> Any:
     return list(values) if len(values) > 1 else values[0] if values else None
 
 
-def parse_kd_params(words: tuple[str, ...]) -> dict[str, float]:
+def named_numbers(words: tuple[str, ...]) -> dict[str, float]:
     """('beta=0.5',) -> {'beta': 0.5}. Raises ValueError for a word that is not name=number."""
     params = {}
     for word in words:

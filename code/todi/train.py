@@ -18,14 +18,14 @@ import deepspeed
 import torch
 from torch import nn
 
-from todi.criterions import DistillationCriterion, build_divergence
-from todi.data.plans import SampleSource, StepShape, build_source
+from todi.criterions import DistillationCriterion, LossTerm, build_divergence
+from todi.data.plans import StepShape, build_source
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding
 from todi.models.backbone import check_head
-from todi.models.card import Base, model_card
+from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import add_lora, load_model
 from todi.options import parse
@@ -34,7 +34,7 @@ from todi.runtime.device import choose_device, dtype_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.signals import Interrupted
-from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, parse_kd_params
+from todi.settings import ObjectiveConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
 from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
 from todi.teacher.source import TeacherSource
@@ -47,7 +47,14 @@ from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
 from todi.training.step import TrainStep
 from todi.training.student import Student
-from todi.training.train_inputs import Inputs, ModelInputs, checksums, read_inputs
+from todi.training.train_inputs import (
+    ModelInputs,
+    TrainInputs,
+    build_loss_terms,
+    checksums,
+    read_inputs,
+    teacher_layers,
+)
 from todi.training.trainer import Pace, Trainer
 
 logger = logging.getLogger("todi.train")
@@ -81,24 +88,31 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
     max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
     specs = build_teacher_specs(config, inputs, examples)
+    torch.manual_seed(config.run.seed)
+    terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
     run = caches = None
     if world.is_main:
-        run, caches = _decide(config, inputs, specs, max_steps / source.steps_per_epoch, world, device)
+        mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
+        run, caches = _decide(config, inputs, specs, mode, max_steps / source.steps_per_epoch, world, device)
     if config.run.check_only:
         return
     start_process_group(world, device)
     run, caches = world.gather((run, caches))[0]
     folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
     with folder.claimed():
-        if not folder.begin(run, anew=config.run.resume == "never"):
+        if not folder.start_run(run, anew=config.run.resume == "never"):
             return
         _log_decisions(inputs, shape, len(examples), max_steps, -(-max_steps // source.steps_per_epoch), world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
         # before the student is there: a pass that fills a cache needs room for the teacher
-        teacher = build_teacher(config, inputs, specs, caches, world, device)
-        trainer = build_trainer(config, inputs, source, teacher, folder, max_steps,
-                                build_card(config, inputs, run), world, device)
+        teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), world, device)
+        engine = build_engine(config, inputs, terms, max_steps, world, device)
+        step = TrainStep(engine, build_criterion(config.objective), teacher, inputs.student.tokenizer.pad_token_id,
+                         world)
+        trainer = Trainer(step, source, build_dev_set(config, inputs, world),
+                          build_export(engine, inputs, build_card(config, inputs, run), world), folder,
+                          build_monitors(config, folder), build_pace(config.run, max_steps), world)
         with closing(trainer.monitors):
             try:
                 trainer.train()
@@ -107,8 +121,8 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
                 raise
 
 
-def _decide(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], passes: float, world: World,
-            device: torch.device) -> tuple[dict[str, Any], list[Path | None]]:
+def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], cache_mode: str, passes: float,
+            world: World, device: torch.device) -> tuple[dict[str, Any], list[Path | None]]:
     """What args.json will hold, and for each teacher the folder of its cache if there is to be one; for the first rank.
 
     Raises:
@@ -116,7 +130,7 @@ def _decide(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], p
     """
     folder = Path(config.run.save_dir)
     earlier = None if config.run.resume == "never" else read_record(folder)
-    caches = choose_caches(specs, config.cache.teacher_cache, passes=passes, ranks=world.size, device=device,
+    caches = choose_caches(specs, cache_mode, passes=passes, ranks=world.size, device=device,
                            earlier=earlier and earlier["deciding"].get("teacher"))
     source = LIVE if inputs.teacher_function else describe_choices(specs, caches)
     run = describe_run(config, world.size, checksums(config, inputs), source)
@@ -125,22 +139,14 @@ def _decide(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], p
     return run, caches
 
 
-def build_trainer(config: TrainConfig, inputs: Inputs, source: SampleSource, teacher: TeacherSource | None,
-                  folder: RunFolder, max_steps: int, card: Callable[[Mapping[str, float]], str], world: World,
-                  device: torch.device) -> Trainer:
-    """The trainer, its parts made from the settings."""
-    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
-    tokenizer = inputs.student.tokenizer
-    student = build_student(config.student, inputs.student, device)
-    engine = build_engine(student, config.optim, inputs, max_steps)
-    step = TrainStep(engine, build_criterion(config.objective), teacher, tokenizer.pad_token_id, world)
-
+def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,
+                 world: World) -> Callable[[Score, Path], None]:
+    """What writes the student that has a score into a folder."""
     def export(score: Score, path: Path) -> None:
-        save_model(engine.module.model, tokenizer, path, card(score.metrics), writes_files=world.is_main)
+        save_model(engine.module.model, inputs.student.tokenizer, path, card(score.metrics), writes_files=world.is_main)
         world.barrier()
 
-    return Trainer(step, source, build_dev_set(config, inputs, world), export, folder,
-                   build_monitors(config, folder), build_pace(config.run, max_steps), world)
+    return export
 
 
 def build_monitors(config: TrainConfig, folder: RunFolder) -> Monitors:
@@ -173,7 +179,7 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
     return model
 
 
-def build_teacher_specs(config: TrainConfig, inputs: Inputs, examples: Sequence[Example]) -> list[TeacherSpec]:
+def build_teacher_specs(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example]) -> list[TeacherSpec]:
     """What is asked of each teacher."""
     return [TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
                         config.data, model.precision,
@@ -182,39 +188,44 @@ def build_teacher_specs(config: TrainConfig, inputs: Inputs, examples: Sequence[
             for model in inputs.teachers]
 
 
-def build_teacher(config: TrainConfig, inputs: Inputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
-                  world: World, device: torch.device) -> TeacherSource | None:
+def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
+                  layers: Sequence[int], world: World, device: torch.device) -> TeacherSource | None:
     """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
     if inputs.teacher_function:
         last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
         return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
-    return open_teachers(specs, caches, config.teacher.teacher_weights, world, device) if specs else None
+    return open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers) if specs else None
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
     """The training criterion that the settings name."""
     if not config.distils:
-        return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size)
-    divergence = build_divergence(config.kd_objective, **parse_kd_params(config.kd_params))
+        return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size,
+                                     terms=named_numbers(config.loss_terms))
+    divergence = build_divergence(config.kd_objective, **named_numbers(config.kd_params))
     return DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
-                                 config.loss_chunk_size)
+                                 config.loss_chunk_size, named_numbers(config.loss_terms))
 
 
-def build_engine(model: nn.Module, config: OptimConfig, inputs: Inputs, max_steps: int) -> deepspeed.DeepSpeedEngine:
+def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, world: World,
+                 device: torch.device) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around the student, its optimizer and its schedule."""
-    student = Student(model)
-    optimizer = build_optimizer(student, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
-                                eps=config.adam_eps, weight_decay=config.weight_decay,
+    optim = config.optim
+    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
+    student = Student(build_student(config.student, inputs.student, device), terms)
+    student.terms.to(device, inputs.student.precision.dtype)
+    optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
+                                weight_decay=optim.weight_decay,
                                 skip_bad_steps=inputs.deepspeed_config["zero_optimization"]["stage"] == 0)
-    schedule = build_schedule(optimizer, config.lr_scheduler, total_steps=max_steps,
-                              warmup_steps=config.warmup_iters, lr=config.lr, lr_min=config.lr_min)
+    schedule = build_schedule(optimizer, optim.lr_scheduler, total_steps=max_steps, warmup_steps=optim.warmup_iters,
+                              lr=optim.lr, lr_min=optim.lr_min)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, lr_scheduler=schedule,
                                       config=inputs.deepspeed_config)
     student.share_head()
     return engine
 
 
-def build_dev_set(config: TrainConfig, inputs: Inputs, world: World) -> DevSet:
+def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> DevSet:
     """The dev records, encoded for the loss and for generation."""
     data, tokenizer, family = config.data, inputs.student.tokenizer, inputs.student.family
     return DevSet(
@@ -226,14 +237,14 @@ def build_dev_set(config: TrainConfig, inputs: Inputs, world: World) -> DevSet:
         config.run.eval_batch_size, config.run.seed, world)
 
 
-def build_card(config: TrainConfig, inputs: Inputs, run: Mapping[str, Any]) -> Callable[[Mapping[str, float]], str]:
+def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:
     """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
     data = {str(file): run["files"][str(file)] for file in (*inputs.train_files, *inputs.dev_files)}
     student, *teachers = (Base(model.path, model.family, model.adapter) for model in (inputs.student, *inputs.teachers))
     return partial(model_card, run["settings"], data, run["versions"], student, teachers)
 
 
-def _log_decisions(inputs: Inputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
+def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
                    device: torch.device) -> None:
     precision = inputs.student.precision
     logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,

@@ -6,7 +6,9 @@ from todi.criterions.divergences import DIVERGENCES, Divergence, Parameter, buil
 from todi.criterions.linear import LossSums, distillation_loss, linear_distillation_loss
 from todi.criterions.linear_head import LinearHead
 from todi.criterions.teacher_rows import HeadRows, LogitRows, MeanRows, TeacherRows
+from todi.criterions.terms import TERMS, HiddenStates, LossTerm, ModelShape, TermContext, build_terms
 
-__all__ = ["DIVERGENCES", "DistillationCriterion", "Divergence", "HeadRows", "LinearHead", "LogitRows", "LossSums",
-           "MeanRows", "Parameter", "TeacherRows", "build_divergence", "diagnose", "distillation_loss", "divergence",
+__all__ = ["DIVERGENCES", "TERMS", "DistillationCriterion", "Divergence", "HeadRows", "HiddenStates", "LinearHead",
+           "LogitRows", "LossSums", "LossTerm", "MeanRows", "ModelShape", "Parameter", "TeacherRows", "TermContext",
+           "build_divergence", "build_terms", "diagnose", "distillation_loss", "divergence",
            "linear_distillation_loss"]

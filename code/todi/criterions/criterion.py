@@ -1,7 +1,7 @@
 """The training criterion: which divergence, how hot, and in what proportion to the cross-entropy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ class DistillationCriterion:
     """(1 - kd_rate) cross-entropy + kd_rate divergence; cross-entropy alone (SFT) without a divergence.
 
     It never runs a model and never divides: the trainer divides its sums once per optimizer step.
+
+    Attributes:
+        terms: weights of the student's loss terms that are added, by name.
     """
 
     divergence: Divergence | None = None
@@ -23,6 +26,7 @@ class DistillationCriterion:
     kd_rate: float = 0.0
     label_smoothing: float = 0.0
     chunk_size: int | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor,
                  teacher: TeacherRows | None) -> Mapping[str, Tensor]:

@@ -1,8 +1,8 @@
 """What a teacher says of the labelled rows of a batch: hidden states and a head, a mean of teachers, or logits."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -45,11 +45,12 @@ class HeadRows:
 
     Attributes:
         hidden: (N, H) last hidden states, after the final norm.
-        head: the teacher's head.
+        layers: (N, H) outputs of layers that were asked for, by their number, counted from 1.
     """
 
     hidden: Tensor
     head: LinearHead
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     sparse = False
 

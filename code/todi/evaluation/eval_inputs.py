@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EvalInputs:
     """What was read, short of weights. `model_path` is --model-path or the adapter's own base."""
 
     model_path: str
@@ -34,7 +34,7 @@ class Inputs:
     sets: dict[str, list[Record]]
 
 
-def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
+def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
     """Everything that `config` names, short of weights.
 
     Raises:
@@ -62,7 +62,7 @@ def read_inputs(config: EvalConfig, device: torch.device) -> Inputs:
                 sets[name] = render(records, tokenizer, Path(config.sets_dir) / name)
     if problems:
         raise InputError(problems)
-    return Inputs(model_path, family, tokenizer, precision, sets)
+    return EvalInputs(model_path, family, tokenizer, precision, sets)
 
 
 def decoding_of(config: EvalConfig) -> Decoding:

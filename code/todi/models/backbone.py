@@ -1,5 +1,7 @@
 """A causal language model in two parts: the backbone makes hidden states, the linear head makes logits of them."""
 
+from collections.abc import Sequence
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -58,5 +60,16 @@ def labelled_rows(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor
     Returns:
         (N, H), after the final norm.
     """
-    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return hidden.last_hidden_state.flatten(0, 1)[rows]
+    return labelled_layers(backbone, input_ids, attention_mask, rows, ())[0]
+
+
+def labelled_layers(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor,
+                    layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """What `labelled_rows` returns, and the outputs (N, H) of some layers, by their number, counted from 1.
+
+    The last layer's is taken after the final norm.
+    """
+    wanted = {"output_hidden_states": True} if layers else {}
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **wanted)
+    return (output.last_hidden_state.flatten(0, 1)[rows],
+            {layer: output.hidden_states[layer].flatten(0, 1)[rows] for layer in layers})

@@ -1,13 +1,15 @@
 """The model card of a checkpoint: what it was made of, how, how good it is, and how to load it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from todi.models.families import Family
 from todi.settings import CROSS_ENTROPY
+
+Card = Callable[[Mapping[str, float]], str]  # from the metrics of a checkpoint to its README.md
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,24 @@ from torch import nn
 
 from todi.criterions import HeadRows
 from todi.data.batches import Batch
-from todi.models.backbone import backbone_and_head, labelled_rows
+from todi.models.backbone import backbone_and_head, labelled_layers
 
 
 class LiveTeacher:
-    """A frozen model that is run on every batch."""
+    """A frozen model that is run on every batch.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        layers: whose outputs its rows have too, counted from 1.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] = ()):
         self.backbone, self.head = backbone_and_head(model.eval().requires_grad_(False))
+        self.layers = layers
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> HeadRows:
-        return HeadRows(labelled_rows(self.backbone, batch.input_ids, batch.attention_mask, batch.rows), self.head)
+        hidden, layers = labelled_layers(self.backbone, batch.input_ids, batch.attention_mask, batch.rows, self.layers)
+        return HeadRows(hidden, self.head, layers)
 
     def expect(self, samples: Sequence[int]) -> None:
         """There is nothing to fetch."""

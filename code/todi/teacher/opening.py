@@ -87,16 +87,17 @@ def check_match(store: CacheStore, spec: TeacherSpec) -> None:
 
 
 def open_teachers(specs: Sequence[TeacherSpec], caches: Sequence[Path | None], weights: Sequence[float], world: World,
-                  device: torch.device) -> TeacherSource:
+                  device: torch.device, layers: Sequence[int] = ()) -> TeacherSource:
     """`open_teacher` of the teacher; of several, their mean.
 
     Args:
         weights: of each in the mean; even where there are none.
+        layers: whose outputs are wanted besides; of a single teacher that has no cache.
     """
     for spec, cache in zip(specs, caches, strict=True):
         if cache:
             fill_cache(spec, cache, world, device)  # while no other teacher is in memory
-    sources = [open_teacher(spec, cache, world, device) for spec, cache in zip(specs, caches, strict=True)]
+    sources = [open_teacher(spec, cache, world, device, layers) for spec, cache in zip(specs, caches, strict=True)]
     if len(sources) == 1:
         return sources[0]
     logger.info("the teacher is the mean of %d, %s", len(sources),
@@ -104,14 +105,15 @@ def open_teachers(specs: Sequence[TeacherSpec], caches: Sequence[Path | None], w
     return MeanTeacher(sources, weights)
 
 
-def open_teacher(spec: TeacherSpec, cache: Path | None, world: World, device: torch.device) -> TeacherSource:
+def open_teacher(spec: TeacherSpec, cache: Path | None, world: World, device: torch.device,
+                 layers: Sequence[int] = ()) -> TeacherSource:
     """The teacher itself, or the cache that `choose_cache` named, filled first where something is missing.
 
     Raises:
         InputError, CorruptCache, StorageError: as `choose_cache`, and where the cache cannot be written.
     """
     if cache is None:
-        return LiveTeacher(load_teacher(spec, device))
+        return LiveTeacher(load_teacher(spec, device), layers)
     fill_cache(spec, cache, world, device)
     store = CacheStore(cache)
     logger.info("teacher: read from %s (%.3g GB in %s); its weights are not in memory", cache,

@@ -61,7 +61,7 @@ class RunFolder:
                 self.metrics = stack.enter_context(closing(JsonLines(self.path / "metrics.jsonl")))
             yield
 
-    def begin(self, run: Mapping[str, Any], anew: bool) -> bool:
+    def start_run(self, run: Mapping[str, Any], anew: bool) -> bool:
         """Notes what the run is; False when it has finished, so that there is nothing to do.
 
         Args:

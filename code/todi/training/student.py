@@ -6,26 +6,36 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from todi.criterions import DistillationCriterion, TeacherRows, diagnose
+from todi.criterions import DistillationCriterion, HeadRows, LossTerm, TeacherRows, diagnose
 from todi.data.batches import Batch
-from todi.models.backbone import backbone_and_head, labelled_rows
+from todi.models.backbone import backbone_and_head, labelled_layers
 
 DIAGNOSED_ROWS = 128  # enough for means to two digits, small beside a micro-batch
 
 
 class Student(nn.Module):
-    """A causal language model whose forward is the training loss of a batch."""
+    """A causal language model whose forward is the training loss of a batch.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        terms: of the loss, by name, whose weights are trained too; a criterion says which of them count.
+    """
+
+    def __init__(self, model: nn.Module, terms: Mapping[str, LossTerm] | None = None):
         super().__init__()
         self.model = model
+        self.terms = nn.ModuleDict(terms or {})
 
     def forward(self, batch: Batch, criterion: DistillationCriterion, teacher: TeacherRows | None = None,
                 with_diagnostics: bool = False) -> tuple[Mapping[str, Tensor], dict[str, float]]:
         """The sums over the batch's labelled rows, and the divergence's diagnostics when asked for."""
         backbone, head = backbone_and_head(self.model)
-        hidden = labelled_rows(backbone, batch.input_ids, batch.attention_mask, batch.rows)
-        sums = criterion(hidden, head, batch.row_labels, teacher)
+        terms = {name: self.terms[name] for name in criterion.terms}
+        layers = sorted({layer for term in terms.values() for layer in term.student_layers})
+        hidden, outputs = labelled_layers(backbone, batch.input_ids, batch.attention_mask, batch.rows, layers)
+        sums = dict(criterion(hidden, head, batch.row_labels, teacher))
+        for name, term in terms.items():
+            sums[name] = term(HeadRows(hidden, head, outputs), teacher, batch.row_labels)
+            sums["loss"] = sums["loss"] + criterion.terms[name] * sums[name]
         report = {}
         if with_diagnostics and teacher is not None and len(hidden):
             rows = slice(DIAGNOSED_ROWS)

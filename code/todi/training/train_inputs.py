@@ -1,7 +1,7 @@
 """Reads and checks everything that a training run needs, before any weights are loaded."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from todi.criterions import build_divergence
+from todi.criterions import LossTerm, ModelShape, TermContext, build_divergence, build_terms
 from todi.data.chat import render_sets
 from todi.data.plans import epoch_counts
 from todi.data.records import Record, load_sets
@@ -23,7 +23,7 @@ from todi.models.tokenizers import tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
-from todi.settings import DataConfig, ObjectiveConfig, TrainConfig, parse_kd_params
+from todi.settings import DataConfig, ObjectiveConfig, TrainConfig, named_numbers
 from todi.teacher.callable import Function, load_function
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.monitors import check_monitors
@@ -44,7 +44,7 @@ class ModelInputs:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainInputs:
     """What was read.
 
     Attributes:
@@ -66,7 +66,7 @@ class Inputs:
     train_sizes: list[int]
 
 
-def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
+def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     """Everything that `config` names, short of weights.
 
     Raises:
@@ -107,6 +107,9 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     if config.objective.distils and config.teacher.teacher_callable:
         with collecting(problems):
             function = load_function(config.teacher.teacher_callable)
+    with collecting(problems):
+        if student and not problems:
+            _check_loss_terms(config, student, teachers)
     for teacher in teachers if student else ():
         with collecting(problems):
             _check_tokenizers(student, teacher)
@@ -119,11 +122,11 @@ def read_inputs(config: TrainConfig, device: torch.device) -> Inputs:
             _check_shares(config.data, [len(records) for records in train])
     if problems:
         raise InputError(problems)
-    return Inputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)), train_files,
-                  dev_files, [len(records) for records in train])
+    return TrainInputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)),
+                       train_files, dev_files, [len(records) for records in train])
 
 
-def checksums(config: TrainConfig, inputs: Inputs) -> dict[str, str]:
+def checksums(config: TrainConfig, inputs: TrainInputs) -> dict[str, str]:
     """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit."""
     code = list(config.run.plugins)
     if inputs.teacher_function:
@@ -159,9 +162,34 @@ def read_model(path: str, model_type: str, adapter: str | None, precision: Preci
 def check_objective(objective: ObjectiveConfig) -> None:
     """Whether there is such a divergence with such parameters. Raises InputError where there is not."""
     try:
-        build_divergence(objective.kd_objective, **parse_kd_params(objective.kd_params))
+        build_divergence(objective.kd_objective, **named_numbers(objective.kd_params))
     except ValueError as error:
         raise InputError(f"--kd-objective / --kd-params: {error}") from None
+
+
+def build_loss_terms(objective: ObjectiveConfig, student: ModelInputs,
+                     teachers: Sequence[ModelInputs]) -> dict[str, LossTerm]:
+    """The further terms of the loss. Raises InputError where there is no such term, or it does not suit the models."""
+    shapes = [ModelShape(model.config.num_hidden_layers, model.config.hidden_size) for model in (student, *teachers)]
+    context = TermContext(shapes[0], shapes[1] if len(teachers) == 1 else None, objective.layer_pairs)
+    try:
+        return build_terms(named_numbers(objective.loss_terms), context)
+    except ValueError as error:
+        raise InputError(f"--loss-terms: {error}") from None
+
+
+def teacher_layers(terms: Mapping[str, LossTerm]) -> list[int]:
+    """Numbers of the teacher's layers that any of the terms reads."""
+    return sorted({layer for term in terms.values() for layer in term.teacher_layers})
+
+
+def _check_loss_terms(config: TrainConfig, student: ModelInputs, teachers: Sequence[ModelInputs]) -> None:
+    with torch.device("meta"):
+        terms = build_loss_terms(config.objective, student, teachers)
+    if teacher_layers(terms) and config.cache.teacher_cache not in ("auto", "off"):
+        raise InputError(f"--teacher-cache {config.cache.teacher_cache}: a cache has the last hidden states only, and "
+                         f"--loss-terms {' '.join(config.objective.loss_terms)} reads other layers; use "
+                         "--teacher-cache off")
 
 
 def _data_files(folders: Sequence[str]) -> tuple[list[Path], list[Path]]:
