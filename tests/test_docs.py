@@ -101,6 +101,12 @@ def test_mixed_data(runs):
     assert [line["step"] for line in run.metrics("dev")] == [5, 10, 12]
 
 
+def test_a_hidden_state_term(runs):
+    lines = runs["A hidden-state term"].result().metrics("train")
+    assert all(lines[-1][name] < lines[0][name] for name in ("hidden_states", "cosine"))
+    assert lines[0]["loss"] == pytest.approx(lines[0]["kd"] + 0.1 * lines[0]["hidden_states"] + lines[0]["cosine"])
+
+
 def test_a_model_family(runs):
     run = runs["A model family"].result()
     assert run.folder.parents[1].name == "qwen3-0.6b"
