@@ -182,6 +182,15 @@ class TestPlan:
                     for ranks in zip(*by_rank, strict=True)]
         assert steps(8, 1) == steps(1, 8) == steps(4, 1, 2) == steps(2, 2, 2)
 
+    def test_a_step_of_any_size_is_cut_into_micro_batches(self):
+        shapes = [StepShape(3, 3, wanted=8), *(StepShape(3, 2, rank, 2, wanted=8) for rank in range(2))]
+        alone, *ranks = (DatasetSource(self.data, shape, seed=1) for shape in shapes)
+        assert alone.steps_per_epoch == 4
+        for whole, *parts in zip(alone.steps(1), *(source.steps(1) for source in ranks), strict=True):
+            assert all(len(micro) <= 3 for plan in (whole, *parts) for micro in plan.micro_batches)
+            assert sorted(sample_ids(whole)) == sorted(i for part in parts for i in sample_ids(part))
+            assert {plan.samples for plan in (whole, *parts)} == {len(sample_ids(whole))}
+
     def test_micro_batches_hold_samples_of_like_length(self):
         plan = next(self.sources(4, 4)[0].steps(1))
         longest = [[len(example.ids) for example in micro] for micro in plan.micro_batches]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from todi.errors import InputError, StorageError
-from todi.runtime.device import Precision, choose_precision
+from todi.runtime.device import Precision, choose_device, choose_precision
 from todi.training.checkpoints import BestCheckpoints, Score
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule
@@ -79,6 +79,37 @@ def test_precision_on_a_cpu():
     assert choose_precision("auto", cpu).name in ("bf16", "fp32")
     with pytest.raises(InputError, match="fp16 does not train on a CPU"):
         choose_precision("fp16", cpu)
+
+
+class TestDevice:
+    """On a machine with a GPU that this PyTorch cannot use."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch, tmp_path):
+        (tmp_path / "version").write_text("NVRM version")
+        monkeypatch.setattr("todi.runtime.device._DRIVER", tmp_path / "version")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setattr("torch.version.cuda", "13.0")
+        for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+            monkeypatch.delenv(name, raising=False)
+
+    def test_it_is_not_passed_over(self, monkeypatch):
+        def too_old():
+            raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore")
+        monkeypatch.setattr("torch.cuda.init", too_old)
+        with pytest.raises(InputError, match=r"too old \(found version 11040\)\. Install a PyTorch that fits"):
+            choose_device()
+
+    def test_a_pytorch_without_cuda(self, monkeypatch):
+        monkeypatch.setattr("torch.version.cuda", None)
+        with pytest.raises(InputError, match="cannot use: it was built without CUDA"):
+            choose_device()
+
+    @pytest.mark.parametrize(("name", "value"), [
+        ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("DS_ACCELERATOR", "cpu")])
+    def test_who_wants_the_cpu_gets_it(self, monkeypatch, name, value):
+        monkeypatch.setenv(name, value)
+        assert choose_device() == torch.device("cpu")
 
 
 class TestBestCheckpoints:

@@ -26,6 +26,7 @@ from todi.data.records import load_sets
 from todi.data.tokenize import encode_examples
 from todi.errors import InputError, collecting, run_main
 from todi.options import check, parse
+from todi.python_files import load_plugins
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
 from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
@@ -102,6 +103,7 @@ def verify(config: CacheConfig, store: CacheStore, device: torch.device) -> None
 
 def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
     """Reads what the settings name, short of weights. Raises InputError with every problem."""
+    load_plugins(config.plugins)
     problems: list[str] = []
     train_files = [Path(folder) / "train.jsonl" for folder in config.data.data_dir]
     sets = model = precision = None

@@ -44,6 +44,16 @@ LAUNCHER_VARIABLES = {
     "DOCTOR": "1: check all input, estimate memory and disk space, and stop",
 }
 
+# Variables of the published scripts that have no meaning here, and what to use.
+PUBLISHED = {
+    "BASE_PATH": "paths start at the root of the repository",
+    "WORK_DIR": "paths start at the root of the repository",
+    "TASK": "each launcher has its own: sft_*.sh, vanilla_kd_*.sh",
+    "CONFIG": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
+    "SETTING": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
+    "OPTS": "words after the launcher's name go to the Python command",
+}
+
 
 # ---- what several commands share
 
@@ -77,6 +87,10 @@ def _trust_remote_code() -> Any:
 def _teacher_cache_dtype() -> Any:
     return option(OWN_DTYPE, "numbers of the teacher cache; own, the teacher's, is exact", choices=CACHE_DTYPES,
                   may_change=True)
+
+
+def _plugins() -> Any:
+    return option((), "Python files that are run first, to register what is one's own")
 
 
 def _check_only() -> Any:
@@ -234,6 +248,19 @@ class OptimConfig:
                                               env="GRAD_ACC", may_change=True)
     num_epochs: int = option(20, "passes over the training data", least=1, env="EPOCH")
     max_steps: int | None = option(None, "stop after so many optimizer steps", least=1)
+    global_batch_size: int | None = option(None, "samples of an optimizer step over all devices, in place of "
+                                                 "--gradient-accumulation-steps; these times --batch-size times the "
+                                                 "devices when not given", least=1)
+
+    def accumulation(self, devices: int) -> int:
+        """Micro-batches of an optimizer step on each device."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        return -(-self.global_batch_size // (self.batch_size * devices))
+
+    def step_samples(self, devices: int) -> int:
+        """Samples of an optimizer step over all devices."""
+        return self.global_batch_size or self.batch_size * self.gradient_accumulation_steps * devices
 
 
 @dataclass(frozen=True)
@@ -261,7 +288,7 @@ class RunConfig:
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
                                 least=1, may_change=True)
     report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
-    plugins: tuple[str, ...] = option((), "Python files that are run first, to register what is one's own")
+    plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
 
     def rules(self) -> Iterator[str]:
@@ -339,6 +366,7 @@ class EvalConfig:
     no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
     precision: str = _precision()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
+    plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
 
     @property
@@ -386,6 +414,7 @@ class CacheConfig:
     precision: str = _precision()
     teacher_cache_dtype: str = _teacher_cache_dtype()
     trust_remote_code: bool = _trust_remote_code()
+    plugins: tuple[str, ...] = _plugins()
     samples: int = option(32, "samples that verify runs the teacher over again", least=0)
     seed: int = option(0, "of the choice of these samples")
 

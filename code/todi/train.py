@@ -85,7 +85,8 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     data, optim = config.data, config.optim
     examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
                                data.max_prompt_length)
-    shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
+    shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
+                      optim.step_samples(world.size))
     source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
     max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
     specs = build_teacher_specs(config, inputs, examples)
@@ -197,6 +198,7 @@ def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[Teac
     """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
     if inputs.teacher_function:
         last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
+        logger.info("teacher: the function %s", config.teacher.teacher_callable)
         return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
     return open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers) if specs else None
 
@@ -224,7 +226,8 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
     schedule = build_schedule(optimizer, optim.lr_scheduler, total_steps=max_steps, warmup_steps=optim.warmup_iters,
                               lr=optim.lr, lr_min=optim.lr_min)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, lr_scheduler=schedule,
-                                      config=inputs.deepspeed_config)
+                                      config={
+        **inputs.deepspeed_config, "gradient_accumulation_steps": optim.accumulation(world.size)})
     student.share_head()
     return engine
 

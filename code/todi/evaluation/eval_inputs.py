@@ -17,6 +17,7 @@ from todi.generation.decoding import Decoding
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import find_adapter, load_config, load_tokenizer
+from todi.python_files import load_plugins
 from todi.runtime.device import Precision, choose_precision
 from todi.settings import EvalConfig
 
@@ -40,6 +41,7 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
     Raises:
         InputError: with every problem of settings, paths and data.
     """
+    load_plugins(config.plugins)
     problems = config.problems()
     model_path = family = tokenizer = precision = sets = None
     with collecting(problems):

@@ -23,12 +23,10 @@ def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str],
         files: checksums of data, models, adapters and plugins, by path.
         teacher: where its hidden states come from; None without one.
     """
-    optim = config.optim
-    step_samples = optim.batch_size * optim.gradient_accumulation_steps * world_size
     return {
         "format": FORMAT,
         "settings": dataclasses.asdict(config),
-        "deciding": config.deciding | {"samples of a step": step_samples, "teacher": teacher},
+        "deciding": config.deciding | {"samples of a step": config.optim.step_samples(world_size), "teacher": teacher},
         "files": dict(files),
         "command": sys.argv,
         "versions": versions(),
