@@ -246,7 +246,7 @@ class TestModels:
     def test_a_run_needs_names(self):
         with pytest.raises(InputError, match="set TEACHER_NAME or SAVE_DIR"):
             training_options([], {"FAMILY": "gpt2", "CKPT_NAME": "base", "CRITERION": "vanilla_kd"})
-        with pytest.raises(InputError, match="NPROC must be a whole number, got 'two'"):
+        with pytest.raises(InputError, match="NPROC must be a whole number of at least 1, got 'two'"):
             train(NPROC="two")
         assert training_options([], {"MODEL_PATH": "m", "SAVE_DIR": "d"}) == ["--model-path", "m", "--save-dir", "d"]
 

@@ -99,6 +99,7 @@ def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
     ours = {*LAUNCHER_VARIABLES, *(variable for one in options for variable in one.variables)}
     meant = {one.name.upper(): one.variables[0] for one in options if one.variables} | {name: name for name in ours}
     variables = {name: value for name, value in environment.items() if value}
+    check_processes(variables)
     problems = []
     for name in sorted(variables.keys() & PUBLISHED.keys()):
         print(f"note: {name}, of the published scripts, is not used here: {PUBLISHED[name]}", file=sys.stderr)
@@ -108,6 +109,25 @@ def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if problems:
         raise InputError(sorted(problems))
     return variables
+
+
+def check_processes(variables: Mapping[str, str]) -> None:
+    """Raises InputError where the number of processes or the place of this node among the nodes cannot be."""
+    def whole(name: str, default: str, least: int) -> int:
+        text = variables.get(name, default)
+        if not text.isdecimal() or int(text) < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    whole("NPROC", "1", 1)
+    nodes = whole("NNODES", "1", 1)
+    if nodes > 1:
+        rank = whole("NODE_RANK", "", 0)
+        whole("MASTER_PORT", "29500", 1)
+        if rank >= nodes:
+            raise InputError(f"NODE_RANK must be below NNODES={nodes}, got {rank}")
+        if "MASTER_ADDR" not in variables:
+            raise InputError(f"NNODES={nodes} needs MASTER_ADDR, the name of the first node")
 
 
 def read_values(options: Mapping[str, Option], variables: Mapping[str, str]) -> Given:
@@ -196,11 +216,6 @@ def name_run(given: Given, variables: Mapping[str, str], said: Collection[str]) 
     def text(name: str) -> str:
         return " ".join(given[name]) if name in given else spell(_TRAINING[name].default)
 
-    def number(name: str) -> int:
-        if not variables.get(name, "1").isdecimal():
-            raise InputError(f"{name} must be a whole number, got {variables[name]!r}")
-        return int(variables.get(name, 1))
-
     def required(name: str) -> str:
         if name not in variables:
             raise InputError(f"set {name} or SAVE_DIR: the folder of the run is named by it")
@@ -215,7 +230,8 @@ def name_run(given: Given, variables: Mapping[str, str], said: Collection[str]) 
     if criterion != CROSS_ENTROPY:
         task, parts = criterion, [f"kd^obj={text('kd_objective')}", config, f"teacher={required('TEACHER_NAME')}",
                                   f"kd^rate={text('kd_rate')}", f"kd^temp={text('kd_temperature')}"]
-    batch = f"{text('batch_size')}x{text('gradient_accumulation_steps')}x{number('NPROC') * number('NNODES')}"
+    devices = int(variables.get("NPROC", 1)) * int(variables.get("NNODES", 1))
+    batch = f"{text('batch_size')}x{text('gradient_accumulation_steps')}x{devices}"
     parts = [f"criterion={criterion}", *parts, f"epoch={text('num_epochs')}", f"bsz={batch}", f"lr={text('lr')}",
              f"seed={text('seed')}"]
     parts += [f"{name}={text(name).replace('/', '-')}" for name, one in _TRAINING.items()

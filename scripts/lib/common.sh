@@ -26,6 +26,7 @@ export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
 choose_devices() {
   local devices
   default NNODES 1
+  default MASTER_PORT 29500
   if [[ -n ${GPUS[*]:-} ]]; then
     devices=$(tr -s '(), \t' ',' <<<"${GPUS[*]}")  # 0,1 or "0 1" or (0 1)
     devices=${devices#,} devices=${devices%,}
@@ -41,27 +42,8 @@ choose_devices() {
   if [[ -z $devices ]]; then
     export DS_ACCELERATOR=cpu
     default NPROC 1
-    whole NPROC 1
-    # torchrun would give each process a single thread
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))}
-    return
   fi
   default NPROC "$(tr ',' '\n' <<<"$devices" | grep -c .)"
-}
-
-# whole NAME LEAST: the variable must be a whole number that large.
-whole() { [[ ${!1:-} =~ ^[0-9]+$ ]] && ((10#${!1} >= $2)) || die "$1 must be a whole number of at least $2, got '${!1:-}'"; }
-
-check_processes() {
-  whole NPROC 1
-  whole NNODES 1
-  ((NNODES > 1)) || return 0
-  whole NODE_RANK 0
-  ((NODE_RANK < NNODES)) || die "NODE_RANK must be below NNODES=$NNODES, got $NODE_RANK"
-  [[ -n ${MASTER_ADDR:-} ]] || die "NNODES=$NNODES needs MASTER_ADDR, the name of the first node"
-  default MASTER_PORT 29500
-  whole MASTER_PORT 1
-  export NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 }
 
 several_processes() { ((NPROC * NNODES > 1)); }
@@ -90,9 +72,10 @@ read_settings() {
   set +a
   cd "$ROOT"
   choose_devices
-  check_processes
   mapfile -d '' -t options < <("$PYTHON" -m todi.launch "$1" --print0 "${@:2}")
   wait "$!"  # its exit code
+  # torchrun would give each process a single thread
+  if [[ -z $CUDA_VISIBLE_DEVICES ]]; then default OMP_NUM_THREADS "$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))"; fi
 }
 
 sft() { train cross_entropy "$@"; }
