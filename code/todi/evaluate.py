@@ -22,7 +22,14 @@ from todi.data.records import Record
 from todi.data.tokenize import encode_examples
 from todi.errors import run_main
 from todi.evaluation.eval_inputs import EvalInputs, decoding_of, read_inputs
-from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
+from todi.evaluation.results import (
+    average,
+    example_scores,
+    markdown_table,
+    named_tokenizer,
+    summarise,
+    write_results,
+)
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.set_files import Done, SetStore
 from todi.generation.decoding import stop_ids
@@ -75,7 +82,8 @@ def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device) ->
                  "adapter": config.peft_path and model_checksum(Path(config.peft_path))}
     stores = {}
     for name, records in inputs.sets.items():
-        store = stores[name] = SetStore(config.folder, name, made_with | {"data": questions_checksum(records)})
+        of_set = {"data": questions_checksum(records), **named_tokenizer(inputs.rouge_tokenizers[name])}
+        store = stores[name] = SetStore(config.folder, name, made_with | of_set)
         if store.differences:
             logger.info("%s: what is there was made with other %s and is done again", name,
                         ", ".join(store.differences))
@@ -115,7 +123,7 @@ def write_set(writer: Writer, inputs: EvalInputs, name: str, seeds: Sequence[int
         if store:
             store.add(part)
     if store:
-        by_seed = score(records, seeds, responses, inputs.tokenizer)
+        by_seed = score(records, seeds, responses, inputs.tokenizer, inputs.rouge_tokenizers[name])
         store.finish(by_seed, loss)
         summary = summarise(by_seed, loss)
         logger.info("%s: rouge-l %.2f, exact match %.1f %%, %.0f tokens a response, %.0f %% cut, loss %.3f (%.0f s)",
@@ -141,7 +149,7 @@ def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore
     sets, scores = {}, []
     for name, store in stores.items():
         by_seed = store.generations(config.streams)
-        sets[name] = summarise(by_seed, store.done(()).loss)
+        sets[name] = summarise(by_seed, store.done(()).loss, inputs.rouge_tokenizers[name])
         scores.append(example_scores(by_seed))
     results = {
         "model": inputs.model_path, "adapter": config.peft_path,

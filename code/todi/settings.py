@@ -24,6 +24,8 @@ CACHE_MODES = ("auto", "on", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
 SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
 NO_ADAPTER = "none"
+AUTO_TOKENIZER = "auto"
+ROUGE_TOKENIZERS = (AUTO_TOKENIZER, "rouge_score", "words", "characters")
 
 # What launchers understand besides the settings.
 LAUNCHER_VARIABLES = {
@@ -63,6 +65,12 @@ def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
 def _eval_batch_size() -> Any:
     return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
                   may_change=True)
+
+
+def _rouge_tokenizer() -> Any:
+    return option(AUTO_TOKENIZER, "tokens of ROUGE-L (todi/evaluation/rouge_tokens.py); auto: as published, unless "
+                                  "more than a tenth of the references' letters are not Latin",
+                  choices=ROUGE_TOKENIZERS)
 
 
 def _precision() -> Any:
@@ -251,6 +259,7 @@ class RunConfig:
     log_interval: int = option(10, "optimizer steps between lines of the log", least=1, may_change=True)
     eval_interval: int = option(1, "epochs between evaluations on dev", least=1)
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
+    rouge_tokenizer: str = _rouge_tokenizer()
     eval_batch_size: int = _eval_batch_size()
     resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "
                                  "settings differ; never starts anew and removes it", choices=RESUME, may_change=True)
@@ -331,6 +340,7 @@ class EvalConfig:
     top_p: float = option(1.0, "sample from the smallest set of tokens with this mass; 1 is off", above=0, at_most=1)
     top_k: int = option(0, "sample from the k most likely tokens; 0 is off", least=0)
     no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
+    rouge_tokenizer: str = _rouge_tokenizer()
     precision: str = _precision()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
     check_only: bool = _check_only()

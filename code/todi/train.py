@@ -234,7 +234,7 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world)
+        config.run.eval_batch_size, config.run.seed, world, config.run.rouge_tokenizer)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:

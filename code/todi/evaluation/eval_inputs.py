@@ -13,6 +13,7 @@ from todi.data.chat import render
 from todi.data.records import Record, load_records
 from todi.errors import InputError, collecting
 from todi.evaluation.results import is_set_name
+from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.generation.decoding import Decoding
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
@@ -25,13 +26,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """What was read, short of weights. `model_path` is --model-path or the adapter's own base."""
+    """What was read, short of weights.
+
+    Attributes:
+        model_path: --model-path or the adapter's own base.
+        rouge_tokenizers: of each set, what ROUGE-L compares; never auto.
+    """
 
     model_path: str
     family: Family
     tokenizer: Tokenizer
     precision: Precision
     sets: dict[str, list[Record]]
+    rouge_tokenizers: dict[str, str]
 
 
 def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
@@ -62,7 +69,9 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
                 sets[name] = render(records, tokenizer, Path(config.sets_dir) / name)
     if problems:
         raise InputError(problems)
-    return EvalInputs(model_path, family, tokenizer, precision, sets)
+    rouge_tokenizers = {name: choose_tokenizer(config.rouge_tokenizer, [record.references for record in records], name)
+                        for name, records in sets.items()}
+    return EvalInputs(model_path, family, tokenizer, precision, sets, rouge_tokenizers)
 
 
 def decoding_of(config: EvalConfig) -> Decoding:
