@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from todi.data.records import Record
-from todi.data.tokenize import encode_examples
 from todi.errors import run_main
 from todi.evaluation.eval_inputs import EvalInputs, decoding_of, read_inputs
 from todi.evaluation.results import (
@@ -112,9 +111,7 @@ def write_set(writer: Writer, inputs: EvalInputs, name: str, seeds: Sequence[int
               progress: Callable[[int], object]) -> None:
     """Writes and scores one set with `seeds`; `store` is that of the first rank."""
     started = time.perf_counter()
-    records = inputs.sets[name]
-    examples = encode_examples(records, inputs.tokenizer, inputs.family, writer.decoding.max_length,
-                               writer.decoding.max_prompt_length)
+    records, examples = inputs.sets[name], inputs.examples[name]
     loss = writer.loss(examples) if done.loss is None else done.loss
     responses = dict(done.rows)
     stops = stop_ids(writer.model, inputs.tokenizer, records)

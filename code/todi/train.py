@@ -94,6 +94,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     if world.is_main:
         mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
         run, caches = _decide(config, inputs, specs, mode, max_steps / source.steps_per_epoch, world, device)
+    dev = build_dev_set(config, inputs, world)
     if config.run.check_only:
         return
     start_process_group(world, device)
@@ -110,7 +111,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         engine = build_engine(config, inputs, terms, max_steps, world, device)
         step = TrainStep(engine, build_criterion(config.objective), teacher, inputs.student.tokenizer.pad_token_id,
                          world)
-        trainer = Trainer(step, source, build_dev_set(config, inputs, world),
+        trainer = Trainer(step, source, dev,
                           build_export(engine, inputs, build_card(config, inputs, run), world), folder,
                           build_monitors(config, folder), build_pace(config.run, max_steps), world)
         with closing(trainer.monitors):

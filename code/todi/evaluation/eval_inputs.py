@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.chat import render
 from todi.data.records import Record, load_records
+from todi.data.tokenize import Example, encode_examples
 from todi.errors import InputError, collecting
 from todi.evaluation.results import is_set_name
 from todi.evaluation.rouge_tokens import choose_tokenizer
@@ -30,6 +31,7 @@ class EvalInputs:
 
     Attributes:
         model_path: --model-path or the adapter's own base.
+        examples: of each set, its records as they are read by the model.
         rouge_tokenizers: of each set, what ROUGE-L compares; never auto.
     """
 
@@ -38,6 +40,7 @@ class EvalInputs:
     tokenizer: Tokenizer
     precision: Precision
     sets: dict[str, list[Record]]
+    examples: dict[str, list[Example]]
     rouge_tokenizers: dict[str, str]
 
 
@@ -49,6 +52,7 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
     """
     problems = config.problems()
     model_path = family = tokenizer = precision = sets = None
+    examples = {}
     with collecting(problems):
         precision = choose_precision(config.precision, device)
     if config.model_path or config.peft_path:
@@ -67,11 +71,13 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
         for name, records in sets.items():
             with collecting(problems):
                 sets[name] = render(records, tokenizer, Path(config.sets_dir) / name)
+                examples[name] = encode_examples(sets[name], tokenizer, family, config.max_length,
+                                                 config.max_prompt_length)
     if problems:
         raise InputError(problems)
     rouge_tokenizers = {name: choose_tokenizer(config.rouge_tokenizer, [record.references for record in records], name)
                         for name, records in sets.items()}
-    return EvalInputs(model_path, family, tokenizer, precision, sets, rouge_tokenizers)
+    return EvalInputs(model_path, family, tokenizer, precision, sets, examples, rouge_tokenizers)
 
 
 def decoding_of(config: EvalConfig) -> Decoding:
