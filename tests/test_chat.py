@@ -22,6 +22,8 @@ TEMPLATE = ("{% for turn in messages %}"
             "<|{{ turn.role }}|>{{ turn.content }}<|end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
+SYSTEM = {"role": "system", "content": "Be short."}
+
 
 def chat_tokenizer(folder):
     """A tiny tokenizer with a chat template; saved in `folder` and loaded from it."""
@@ -61,6 +63,7 @@ class TestRecords:
         ([{"content": "Hi"}, *turns("Hi", "Yes?")], "message 1 has the role None"),
         (turns("Hi", " "), "`content` of message 2 must be a non-empty string"),
         (turns("Hi", ["Yes?"]), "`content` of message 2 must be a non-empty string"),
+        (turns("Hi", "Ye\ud83d"), r"`content` of message 2 has half of a character, \ud83d, at place 3"),
     ])
     def test_a_bad_conversation_is_named(self, tmp_path, messages, said):
         path = write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")}, {"messages": messages})
@@ -111,6 +114,57 @@ class TestTemplate:
             render(records, chat_tokenizer(tmp_path / "chat"), "a.jsonl")
         with pytest.raises(InputError, match=r"a.jsonl has `messages`, but the tokenizer of .* has no chat template"):
             render(records, tiny_tokenizer(tmp_path / "plain"), "a.jsonl")
+
+    @pytest.mark.parametrize(("template", "said"), [
+        ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "TypeError: can only concatenate str"),
+        ({"tool_use": TEMPLATE}, "This model has multiple chat templates with no default"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}",
+         "it leaves out or changes what the assistant says"),
+        ("{% for m in messages if m.role != 'assistant' %}[{{ m.content }}]{% endfor %}",
+         "it leaves out or changes what the assistant says"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content[0]['text'] }}\n{% endfor %}",
+         "it leaves out what the system says"),
+        ("{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}", "it leaves out what the system"),
+        ("{{ messages[0].content[:0] }}", "it makes an empty prompt of it"),
+        (TEMPLATE.replace("|>{{", "|>\ud83d{{"), r"what it makes of it has half of a character, \ud83d, at place"),
+    ])
+    def test_a_template_that_does_not_say_what_is_said(self, tmp_path, template, said):
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        tokenizer.chat_template = template
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": [SYSTEM, *turns("Hi", "Yes?")]}))
+        with pytest.raises(InputError) as error:
+            render(records, tokenizer, "a.jsonl")
+        problem, = error.value.problems
+        who = f"a.jsonl: the chat template of {tokenizer.name_or_path}"
+        assert problem.startswith(f"{who} refuses conversation 1: {said}")
+        assert "\n" not in problem
+
+    def test_the_data_s_own_conversation_finds_the_end(self, tmp_path):
+        """A template may ask for a system message, or for the assistant's to be trimmed."""
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        tokenizer.chat_template = ("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                                   + TEMPLATE.replace("turn.content", "turn.content | trim"))
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": [SYSTEM, *turns("Hi", "Yes? ")]}))
+        assert render(records, tokenizer, "a.jsonl")[0].end == "<|end|>"
+
+    def test_who_speaks_is_looked_at_anew(self, tmp_path):
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        tokenizer.chat_template = TEMPLATE.replace("{% for turn in messages %}",
+                                                   "{% for turn in messages if turn.role != 'system' %}")
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")},
+                                     {"messages": [SYSTEM, *turns("Hi", "Yes?")]}))
+        with pytest.raises(InputError, match="refuses conversation 2: it leaves out what the system says"):
+            render(records, tokenizer, "a.jsonl")
+
+    def test_a_prompt_that_does_not_say_who_goes_on(self, tmp_path, caplog):
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")}))
+        render(records, tokenizer, "a.jsonl")
+        assert not caplog.records
+        tokenizer.chat_template = TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>{% endif %}", "")
+        render(records, tokenizer, "a.jsonl")
+        assert "writes '<|assistant|>' before a response, but not at the end of a prompt" in caplog.text
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 """ROUGE-L, exact match, summaries, bootstrap."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +101,26 @@ def test_an_evaluation_names_its_tokens(monkeypatch, checkpoint, data, tmp_path,
     assert run(monkeypatch, report, tmp_path / "a", "--baseline", tmp_path / "b") == 2
     assert capsys.readouterr().err == (f"error: zh: {tmp_path}/a has ROUGE-L by characters, the baseline {tmp_path}/b "
                                        "by rouge_score\n")
+
+
+def test_a_report_on_a_terminal_that_knows_no_more_than_ascii(tmp_path):
+    summary = {"rouge_l": 1.0, "rouge_l_std": 0.5, "seeds": {}}
+    (tmp_path / "é" / "eval").mkdir(parents=True)
+    (tmp_path / "b" / "eval").mkdir(parents=True)
+    (tmp_path / "é" / "eval" / "results.json").write_text(json.dumps({"sets": {"x": summary}, "average": summary}))
+    (tmp_path / "b" / "eval" / "results.json").write_text(json.dumps({"sets": {"y": summary}, "average": summary}))
+
+    def reported(*folders):
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(report.__file__).parents[1])}
+        return subprocess.run([sys.executable, "-m", "todi.report", *folders], cwd=tmp_path, env=environment, text=True,
+                              capture_output=True)
+    done = reported("é", "b", "北")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2, r"error: no results in \u5317: python -m todi.evaluate would write \u5317/eval/results.json")
+    done = reported("é", "b")
+    assert done.returncode == 0, done.stderr
+    assert [cell.strip() for cell in done.stdout.splitlines()[-2].split("|")[1:-1]] == [
+        r"\xe9", "1.00 +/- 0.50", "-", "1.00 +/- 0.50"]
 
 
 class TestResults:
