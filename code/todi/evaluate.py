@@ -19,8 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from todi.data.records import Record
+from todi.data.template_date import check_same_date
 from todi.errors import run_main
-from todi.evaluation.eval_inputs import EvalInputs, decoding_of, read_inputs
+from todi.evaluation.eval_inputs import EvalInputs, decoding_of, noted_date, read_inputs
 from todi.evaluation.results import (
     average,
     example_scores,
@@ -63,6 +64,7 @@ def main() -> None:
 
 def evaluate(config: EvalConfig, inputs: EvalInputs, world: World, device: torch.device) -> None:
     """Does what is left of every set; the first rank keeps the files and prints the table."""
+    check_same_date(inputs.template_date, world)
     stores = open_stores(config, inputs, device) if world.is_main else {}
     done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
     left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
@@ -78,7 +80,7 @@ def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device) ->
     """What there is of each set, with a word on what does not count."""
     made_with = {**dataclasses.asdict(decoding_of(config)), "precision": inputs.precision.name, "device": device.type,
                  "model": checksum_or_commit(inputs.model_path, model_checksum, config.trust_remote_code),
-                 "adapter": config.peft_path and model_checksum(Path(config.peft_path))}
+                 "adapter": config.peft_path and model_checksum(Path(config.peft_path)), **noted_date(inputs)}
     stores = {}
     for name, records in inputs.sets.items():
         of_set = {"data": questions_checksum(records), **named_tokenizer(inputs.rouge_tokenizers[name])}
@@ -151,7 +153,7 @@ def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore
     results = {
         "model": inputs.model_path, "adapter": config.peft_path,
         "settings": {**dataclasses.asdict(decoding_of(config)), "seeds": list(config.streams), "limit": config.limit,
-                     "precision": inputs.precision.name},
+                     "precision": inputs.precision.name, **noted_date(inputs)},
         "sets": sets, "average": average(sets, scores),
     }
     write_results(config.folder, results)

@@ -6,6 +6,7 @@ Nothing below the entry points and the builders ever sees these classes.
 """
 
 import dataclasses
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ CACHE_MODES = ("auto", "on", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
 SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
 NO_ADAPTER = "none"
+TODAY = "today"
 AUTO_TOKENIZER = "auto"
 ROUGE_TOKENIZERS = (AUTO_TOKENIZER, "rouge_score", "words", "characters")
 
@@ -54,6 +56,20 @@ def _max_length() -> Any:
 
 def _max_prompt_length() -> Any:
     return option(256, "longest prompt, in tokens; the rest of it is cut off", least=1)
+
+
+def _template_date() -> Any:
+    return option(TODAY, "the date for chat templates that write one; today is that of the first start, also when a "
+                         "run or an evaluation goes on later",
+                  pattern=(r"today|\d{4}-\d\d-\d\d", "today or 2026-01-31"))
+
+
+def _a_date(config: "DataConfig | EvalConfig") -> Iterator[str]:
+    try:
+        datetime.date.fromisoformat(config.template_date)
+    except ValueError as error:
+        if config.template_date != TODAY:
+            yield f"--template-date {config.template_date}: {error}"
 
 
 def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
@@ -174,6 +190,7 @@ class DataConfig:
     dev_num: int | None = option(None, "use only the first so many dev records of each folder", least=1)
     max_length: int = _max_length()
     max_prompt_length: int = _max_prompt_length()
+    template_date: str = _template_date()
 
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
@@ -186,6 +203,7 @@ class DataConfig:
             yield (f"--data-shares needs a number for each folder of --data-dir, which has {len(self.data_dir)}; got "
                    f"{' '.join(map(str, self.data_shares))}")
         yield from _room_for_a_response(self)
+        yield from _a_date(self)
 
 
 @dataclass(frozen=True)
@@ -334,6 +352,7 @@ class EvalConfig:
     max_length: int = _max_length()
     max_new_tokens: int = option(256, "longest response, in tokens", least=1)
     max_prompt_length: int = _max_prompt_length()
+    template_date: str = _template_date()
     do_sample: bool = option(True, "sample; else greedy or beam search")
     num_beams: int = option(1, "beams of the beam search, with --no-do-sample", least=1)
     temperature: float = option(1.0, "sampling temperature", above=0)
@@ -369,6 +388,7 @@ class EvalConfig:
             if repeated:
                 yield f"--{name}: {', '.join(repeated)} given more than once"
         yield from _room_for_a_response(self)
+        yield from _a_date(self)
         if self.do_sample and self.num_beams > 1:
             yield f"--num-beams {self.num_beams} needs --no-do-sample"
 

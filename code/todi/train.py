@@ -20,6 +20,7 @@ from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
 from todi.data.plans import StepShape, build_source
+from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
@@ -81,6 +82,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         Interrupted: a signal asked to stop; the state has been saved.
     """
     inputs = read_inputs(config, device)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=inputs.template_date))
     data, optim = config.data, config.optim
     examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
                                data.max_prompt_length)
@@ -98,6 +100,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     if config.run.check_only:
         return
     start_process_group(world, device)
+    check_same_date(inputs.template_date, world)
     run, caches = world.gather((run, caches))[0]
     folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
     with folder.claimed():

@@ -9,6 +9,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Message, Record, check_text
+from todi.data.template_date import TemplateDate
 from todi.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,8 @@ logger = logging.getLogger(__name__)
 _PROBE = "What is said here, word by word."  # stands for a message, to see what a template makes of it
 
 
-def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) -> list[Record]:
+def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path,
+           date: TemplateDate | None = None) -> list[Record]:
     """Fills in `prompt` and `end` of chat records; others stay as they are.
 
     The prompt is the templated conversation up to where the assistant's last message begins, and the response ends
@@ -24,6 +26,7 @@ def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) 
 
     Args:
         source: where the records are from, for error messages.
+        date: that the template may write; today's when not given.
 
     Raises:
         InputError: the tokenizer has no chat template, or it refuses a conversation or changes what is said in it.
@@ -33,6 +36,17 @@ def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) 
     if not tokenizer.chat_template:
         raise InputError(f"{source} has `messages`, but the tokenizer of {tokenizer.name_or_path} has no chat "
                          "template; give `prompt` and `output`, or take a model with a template")
+    with (date or TemplateDate()).in_force():
+        return _render(records, tokenizer, source)
+
+
+def render_sets(sets: Sequence[Sequence[Record]], tokenizer: Tokenizer, files: Sequence[Path],
+                date: TemplateDate) -> list[list[Record]]:
+    """`render` for each of several sets, which come from these files."""
+    return [render(records, tokenizer, file, date) for records, file in zip(sets, files, strict=True)]
+
+
+def _render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) -> list[Record]:
     ends: dict[frozenset[str], str] = {}  # by who speaks
     rendered = []
     for number, record in enumerate(records, 1):
@@ -47,11 +61,6 @@ def render(records: Sequence[Record], tokenizer: Tokenizer, source: str | Path) 
             raise InputError(f"{source}: the chat template of {tokenizer.name_or_path} refuses conversation {number}: "
                              f"{_in_a_line(error)}") from None
     return rendered
-
-
-def render_sets(sets: Sequence[Sequence[Record]], tokenizer: Tokenizer, files: Sequence[Path]) -> list[list[Record]]:
-    """`render` for each of several sets, which come from these files."""
-    return [render(records, tokenizer, file) for records, file in zip(sets, files, strict=True)]
 
 
 def _prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
