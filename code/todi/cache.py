@@ -23,6 +23,7 @@ from torch import Tensor
 
 from todi.data.chat import render_sets
 from todi.data.records import load_sets
+from todi.data.template_date import TemplateDate
 from todi.data.tokenize import encode_examples
 from todi.errors import InputError, collecting, run_main
 from todi.options import check, parse
@@ -116,12 +117,19 @@ def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
                            *config.teacher.adapters, precision, config.data.max_length, config.trust_remote_code)
     if problems:
         raise InputError(problems)
-    records = list(chain(*render_sets(sets, model.tokenizer, train_files)))
+    date = TemplateDate(config.data.template_date, _earlier_date(Path(config.folder)))
+    records = list(chain(*render_sets(sets, model.tokenizer, train_files, date)))
     examples = encode_examples(records, model.tokenizer, model.family, config.data.max_length,
                                config.data.max_prompt_length)
     return TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
-                       config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype), model.tokenizer,
+                       dataclasses.replace(config.data, template_date=date.noted), precision,
+                       dtype_of(config.teacher_cache_dtype, precision.dtype), model.tokenizer,
                        examples, train_files, config.trust_remote_code)
+
+
+def _earlier_date(folder: Path) -> str | None:
+    """Of the cache that is gone on with, if there is one."""
+    return CacheStore(folder).made_from.get("template_date") if (folder / "cache.json").is_file() else None
 
 
 def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> Iterator[str]:

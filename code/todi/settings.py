@@ -6,6 +6,7 @@ Nothing below the entry points and the builders ever sees these classes.
 """
 
 import dataclasses
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ CACHE_MODES = ("auto", "on", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
 SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
 NO_ADAPTER = "none"
+TODAY = "today"
+AUTO_TOKENIZER = "auto"
+ROUGE_TOKENIZERS = (AUTO_TOKENIZER, "rouge_score", "words", "characters")
 
 # What launchers understand besides the settings.
 LAUNCHER_VARIABLES = {
@@ -65,6 +69,20 @@ def _max_prompt_length() -> Any:
     return option(256, "longest prompt, in tokens; the rest of it is cut off", least=1)
 
 
+def _template_date() -> Any:
+    return option(TODAY, "the date for chat templates that write one; today is that of the first start, also when a "
+                         "run or an evaluation goes on later",
+                  pattern=(r"today|\d{4}-\d\d-\d\d", "today or 2026-01-31"))
+
+
+def _a_date(config: "DataConfig | EvalConfig") -> Iterator[str]:
+    try:
+        datetime.date.fromisoformat(config.template_date)
+    except ValueError as error:
+        if config.template_date != TODAY:
+            yield f"--template-date {config.template_date}: {error}"
+
+
 def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
     if config.max_prompt_length >= config.max_length:
         yield (f"--max-prompt-length ({config.max_prompt_length}) must be below --max-length "
@@ -74,6 +92,12 @@ def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
 def _eval_batch_size() -> Any:
     return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
                   may_change=True)
+
+
+def _rouge_tokenizer() -> Any:
+    return option(AUTO_TOKENIZER, "tokens of ROUGE-L (todi/evaluation/rouge_tokens.py); auto: as published, unless "
+                                  "more than a tenth of the references' letters are not Latin",
+                  choices=ROUGE_TOKENIZERS)
 
 
 def _precision() -> Any:
@@ -181,6 +205,7 @@ class DataConfig:
     dev_num: int | None = option(None, "use only the first so many dev records of each folder", least=1)
     max_length: int = _max_length()
     max_prompt_length: int = _max_prompt_length()
+    template_date: str = _template_date()
 
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
@@ -193,6 +218,7 @@ class DataConfig:
             yield (f"--data-shares needs a number for each folder of --data-dir, which has {len(self.data_dir)}; got "
                    f"{' '.join(map(str, self.data_shares))}")
         yield from _room_for_a_response(self)
+        yield from _a_date(self)
 
 
 @dataclass(frozen=True)
@@ -279,6 +305,7 @@ class RunConfig:
     log_interval: int = option(10, "optimizer steps between lines of the log", least=1, may_change=True)
     eval_interval: int = option(1, "epochs between evaluations on dev", least=1)
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
+    rouge_tokenizer: str = _rouge_tokenizer()
     eval_batch_size: int = _eval_batch_size()
     resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "
                                  "settings differ; never starts anew and removes it", choices=RESUME, may_change=True)
@@ -358,12 +385,14 @@ class EvalConfig:
     max_length: int = _max_length()
     max_new_tokens: int = option(256, "longest response, in tokens", least=1)
     max_prompt_length: int = _max_prompt_length()
+    template_date: str = _template_date()
     do_sample: bool = option(True, "sample; else greedy or beam search")
     num_beams: int = option(1, "beams of the beam search, with --no-do-sample", least=1)
     temperature: float = option(1.0, "sampling temperature", above=0)
     top_p: float = option(1.0, "sample from the smallest set of tokens with this mass; 1 is off", above=0, at_most=1)
     top_k: int = option(0, "sample from the k most likely tokens; 0 is off", least=0)
     no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
+    rouge_tokenizer: str = _rouge_tokenizer()
     precision: str = _precision()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
     plugins: tuple[str, ...] = _plugins()
@@ -393,6 +422,7 @@ class EvalConfig:
             if repeated:
                 yield f"--{name}: {', '.join(repeated)} given more than once"
         yield from _room_for_a_response(self)
+        yield from _a_date(self)
         if self.do_sample and self.num_beams > 1:
             yield f"--num-beams {self.num_beams} needs --no-do-sample"
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
 from todi.data.plans import StepShape, build_source
+from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
@@ -82,6 +83,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         Interrupted: a signal asked to stop; the state has been saved.
     """
     inputs = read_inputs(config, device)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=inputs.template_date))
     data, optim = config.data, config.optim
     examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
                                data.max_prompt_length)
@@ -96,12 +98,14 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     if world.is_main:
         mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
         run, caches = _decide(config, inputs, specs, mode, max_steps / source.steps_per_epoch, world, device)
+    dev = build_dev_set(config, inputs, world)
     if config.run.check_only:
         if nodes := nodes_from_environment():
             agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
     start_process_group(world, device)
     check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
+    check_same_date(inputs.template_date, world)
     run, caches = world.gather((run, caches))[0]
     folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
     with folder.claimed():
@@ -115,7 +119,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         engine = build_engine(config, inputs, terms, max_steps, world, device)
         step = TrainStep(engine, build_criterion(config.objective), teacher, inputs.student.tokenizer.pad_token_id,
                          world)
-        trainer = Trainer(step, source, build_dev_set(config, inputs, world),
+        trainer = Trainer(step, source, dev,
                           build_export(engine, inputs, build_card(config, inputs, run), world), folder,
                           build_monitors(config, folder), build_pace(config.run, max_steps), world)
         with closing(trainer.monitors):
@@ -241,7 +245,7 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world)
+        config.run.eval_batch_size, config.run.seed, world, config.run.rouge_tokenizer)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:

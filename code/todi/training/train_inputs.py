@@ -15,6 +15,7 @@ from todi.criterions import LossTerm, ModelShape, TermContext, build_divergence,
 from todi.data.chat import render_sets
 from todi.data.plans import epoch_counts
 from todi.data.records import Record, load_sets
+from todi.data.template_date import TemplateDate
 from todi.errors import InputError, collecting
 from todi.models.checks import check_adapter, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
@@ -23,10 +24,11 @@ from todi.models.tokenizers import tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
-from todi.settings import DataConfig, ObjectiveConfig, TrainConfig, named_numbers
+from todi.settings import DataConfig, ObjectiveConfig, RunConfig, TrainConfig, named_numbers
 from todi.teacher.callable import Function, load_function
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.monitors import check_monitors
+from todi.training.record import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class TrainInputs:
         train, dev: the records of all sets, one set after the other.
         train_files, dev_files: where they came from.
         train_sizes: how many training records each set has.
+        template_date: `TemplateDate.noted` of the one date of all chat templates.
     """
 
     student: ModelInputs
@@ -64,6 +67,7 @@ class TrainInputs:
     train_files: list[Path]
     dev_files: list[Path]
     train_sizes: list[int]
+    template_date: str
 
 
 def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
@@ -113,9 +117,12 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     for teacher in teachers if student else ():
         with collecting(problems):
             _check_tokenizers(student, teacher)
+    date = TemplateDate()
+    with collecting(problems):
+        date = TemplateDate(config.data.template_date, _earlier_date(config.run))
     with collecting(problems):
         if student and train and dev:
-            train, dev = (render_sets(sets, student.tokenizer, files)
+            train, dev = (render_sets(sets, student.tokenizer, files, date)
                           for sets, files in ((train, train_files), (dev, dev_files)))
     with collecting(problems):
         if not problems and len(train) > 1:
@@ -123,7 +130,7 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     if problems:
         raise InputError(problems)
     return TrainInputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)),
-                       train_files, dev_files, [len(records) for records in train])
+                       train_files, dev_files, [len(records) for records in train], date.noted)
 
 
 def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) -> dict[str, str]:
@@ -200,6 +207,12 @@ def _data_files(folders: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """Files of the training and of the dev records; several folders need one file of dev records among them."""
     train, dev = ([Path(folder) / f"{split}.jsonl" for folder in folders] for split in ("train", "dev"))
     return train, [file for file in dev if file.is_file()] or dev
+
+
+def _earlier_date(run: RunConfig) -> str | None:
+    """Of the run that goes on, if one does."""
+    record = None if run.resume == "never" else read_record(Path(run.save_dir))
+    return record and record["deciding"].get("template_date")
 
 
 def _check_shares(data: DataConfig, sizes: Sequence[int]) -> None:
