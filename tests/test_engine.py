@@ -1,4 +1,4 @@
-"""Optimizer, schedules, DeepSpeed configuration, precision, checkpoints: the parts that need no training run."""
+"""Optimizer, schedules, precision, checkpoints: the parts that need no training run."""
 
 import dataclasses
 import json
@@ -9,11 +9,9 @@ import torch
 from todi.errors import InputError, StorageError
 from todi.runtime.device import Precision, choose_device, choose_precision
 from todi.training.checkpoints import BestCheckpoints, Score
-from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule
 from todi.training.state import Position
 
-FP32 = Precision("fp32", "test")
 nan, inf = math.nan, math.inf
 
 
@@ -51,30 +49,6 @@ def test_schedules(name, middle, end):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_warm_up_is_linear_and_ends_at_the_peak(name):
     assert rates(name, 12, warmup=4)[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
-
-
-class TestDeepSpeedConfig:
-    def build(self, tmp_path, override):
-        file = tmp_path / "ds.json"
-        file.write_text(override if isinstance(override, str) else json.dumps(override))
-        return build_deepspeed_config(precision=FP32, zero_stage=1, batch_size=4, accumulation=2, clip_grad=1.0,
-                                      override_file=str(file))
-
-    def test_a_files_keys_win_and_its_autos_do_not(self, tmp_path):
-        config = self.build(tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
-                                       "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": 4})
-        assert config["zero_optimization"] == {"stage": 3}
-        assert config["gradient_clipping"] == 1.0
-
-    @pytest.mark.parametrize(("override", "said"), [
-        ({"train_micro_batch_size_per_gpu": 8, "bf16": {"enabled": True}},
-         "changes train_micro_batch_size_per_gpu, bf16.enabled"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-         "offload_param needs ZeRO stage 3 or more, got 2"),
-        ("{", "Expecting property name"), ("[]", "expected an object")])
-    def test_what_a_file_may_not_do(self, tmp_path, override, said):
-        with pytest.raises(InputError, match=said):
-            self.build(tmp_path, override)
 
 
 def test_precision_on_a_cpu():

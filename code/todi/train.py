@@ -44,7 +44,7 @@ from todi.teacher.spec import TeacherSpec
 from todi.training.checkpoints import Score, save_model
 from todi.training.dev import DevSet
 from todi.training.monitors import Monitors, RunInfo
-from todi.training.optimizer import build_optimizer, build_schedule
+from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
 from todi.training.step import TrainStep
@@ -225,13 +225,11 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
     student = Student(build_student(config.student, inputs.student, device), terms)
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
-                                weight_decay=optim.weight_decay,
-                                skip_bad_steps=inputs.deepspeed_config["zero_optimization"]["stage"] == 0)
+                                weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],
+                                stage=inputs.deepspeed_config["zero_optimization"]["stage"])
     schedule = build_schedule(optimizer, optim.lr_scheduler, total_steps=max_steps, warmup_steps=optim.warmup_iters,
                               lr=optim.lr, lr_min=optim.lr_min)
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, lr_scheduler=schedule,
-                                      config={
-        **inputs.deepspeed_config, "gradient_accumulation_steps": optim.accumulation(world.size)})
+    engine = wrap(student, optimizer, schedule, inputs.deepspeed_config)
     student.share_head()
     return engine
 

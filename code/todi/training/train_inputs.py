@@ -24,6 +24,7 @@ from todi.models.tokenizers import tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
+from todi.runtime.distributed import world_from_environment
 from todi.settings import DataConfig, ObjectiveConfig, RunConfig, TrainConfig, named_numbers
 from todi.teacher.callable import Function, load_function
 from todi.training.deepspeed_config import build_deepspeed_config
@@ -91,9 +92,10 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
         dev = load_sets(dev_files, config.data.dev_num)
     with collecting(problems):
         precision = choose_precision(config.run.precision, device)
+        ranks = world_from_environment().size
         deepspeed_config = build_deepspeed_config(
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
-            accumulation=config.optim.gradient_accumulation_steps, clip_grad=config.optim.clip_grad,
+            accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad, ranks=ranks,
             override_file=config.run.deepspeed_config)
     teacher_precision = precision
     if config.teacher.teacher_dtype:
