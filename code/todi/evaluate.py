@@ -33,8 +33,9 @@ from todi.evaluation.results import (
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.set_files import Done, SetStore
 from todi.generation.decoding import stop_ids
+from todi.models.adapters import merge_adapter
 from todi.models.backbone import check_head
-from todi.models.loading import checksum_or_commit, load_model, merge_adapter
+from todi.models.loading import checksum_or_commit, load_model
 from todi.options import parse
 from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device

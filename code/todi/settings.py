@@ -133,6 +133,9 @@ class StudentConfig:
     peft_lora_r: int = option(256, "LoRA rank", least=1, env="LORA_RANK")
     peft_lora_alpha: float = option(8, "LoRA alpha", env="LORA_ALPHA")
     peft_lora_dropout: float = option(0.1, "LoRA dropout", least=0, below=1, env="LORA_DROPOUT")
+    peft_lora_targets: tuple[str, ...] = option((), "names of the layers that LoRA is put on, e.g. q_proj v_proj, or "
+                                                    "all-linear; chosen by the family when not given",
+                                                env="LORA_TARGETS")
     peft_path: str | None = option(None, "go on from this LoRA adapter")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", may_change=True)
     trust_remote_code: bool = _trust_remote_code()
@@ -143,6 +146,8 @@ class StudentConfig:
             yield "--model-path is required"
         if self.peft_path and not self.peft:
             yield "--peft-path needs --peft lora"
+        if self.peft_lora_targets and (not self.peft or self.peft_path):
+            yield "--peft-lora-targets needs --peft lora without --peft-path, which has layers of its own"
 
 
 @dataclass(frozen=True)

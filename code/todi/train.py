@@ -25,10 +25,11 @@ from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding
+from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import check_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
-from todi.models.loading import add_lora, load_model
+from todi.models.loading import load_model
 from todi.options import parse
 from todi.runtime.cadence import Cadence
 from todi.runtime.device import choose_device, dtype_of
@@ -175,13 +176,14 @@ def build_pace(config: RunConfig, max_steps: int) -> Pace:
 def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
     """The model that is trained: all of it, or a LoRA adapter on it."""
     model = load_model(inputs.path, inputs.precision.dtype, device, config.trust_remote_code)
-    check_head(model, inputs.path)
     attention = model.config._attn_implementation
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.peft:
-        model = add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
-                         config.peft_path)
+        model = (load_adapter(model, config.peft_path) if config.peft_path else
+                 add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
+                          config.peft_lora_targets))
+    check_head(model, inputs.path)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
                 sum(p.numel() for p in model.parameters()) / 1e6, trained / 1e6, inputs.precision.name, attention)

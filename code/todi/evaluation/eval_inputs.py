@@ -18,9 +18,10 @@ from todi.evaluation.results import is_set_name
 from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.evaluation.set_files import earlier_value
 from todi.generation.decoding import Decoding
-from todi.models.checks import check_adapter, check_positions, check_vocabulary
+from todi.models.adapters import check_adapter, find_adapter
+from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import Family, family_of
-from todi.models.loading import find_adapter, load_config, load_tokenizer
+from todi.models.loading import check_weights, load_config, load_tokenizer
 from todi.python_files import load_plugins
 from todi.runtime.device import Precision, choose_precision
 from todi.settings import TODAY, EvalConfig
@@ -65,6 +66,7 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
         with collecting(problems):
             model_path = config.model_path or _base_model(config.peft_path)
             model_config = load_config(model_path, config.trust_remote_code)
+            check_weights(model_path, config.trust_remote_code)
             if config.peft_path:
                 check_adapter(config.peft_path, model_config, model_path, config.trust_remote_code)
             family = family_of("auto", model_config.model_type)
@@ -107,7 +109,7 @@ def _base_model(adapter: str) -> str:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         raise InputError(f"{file} is not a JSON object") from None
-    if not base:
+    if not (base and isinstance(base, str)):
         raise InputError(f"{file} does not name the base model; give it as --model-path")
     return base
 

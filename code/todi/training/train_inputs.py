@@ -17,9 +17,10 @@ from todi.data.plans import epoch_counts
 from todi.data.records import Record, load_sets
 from todi.data.template_date import TemplateDate
 from todi.errors import InputError, collecting
-from todi.models.checks import check_adapter, check_positions, check_vocabulary
+from todi.models.adapters import check_adapter, check_lora
+from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import Family, family_of
-from todi.models.loading import checksum_or_commit, load_config, load_tokenizer
+from todi.models.loading import check_weights, checksum_or_commit, load_config, load_tokenizer
 from todi.models.tokenizers import tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
@@ -104,7 +105,10 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     if config.student.model_path:
         with collecting(problems):
             student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
-                                 precision, config.data.max_length, config.student.trust_remote_code)
+                                 precision, config.data.max_length, config.student.trust_remote_code, trained=True)
+            if config.student.peft and not config.student.peft_path:
+                check_lora(student.config, student.family, config.student.peft_lora_targets, student.path,
+                           config.student.trust_remote_code)
     if config.objective.distils:
         for path, adapter in zip(config.teacher.teacher_model_path, config.teacher.adapters, strict=False):
             with collecting(problems):
@@ -152,8 +156,12 @@ def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) 
 
 
 def read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None, max_length: int,
-               trust_remote_code: bool) -> ModelInputs:
-    """What is known of a model and its adapter short of weights. Raises InputError with every problem."""
+               trust_remote_code: bool, trained: bool = False) -> ModelInputs:
+    """What is known of a model and its adapter, to be `trained` or not, short of weights.
+
+    Raises:
+        InputError: with every problem.
+    """
     model_config = load_config(path, trust_remote_code)
     problems: list[str] = []
     family = tokenizer = None
@@ -161,7 +169,9 @@ def read_model(path: str, model_type: str, adapter: str | None, precision: Preci
         family = _family(model_type, model_config.model_type)
     if adapter:
         with collecting(problems):
-            check_adapter(adapter, model_config, path, trust_remote_code)
+            check_adapter(adapter, model_config, path, trust_remote_code, trained)
+    with collecting(problems):
+        check_weights(path, trust_remote_code)
     with collecting(problems):
         check_positions(model_config, max_length, path)
     with collecting(problems):
