@@ -26,7 +26,7 @@ export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
 choose_devices() {
   local devices
   default NNODES 1
-  default MASTER_PORT 29500
+  [[ $NNODES == 1 ]] || default MASTER_PORT 29500
   if [[ -n ${GPUS[*]:-} ]]; then
     devices=$(tr -s '(), \t' ',' <<<"${GPUS[*]}")  # 0,1 or "0 1" or (0 1)
     devices=${devices#,} devices=${devices%,}
