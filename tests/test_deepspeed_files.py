@@ -119,6 +119,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
     assert len(refused.value.problems) == 4
 
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = st.sampled_from([0, 1, 7, 1000, 5e8, 2**62, -1, 0.5, "auto", "5e8", None, True, 1e30])
 BOOLS = st.sampled_from([True, False, "auto", None, "true", 1])
 SCALES = {"enabled": BOOLS, "loss_scale": SIZES, "initial_scale_power": SIZES, "loss_scale_window": SIZES,
@@ -162,7 +163,8 @@ def process_group():
 
 def train_a_step(config: dict) -> None:
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 20))
-    model.to(torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+    enabled = [dtype for name, dtype in HALVES.items() if config[name]["enabled"]]
+    model.to(enabled[0] if enabled else torch.float32)
     optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1,
                                 clip_grad=config["gradient_clipping"], stage=config["zero_optimization"]["stage"])
     schedule = build_schedule(optimizer, "cosine", total_steps=9, warmup_steps=0, lr=1e-2, lr_min=0)
@@ -180,7 +182,7 @@ def try_files(folder: Path, examples: int) -> int:
 
     @seed(0)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(FILES, st.sampled_from(["fp32", "bf16"]), st.integers(0, 3))
+    @given(FILES, st.sampled_from(["fp32", *HALVES]), st.integers(0, 3))
     def attempt(file: dict, precision: str, stage: int) -> None:
         nonlocal accepted
         try:

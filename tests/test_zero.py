@@ -8,7 +8,7 @@ from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from torch import nn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.fixture(scope="module", autouse=True)

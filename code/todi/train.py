@@ -143,9 +143,10 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
     caches = choose_caches(specs, cache_mode, passes=passes, ranks=world.size, device=device,
                            earlier=earlier and earlier["deciding"].get("teacher"))
     source = LIVE if inputs.teacher_function else describe_choices(specs, caches)
-    run = describe_run(config, world.size, checksums(config, inputs), source)
-    if config.run.resume == "auto":
-        check_same_run(folder, run)
+    run = describe_run(config, world.size, checksums(config, inputs), source, sum(inputs.train_sizes),
+                       inputs.deepspeed_config)
+    if config.run.resume != "never":
+        check_same_run(folder, run, force=config.run.resume == "force")
     return run, caches
 
 

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"  # what the Trainer of transformers fills in; here it leaves a key as if it were not there
 
 
+_Limit = tuple[str, Callable[[Any], bool]]
+
+
 @dataclass(frozen=True)
 class _Section:
     """A section that is used.
@@ -35,12 +38,14 @@ class _Section:
         model: DeepSpeed's declaration: which keys there are, and what they may be.
         used: keys that are handed on. The others must have their default.
         idle: keys without effect here, whatever they say.
+        limits: beyond DeepSpeed's declaration, where it fails later or not at all: what a key must be, and a test.
         sections: within it.
     """
 
     model: type[BaseModel]
     used: frozenset[str]
     idle: frozenset[str] = frozenset()
+    limits: Mapping[str, _Limit] = field(default_factory=dict)
     sections: Mapping[str, "_Section"] = field(default_factory=dict)
 
 
@@ -65,14 +70,17 @@ _SECTIONS = {
                "stage3_allgather_sequential"),
         idle=_names("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
                     "log_trace_cache_warnings enable_sanity_checks"),
+        limits={"allgather_bucket_size": ("an even number", lambda value: value % 2 == 0)},
         sections={"offload_optimizer": _OFFLOADED_OPTIMIZER, "offload_param": _OFFLOADED_PARAMETERS}),
     "bf16": _Section(DeepSpeedBF16Config, _names("enabled"), idle=_LOSS_SCALE),
-    "fp16": _Section(DeepSpeedFP16Config, _names("enabled") | _LOSS_SCALE),
+    "fp16": _Section(DeepSpeedFP16Config, _names("enabled") | _LOSS_SCALE, limits={
+        "initial_scale_power": ("in [0, 32]", lambda value: 0 <= value <= 32),
+        "hysteresis": ("at least 1", lambda value: value >= 1)}),
 }
 _OLDER_NAMES = {"bfloat16": "bf16"}
 
 # Single values that are used: what they must be, and a test.
-_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_VALUES: dict[str, _Limit] = {
     "gradient_clipping": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
     "steps_per_print": ("a whole number of at least 1", lambda value: type(value) is int and value > 0),
     "wall_clock_breakdown": ("true or false", lambda value: isinstance(value, bool)),
@@ -80,9 +88,10 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "zero_allow_untested_optimizer": ("true", lambda value: value is True),
     "zero_force_ds_cpu_optimizer": ("false", lambda value: value is False),
 }
-_PLANNED = {"train_batch_size": "--batch-size, --gradient-accumulation-steps and the number of devices",
-            "train_micro_batch_size_per_gpu": "--batch-size",
-            "gradient_accumulation_steps": "--gradient-accumulation-steps"}
+# How a step is cut, and where that is set; a file may repeat it.
+PLAN = {"train_batch_size": "--batch-size, --gradient-accumulation-steps and the number of devices",
+        "train_micro_batch_size_per_gpu": "--batch-size",
+        "gradient_accumulation_steps": "--gradient-accumulation-steps"}
 _UNUSED = "there is no such thing here; leave it out"
 # What would have another effect than it has elsewhere, or none: what to do instead.
 _REFUSED = {
@@ -156,7 +165,7 @@ def _overridden(config: Mapping[str, Any], plan: Mapping[str, int], file: str) -
             found = _values_of(name, _SECTIONS[name], value, problems, idle)
             changed[name] = config[name] | _checked(name, _SECTIONS[name], config[name], found, problems)
         elif name in plan and value not in (plan[name], AUTO):
-            problems.append(f"{name} is {plan[name]}, by {_PLANNED[name]}; the file says {_spell(value)}")
+            problems.append(f"{name} is {plan[name]}, by {PLAN[name]}; the file says {_spell(value)}")
         elif name in _VALUES and value != AUTO:
             must_be, allowed = _VALUES[name]
             if not allowed(value):
@@ -235,6 +244,8 @@ def _checked(path: str, section: _Section, base: Mapping[str, Any], values: Mapp
                      if one["loc"] else f"{path}: {one['msg']}" for one in error.errors()]
         else:
             plain = {key: read[key] for key in plain}
+            found = [f"{path}.{key} must be {must_be}, got {_spell(plain[key])}"
+                     for key, (must_be, allowed) in section.limits.items() if key in plain and not allowed(plain[key])]
     problems += found
     return dict(values) | plain
 
