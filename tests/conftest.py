@@ -26,6 +26,21 @@ def spec(workshop):
     return teacher_spec_of(workshop)
 
 
+@pytest.fixture(scope="session")
+def process_group():
+    """A group of one process, for all tests: DeepSpeed does not get over a second one."""
+    import torch
+    from todi.runtime.distributed import start_process_group, stop_process_group, world_from_environment
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.setenv(name, "0")  # so that it is put back
+            environment.delenv(name)
+        start_process_group(world_from_environment(), torch.device("cpu"))
+        yield
+        stop_process_group()
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr("todi.teacher.cache_files.SHARD_SAMPLES", 5)

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from todi.errors import InputError
 from todi.runtime.device import Precision
-from todi.runtime.distributed import start_process_group, stop_process_group, world_from_environment
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from torch import nn
@@ -152,13 +151,6 @@ FILES = a_few_of({
     "gradient_accumulation_steps": SIZES, "optimizer": st.sampled_from([None, {"type": "AdamW"}, {"type": "SGD"}]),
     "data_types": st.sampled_from([{}, {"grad_accum_dtype": "fp32"}]), "prescale_gradients": BOOLS}, 3).flatmap(
     lambda file: st.builds(lambda zero: {"zero_optimization": zero} | file, a_few_of(ZERO, 4)))
-
-
-@pytest.fixture(scope="module")
-def process_group():
-    start_process_group(world_from_environment(), torch.device("cpu"))
-    yield
-    stop_process_group()
 
 
 def train_a_step(config: dict) -> None:

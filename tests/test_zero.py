@@ -3,7 +3,6 @@
 import pytest
 import torch
 from todi.runtime.device import Precision
-from todi.runtime.distributed import start_process_group, stop_process_group, world_from_environment
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from torch import nn
@@ -11,11 +10,7 @@ from torch import nn
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    start_process_group(world_from_environment(), torch.device("cpu"))
-    yield
-    stop_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def trained(precision: str, stage: int, clip_grad: float = 1.0, steps: int = 8):
