@@ -114,10 +114,14 @@ def test_what_force_can_and_cannot_change(words, tmp_path, change, goes_on, capl
 
 
 def test_force_does_not_take_up_the_state_of_another_student(words, tmp_path):
-    before = described(words)
-    before["files"][before["deciding"]["model_path"]] = "another"
+    before, path = described(words), words[1]
+    before["deciding"]["model_path"] = "where it was"
+    before["files"]["where it was"] = before["files"].pop(path)
     (tmp_path / "args.json").write_text(json.dumps(before))
-    with pytest.raises(InputError, match="cannot go on with what differs: .* is not what it was"):
+    check_same_run(tmp_path, described(words), force=True)  # it was only moved
+    before["files"]["where it was"] = "another"
+    (tmp_path / "args.json").write_text(json.dumps(before))
+    with pytest.raises(InputError, match="cannot go on with what differs: .* is not what .* was"):
         check_same_run(tmp_path, described(words), force=True)
 
 

@@ -70,7 +70,8 @@ _SECTIONS = {
                "stage3_allgather_sequential"),
         idle=_names("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
                     "log_trace_cache_warnings enable_sanity_checks"),
-        limits={"allgather_bucket_size": ("an even number", lambda value: value % 2 == 0)},
+        limits={"allgather_bucket_size": ("an even number", lambda value: value % 2 == 0),
+                "reduce_bucket_size": ("at most 1e10, for it is allocated", lambda value: value <= 10**10)},
         sections={"offload_optimizer": _OFFLOADED_OPTIMIZER, "offload_param": _OFFLOADED_PARAMETERS}),
     "bf16": _Section(DeepSpeedBF16Config, _names("enabled"), idle=_LOSS_SCALE),
     "fp16": _Section(DeepSpeedFP16Config, _names("enabled") | _LOSS_SCALE, limits={

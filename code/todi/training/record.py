@@ -17,10 +17,11 @@ from todi.training.deepspeed_config import PLAN, flat
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # 1 had the checksums of train.jsonl and dev.jsonl among `deciding`, by these names, and no others
+_STUDENT = "the student"
 # What a resume state is laid out by, or counted in: not even --resume force can change it. Everything else comes from
 # the settings again when a run is resumed (training/state.py).
-_FIXED = re.compile(r"student|peft|peft_path|peft_lora_r|loss_terms|hidden_layers|seed|data_shares|samples of a step|"
-                    r"samples of an epoch|(bf16|fp16)\..*|zero_optimization\.(stage|sub_group_size|"
+_FIXED = re.compile(rf"{_STUDENT}|peft|peft_path|peft_lora_r|loss_terms|hidden_layers|seed|data_shares|"
+                    r"samples of a step|samples of an epoch|(bf16|fp16)\..*|zero_optimization\.(stage|sub_group_size|"
                     r"round_robin_gradients|stage3_(param|model)_persistence_threshold|offload_.*)")
 
 
@@ -92,6 +93,8 @@ def check_same_run(folder: Path, run: Mapping[str, Any], force: bool = False) ->
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs between two runs, of all that alters the result: a sentence each, by what it is about.
 
+    A student that was only moved counts as a changed setting, another one at its old or new place as another student.
+
     A setting that an earlier version did not have counts as its default; what else it did not note is passed over.
     """
     then, files = dict(before["deciding"]), before.get("files")
@@ -102,9 +105,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     found = _changed(then, {name: value for name, value in now["deciding"].items() if name in then})
     if "deepspeed" in before:
         found |= _changed(flat(before["deepspeed"]), flat(now["deepspeed"]))
-    for path in files:
-        if path in now["files"] and files[path] != now["files"][path]:
-            found["student" if path == now["deciding"]["model_path"] else path] = f"{path} is not what it was"
+    found |= {path: f"{path} is not what it was" for path in files
+              if path in now["files"] and files[path] != now["files"][path]}
+    student = now["deciding"]["model_path"]
+    if files.get(then["model_path"], now["files"][student]) != now["files"][student]:
+        found.pop(student, None)
+        found[_STUDENT] = f"{student} is not what {then['model_path']} was"
     return found
 
 
