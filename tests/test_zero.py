@@ -6,6 +6,7 @@ import pytest
 import torch
 from todi.errors import InputError
 from todi.runtime.device import Precision
+from todi.runtime.distributed import world_from_environment
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.state import Position, SavedState, StateStore
