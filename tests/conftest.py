@@ -8,6 +8,8 @@ from launching import Workshop
 from stopping import resumable
 from tiny import tiny_model, tiny_tokenizer
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Workshop:
@@ -27,18 +29,26 @@ def spec(workshop):
 
 
 @pytest.fixture(scope="session")
-def process_group():
+def only_process_group():
     """A group of one process, for all tests: DeepSpeed does not get over a second one."""
     import torch
-    from todi.runtime.distributed import start_process_group, stop_process_group, world_from_environment
+    from todi.runtime.distributed import process_group, world_from_environment
 
     with pytest.MonkeyPatch.context() as environment:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.setenv(name, "0")  # so that it is put back
+        for name in RANK_VARIABLES:
+            environment.setenv(name, "0")  # so that it is put back: other processes must not take it for theirs
             environment.delenv(name)
-        start_process_group(world_from_environment(), torch.device("cpu"))
-        yield
-        stop_process_group()
+        group = process_group(world_from_environment(), torch.device("cpu"))
+        group.__enter__()
+    yield
+    group.__exit__(None, None, None)
+
+
+@pytest.fixture
+def process_group(only_process_group, monkeypatch):
+    """What `deepspeed.initialize` needs."""
+    for name, value in zip(RANK_VARIABLES, (0, 1, 0), strict=False):
+        monkeypatch.setenv(name, str(value))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from todi.errors import InputError, collecting, run_main
 from todi.options import check, parse
 from todi.python_files import load_plugins
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
-from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.settings import CacheConfig
 from todi.teacher.cache_files import CacheStore
@@ -52,15 +53,12 @@ def main() -> None:
     set_up_logging(world.is_main)
     check(config)
     device = choose_device(world.local_rank)
-    try:
-        if config.command == "build":
-            build(config, world, device)
-        elif config.command == "info":
-            info(CacheStore(Path(config.folder)))
-        else:
-            verify(config, CacheStore(Path(config.folder)), device)
-    finally:
-        stop_process_group()
+    if config.command == "build":
+        build(config, world, device)
+    elif config.command == "info":
+        info(CacheStore(Path(config.folder)))
+    else:
+        verify(config, CacheStore(Path(config.folder)), device)
 
 
 def build(config: CacheConfig, world: World, device: torch.device) -> None:
@@ -69,9 +67,8 @@ def build(config: CacheConfig, world: World, device: torch.device) -> None:
     folder = Path(config.folder)
     if (folder / "cache.json").is_file():
         check_match(CacheStore(folder), spec)
-    if world.size > 1:
-        start_process_group(world, device)
-    fill_cache(spec, folder, world, device)
+    with process_group(world, device) if world.size > 1 else nullcontext():
+        fill_cache(spec, folder, world, device)
     logger.info("%s is complete: %d samples, %.3f GB", folder, len(spec.examples), spec.layout.bytes / 1e9)
 
 

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from todi.models.loading import checksum_or_commit, load_model
 from todi.options import parse
 from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
-from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
 from todi.settings import EvalConfig
@@ -60,13 +61,9 @@ def main() -> None:
         if nodes := nodes_from_environment():
             agree(nodes, description)
         return
-    if world.size > 1:
-        start_process_group(world, device)
-    try:
+    with process_group(world, device) if world.size > 1 else nullcontext():
         check_ranks(world, description)
         evaluate(config, inputs, world, device)
-    finally:
-        stop_process_group()
 
 
 def evaluate(config: EvalConfig, inputs: EvalInputs, world: World, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from todi.models.loading import load_model
 from todi.options import parse
 from todi.runtime.cadence import Cadence
 from todi.runtime.device import choose_device, dtype_of
-from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
 from todi.runtime.signals import Interrupted
@@ -72,8 +72,6 @@ def main() -> None:
         train(config, world, choose_device(world.local_rank))
     except Interrupted as stop:
         sys.exit(128 + stop.number)
-    finally:
-        stop_process_group()
 
 
 def train(config: TrainConfig, world: World, device: torch.device) -> None:
@@ -104,15 +102,17 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         if nodes := nodes_from_environment():
             agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
-    start_process_group(world, device)
-    check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
-    check_same_date(inputs.template_date, world)
-    run, caches = world.gather((run, caches))[0]
-    folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
-    with folder.claimed():
+    with ExitStack() as stack:
+        stack.enter_context(process_group(world, device))
+        check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
+        check_same_date(inputs.template_date, world)
+        run, caches = world.gather((run, caches))[0]
+        folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
+        stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
             return
-        _log_decisions(inputs, shape, len(examples), max_steps, -(-max_steps // source.steps_per_epoch), world, device)
+        epochs = -(-max_steps // source.steps_per_epoch)
+        _log_decisions(inputs, shape, len(examples), max_steps, epochs, world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
         # before the student is there: a pass that fills a cache needs room for the teacher
@@ -120,15 +120,14 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         engine = build_engine(config, inputs, terms, max_steps, world, device)
         step = TrainStep(engine, build_criterion(config.objective), teacher, inputs.student.tokenizer.pad_token_id,
                          world)
-        trainer = Trainer(step, source, dev,
-                          build_export(engine, inputs, build_card(config, inputs, run), world), folder,
-                          build_monitors(config, folder), build_pace(config.run, max_steps), world)
-        with closing(trainer.monitors):
-            try:
-                trainer.train()
-            except Interrupted as stop:
-                logger.info("%s", stop)
-                raise
+        trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
+                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world)
+        stack.enter_context(closing(trainer.monitors))
+        try:
+            trainer.train()
+        except Interrupted as stop:
+            logger.info("%s", stop)
+            raise
 
 
 def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], cache_mode: str, passes: float,
