@@ -7,8 +7,9 @@ import torch
 from launching import Workshop
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
+from todi.models.adapters import add_lora
 from todi.models.families import family_of
-from todi.models.loading import add_lora, load_model, load_tokenizer
+from todi.models.loading import load_model, load_tokenizer
 from todi.runtime.device import Precision
 from todi.runtime.distributed import World
 from todi.settings import DataConfig

@@ -7,9 +7,10 @@ from tiny import tiny_model, tiny_tokenizer
 from todi.data.tokenize import encode_examples
 from todi.doctor import examine
 from todi.errors import InputError
+from todi.models.adapters import add_lora
 from todi.models.backbone import backbone_and_head
 from todi.models.families import FAMILIES
-from todi.models.loading import add_lora, empty_model, load_config, load_model
+from todi.models.loading import empty_model, load_config, load_model
 from todi.options import parse
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig

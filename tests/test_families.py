@@ -11,8 +11,9 @@ from tiny import tiny_model, tiny_multimodal_model
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import Batch, collate
 from todi.data.tokenize import Example
+from todi.models.adapters import add_lora, merge_adapter
 from todi.models.families import FAMILIES
-from todi.models.loading import add_lora, load_model, load_tokenizer, merge_adapter
+from todi.models.loading import load_model, load_tokenizer
 from todi.runtime.checksums import file_checksum
 from todi.teacher.live import LiveTeacher
 from todi.training.student import Student

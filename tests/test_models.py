@@ -14,11 +14,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from tiny import ARCHITECTURES, tiny_gguf, tiny_model, tiny_multimodal_model, tiny_tokenizer
 from todi.errors import InputError
 from todi.models import fetch
+from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head, check_head
 from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
-    add_lora,
     attention_for,
     is_hub_name,
     load_config,
@@ -113,8 +113,7 @@ class TestLoading:
         first = add_lora(load_model(path, torch.bfloat16, CPU), FAMILIES["tinyllama"], 4, 8, 0.1)
         torch.nn.init.normal_(next(p for name, p in first.named_parameters() if "lora_B" in name))
         first.save_pretrained(tmp_path / "adapter")
-        again = add_lora(load_model(path, torch.bfloat16, CPU), FAMILIES["tinyllama"], 99, 1, 0.5,
-                         str(tmp_path / "adapter"))
+        again = load_adapter(load_model(path, torch.bfloat16, CPU), str(tmp_path / "adapter"))
         trained = {name: p for name, p in again.named_parameters() if p.requires_grad}
         assert trained and all("lora" in name and p.dtype == torch.bfloat16 for name, p in trained.items())
         assert all(torch.equal(p, first.state_dict()[name]) for name, p in again.state_dict().items())

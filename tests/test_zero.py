@@ -6,7 +6,7 @@ import pytest
 import torch
 from todi.errors import InputError
 from todi.runtime.device import Precision
-from todi.runtime.distributed import start_process_group, stop_process_group, world_from_environment
+from todi.runtime.distributed import world_from_environment
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.state import Position, SavedState, StateStore
@@ -16,11 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGES = range(4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    start_process_group(world_from_environment(), torch.device("cpu"))
-    yield
-    stop_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture

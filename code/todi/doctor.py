@@ -15,12 +15,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 
 from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example, encode_examples
 from todi.errors import run_main
-from todi.models.loading import add_lora, empty_model
+from todi.models.adapters import adapter_outline, add_lora
+from todi.models.loading import empty_model
 from todi.options import parse
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, world_from_environment
@@ -114,7 +114,7 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
     forward = max(student.activations + loss, generation)
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
-    return peak(state, forward=forward, accumulates=optim.gradient_accumulation_steps > 1, teacher=teacher, base=0)
+    return peak(state, forward=forward, accumulates=optim.accumulation(world.size) > 1, teacher=teacher, base=0)
 
 
 def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_code: bool) -> int:
@@ -136,8 +136,9 @@ def _model_shape(config: StudentConfig, inputs: ModelInputs, samples: int, lengt
                  device: torch.device) -> Shape:
     model = empty_model(inputs.config, config.trust_remote_code, inputs.precision.dtype)
     if config.peft:
-        rank = PeftConfig.from_pretrained(config.peft_path).r if config.peft_path else config.peft_lora_r
-        model = add_lora(model, inputs.family, rank, config.peft_lora_alpha, config.peft_lora_dropout)
+        model = (adapter_outline(config.peft_path, model) if config.peft_path else
+                 add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
+                          config.peft_lora_targets))
     return measure_shape(model, samples, length, device, config.gradient_checkpointing)
 
 

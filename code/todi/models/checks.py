@@ -1,39 +1,9 @@
-"""Whether a model fits its adapter, its tokenizer and the wanted lengths, as far as its configuration tells."""
+"""Whether a model fits its tokenizer and the wanted lengths, as far as its configuration tells."""
 
-import re
-
-from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.errors import InputError
-from todi.models.loading import empty_model, find_adapter
-
-_LORA_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])(\.\w+)?\.weight")
-
-
-def check_adapter(path: str, config: PretrainedConfig, model_path: str, trust_remote_code: bool = False) -> None:
-    """Whether the LoRA adapter at `path` fits a model of this configuration; reads no weights of the model.
-
-    Raises:
-        InputError: there is no adapter, or it was made for another model.
-    """
-    file = find_adapter(path) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise InputError(f"no LoRA adapter at {path}: {file.name} is not there")
-    shapes = {name: tuple(weight.shape)
-              for name, weight in empty_model(config, trust_remote_code).named_parameters()}
-    with safe_open(file, "pt") as weights:
-        for key in weights.keys():  # noqa: SIM118, it is no dict
-            found = _LORA_WEIGHT.fullmatch(key)
-            if found is None:
-                continue
-            # A is (rank, in) and B (out, rank); a layer's weight is (out, in), or (in, out) in GPT-2.
-            size = weights.get_slice(key).get_shape()[1 if found["part"] == "A" else 0]
-            if size not in shapes.get(f"{found['layer']}.weight", ()):
-                raise InputError(f"the LoRA adapter at {path} was made for another model than {model_path}: its "
-                                 f"{found['layer']} has {size} {'inputs' if found['part'] == 'A' else 'outputs'}, the "
-                                 f"model's weight there is {shapes.get(found['layer'] + '.weight', 'missing')}")
 
 
 def check_positions(config: PretrainedConfig, max_length: int, name: str) -> None:

@@ -1,20 +1,24 @@
 """From a path or a Hub name to a configuration, a tokenizer, and a causal language model."""
 
 import importlib.util
-import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.errors import InputError
-from todi.models.families import Family
-
-logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -61,12 +65,9 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device, trust_remote
         attention: transformers' `attn_implementation`; chosen by `attention_for` when not given.
 
     Raises:
-        InputError: nothing is there, it is no causal language model, or weights are missing.
+        InputError: nothing is there, it is no causal language model, or `check_weights` would refuse it.
     """
-    model, report = _load(AutoModelForCausalLM, path, trust_remote_code, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"]:  # transformers would go on with random ones
-        missing = sorted(report["missing_keys"])
-        raise InputError(f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first: {missing[0]}")
+    model = _read_model(path, trust_remote_code, dtype=dtype)
     if getattr(model.config, "quantization_config", None) is not None:
         model = _without_quantization(model)
     if model.config.get_text_config() is not model.config:
@@ -85,29 +86,61 @@ def attention_for(device: torch.device, dtype: torch.dtype, model_class: type[Pr
     return "sdpa" if model_class._supports_sdpa else "eager"  # Gemma 2 caps its attention scores, sdpa cannot
 
 
-def add_lora(model: PreTrainedModel, family: Family, rank: int, alpha: float, dropout: float,
-             adapter_path: str | None = None) -> PeftModel:
-    """Wraps `model` with a trainable LoRA adapter: a new one, or the one saved at `adapter_path`.
+def check_weights(path: str, trust_remote_code: bool = False) -> None:
+    """Whether the weights in a model folder are whole and those that its configuration describes; reads no numbers.
 
-    The adapter's weights are kept in the model's dtype, so that DeepSpeed sees a single one.
+    A .gguf file and a model on the Hub are found out about when they are loaded.
+
+    Raises:
+        InputError: weights or generation settings cannot be read, or do not fit the configuration.
     """
-    if adapter_path:
-        return _load_adapter(model, adapter_path, is_trainable=True)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout,
-                      target_modules=list(family.lora_targets) if family.lora_targets else None)
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
-
-
-def merge_adapter(model: PreTrainedModel, adapter_path: str) -> PreTrainedModel:
-    """`model` with the LoRA adapter saved at `adapter_path` merged into its weights."""
-    return _load_adapter(model, adapter_path).merge_and_unload()
+    if not Path(path).is_dir():
+        return
+    _read_model(path, trust_remote_code, device_map="meta")
+    if (Path(path) / "generation_config.json").is_file():
+        with refusing(f"cannot read generation_config.json of {path}"):  # transformers would go on without it
+            ends = GenerationConfig.from_pretrained(path).eos_token_id
+            torch.tensor([] if ends is None else ends, dtype=torch.long)
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool = False,
                 dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model of this configuration on the meta device: shapes without numbers."""
-    with torch.device("meta"):
+    """A model of this configuration on the meta device: shapes without numbers. Raises InputError if there is none."""
+    with refusing(f"no {config.model_type} model can be made of its configuration"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Makes one line, "what: reason", of whatever a library raises about a file of the user's.
+
+    What a damaged file does to a library is not to be foretold: an OSError, a TypeError, a missing package.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+
+
+def _read_model(path: str, trust_remote_code: bool, **kwargs: Any) -> PreTrainedModel:
+    """The model as transformers makes it of `path`, if all of its weights are there, and nothing else."""
+    model, report = _load(AutoModelForCausalLM, path, trust_remote_code, output_loading_info=True,
+                          ignore_mismatched_sizes=True, **kwargs)
+    kind = type(model).__name__
+    if report["mismatched_keys"]:  # transformers would go on with random ones of these and of those that are missing
+        name, given, wanted = min(report["mismatched_keys"])
+        raise InputError(f"{path} has {len(report['mismatched_keys'])} weights of other shapes than its configuration "
+                         f"says, the first: {name} is {tuple(given)}, a {kind} needs {tuple(wanted)}")
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"{path} lacks {len(missing)} weights of a {kind}, the first: {missing[0]}")
+    if report["unexpected_keys"]:  # and without these
+        unexpected = sorted(report["unexpected_keys"])
+        raise InputError(f"{path} has {len(unexpected)} weights that a {kind} of its configuration has not, the "
+                         f"first: {unexpected[0]}")
+    return model
 
 
 def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):
@@ -119,28 +152,13 @@ def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):
         source = path
     else:
         raise InputError(f"no model at {path}: no such folder or .gguf file, and not the form of a Hub name")
-    try:
+    with refusing(f"cannot read {auto_class.__name__[4:]} of {path}"):
         return auto_class.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot read {auto_class.__name__[4:]} of {path}: {reason}") from error
 
 
 def is_hub_name(path: str) -> bool:
     """Whether `path` has the form `name` or `organisation/name` and does not point below a folder here."""
     return bool(_HUB_NAME.fullmatch(path)) and not path.startswith(".") and not Path(path.split("/")[0]).is_dir()
-
-
-def find_adapter(path: str) -> Path:
-    """The folder of a LoRA adapter. Raises InputError when `path` is none."""
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise InputError(f"no LoRA adapter at {path}: adapter_config.json is not there")
-    return Path(path)
-
-
-def _load_adapter(model: PreTrainedModel, path: str, is_trainable: bool = False) -> PeftModel:
-    path = str(find_adapter(path))
-    return PeftModel.from_pretrained(model, path, is_trainable=is_trainable, autocast_adapter_dtype=False)
 
 
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:

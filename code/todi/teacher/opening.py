@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from todi.errors import InputError, StorageError
+from todi.models.adapters import merge_adapter
 from todi.models.backbone import check_head
-from todi.models.loading import load_model, merge_adapter
+from todi.models.loading import load_model
 from todi.runtime.device import name_of
 from todi.runtime.distributed import World
 from todi.settings import CACHE_MODES, recorded

@@ -3,27 +3,24 @@
 import dataclasses
 import json
 import logging
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from todi.errors import InputError
+from todi.runtime.versions import git_commit, versions
 from todi.settings import TrainConfig
 from todi.training.deepspeed_config import PLAN, flat
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # 1 had the checksums of train.jsonl and dev.jsonl among `deciding`, by these names, and no others
-_LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "numpy", "rouge-score")
 _STUDENT = "the student"
 # What a resume state is laid out by, or counted in: not even --resume force can change it. Everything else comes from
 # the settings again when a run is resumed (training/state.py).
-_FIXED = re.compile(rf"{_STUDENT}|peft|peft_path|peft_lora_r|loss_terms|hidden_layers|seed|data_shares|"
+_FIXED = re.compile(rf"{_STUDENT}|peft|peft_(path|lora_r|lora_targets)|loss_terms|hidden_layers|seed|data_shares|"
                     r"samples of a step|samples of an epoch|(bf16|fp16)\..*|zero_optimization\.(stage|sub_group_size|"
                     r"round_robin_gradients|stage3_(param|model)_persistence_threshold|offload_.*)")
 
@@ -40,18 +37,16 @@ def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str],
         epoch_samples: samples of an epoch.
         deepspeed: the configuration that DeepSpeed runs with.
     """
-    optim = config.optim
-    step_samples = optim.batch_size * optim.gradient_accumulation_steps * world_size
     return {
         "format": FORMAT,
         "settings": dataclasses.asdict(config),
-        "deciding": config.deciding | {"samples of a step": step_samples, "samples of an epoch": epoch_samples,
-                                       "teacher": teacher},
+        "deciding": config.deciding | {"samples of a step": config.optim.step_samples(world_size),
+                                       "samples of an epoch": epoch_samples, "teacher": teacher},
         "deepspeed": {name: value for name, value in deepspeed.items() if name not in PLAN},
         "files": dict(files),
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "git_commit": _git_commit(),
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
 
 
@@ -129,12 +124,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return list(value) if len(value) > 1 else next(iter(value), None)
     return value
-
-
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return answer.stdout.strip()

@@ -28,6 +28,7 @@ from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
+from todi.training.checkpoints import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Position:
         seconds: of training.
         metrics_bytes: length of metrics.jsonl.
         skipped: steps that were skipped for numbers that are not finite.
-        best: (rank, folder name) of the best checkpoints.
+        best: the best checkpoints.
     """
 
     step: int = 0
@@ -59,12 +60,12 @@ class Position:
     seconds: float = 0.0
     metrics_bytes: int = 0
     skipped: int = 0
-    best: list[tuple[float, str]] = field(default_factory=list)
+    best: list[Kept] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Position":
         """From what `dataclasses.asdict` gave and JSON kept."""
-        return cls(**fields | {"best": [tuple(entry) for entry in fields["best"]]})
+        return cls(**fields | {"best": [Kept(*entry) for entry in fields["best"]]})
 
 
 @dataclass(frozen=True)
