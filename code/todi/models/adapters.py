@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from todi.errors import InputError
 from todi.models.families import Family
-from todi.models.loading import empty_model, refusing
+from todi.models.loading import empty_model, refuse_pointers, refusing
 from todi.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -198,6 +198,7 @@ def _weights_file(path: str) -> Path:
 
 def _read_tensors(path: str, device: str) -> dict[str, Tensor]:
     file = _weights_file(path)
+    refuse_pointers(file.parent)
     with refusing(f"cannot read {file}"):
         return load_state_dict(file, map_location=device)
 
