@@ -83,7 +83,7 @@ class TestBadInput:
         assert run(monkeypatch, evaluate, *words) == 2
         error, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
         assert f"was made for another model than {checkpoint}" in error
-        assert "has 64 inputs, the model's weight there is (32, 32)" in error
+        assert "lora_A.weight is (4, 64), the model takes (4, 32)" in error
 
     @pytest.mark.parametrize("config", ["{}", "[1"])
     def test_a_folder_that_is_no_checkpoint(self, monkeypatch, data, tmp_path, capsys, config):
