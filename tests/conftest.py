@@ -8,6 +8,8 @@ from launching import Workshop
 from stopping import resumable
 from tiny import tiny_model, tiny_tokenizer
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Workshop:
@@ -24,6 +26,29 @@ def spec(workshop):
     from teachers import teacher_spec_of  # imports DeepSpeed, for which most tests need not wait
 
     return teacher_spec_of(workshop)
+
+
+@pytest.fixture(scope="session")
+def only_process_group():
+    """A group of one process, for all tests: DeepSpeed does not get over a second one."""
+    import torch
+    from todi.runtime.distributed import process_group, world_from_environment
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name in RANK_VARIABLES:
+            environment.setenv(name, "0")  # so that it is put back: other processes must not take it for theirs
+            environment.delenv(name)
+        group = process_group(world_from_environment(), torch.device("cpu"))
+        group.__enter__()
+    yield
+    group.__exit__(None, None, None)
+
+
+@pytest.fixture
+def process_group(only_process_group, monkeypatch):
+    """What `deepspeed.initialize` needs."""
+    for name, value in zip(RANK_VARIABLES, (0, 1, 0), strict=False):
+        monkeypatch.setenv(name, str(value))
 
 
 @pytest.fixture

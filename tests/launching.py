@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,18 @@ from tiny import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
+def environment(settings: Mapping[str, object]) -> dict[str, str]:
+    """The variables of a launcher that runs on the CPU."""
+    ours = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable,
+            "GPUS": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return ours | {name: str(value) for name, value in settings.items()}
+
+
 def start(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: object) -> subprocess.Popen:
     """Starts `SETTINGS PREFIX bash scripts/<launcher>.sh WORDS` on the CPU, one thread a process, in a session."""
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable,
-                   "GPUS": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {name: str(value) for name, value in settings.items()}
-    return subprocess.Popen([*prefix, "bash", f"scripts/{launcher}.sh", *words], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            preexec_fn=_heed_interrupts)
+    return subprocess.Popen([*prefix, "bash", f"scripts/{launcher}.sh", *words], cwd=ROOT, env=environment(settings),
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True, preexec_fn=_heed_interrupts)
 
 
 def _heed_interrupts() -> None:

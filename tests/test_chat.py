@@ -1,26 +1,34 @@
 """Chat data: records with messages, the tokenizer's template, training and evaluation on it."""
 
+import datetime
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluating import generations, run_evaluate
+from evaluating import generations, run, run_evaluate
 from launching import run as launch
 from tiny import EOS, tiny_model, tiny_tokenizer
+from todi import cache
+from todi.cache import read_teacher_spec
+from todi.data import template_date
 from todi.data.chat import render
 from todi.data.records import Message, load_records
+from todi.data.template_date import TemplateDate, check_same_date
 from todi.data.tokenize import encode_examples, end_id
 from todi.errors import InputError
 from todi.models.families import FAMILIES
 from todi.models.loading import load_tokenizer
 from todi.options import parse
-from todi.settings import TrainConfig
+from todi.settings import CacheConfig, TrainConfig
 from todi.training.train_inputs import read_inputs
 
 TEMPLATE = ("{% for turn in messages %}"
             "{% if turn.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
             "<|{{ turn.role }}|>{{ turn.content }}<|end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+SYSTEM = {"role": "system", "content": "Be short."}
 
 
 def chat_tokenizer(folder):
@@ -61,6 +69,7 @@ class TestRecords:
         ([{"content": "Hi"}, *turns("Hi", "Yes?")], "message 1 has the role None"),
         (turns("Hi", " "), "`content` of message 2 must be a non-empty string"),
         (turns("Hi", ["Yes?"]), "`content` of message 2 must be a non-empty string"),
+        (turns("Hi", "Ye\ud83d"), r"`content` of message 2 has half of a character, \ud83d, at place 3"),
     ])
     def test_a_bad_conversation_is_named(self, tmp_path, messages, said):
         path = write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")}, {"messages": messages})
@@ -112,6 +121,57 @@ class TestTemplate:
         with pytest.raises(InputError, match=r"a.jsonl has `messages`, but the tokenizer of .* has no chat template"):
             render(records, tiny_tokenizer(tmp_path / "plain"), "a.jsonl")
 
+    @pytest.mark.parametrize(("template", "said"), [
+        ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "TypeError: can only concatenate str"),
+        ({"tool_use": TEMPLATE}, "This model has multiple chat templates with no default"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}",
+         "it leaves out or changes what the assistant says"),
+        ("{% for m in messages if m.role != 'assistant' %}[{{ m.content }}]{% endfor %}",
+         "it leaves out or changes what the assistant says"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content[0]['text'] }}\n{% endfor %}",
+         "it leaves out what the system says"),
+        ("{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}", "it leaves out what the system"),
+        ("{{ messages[0].content[:0] }}", "it makes an empty prompt of it"),
+        (TEMPLATE.replace("|>{{", "|>\ud83d{{"), r"what it makes of it has half of a character, \ud83d, at place"),
+    ])
+    def test_a_template_that_does_not_say_what_is_said(self, tmp_path, template, said):
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        tokenizer.chat_template = template
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": [SYSTEM, *turns("Hi", "Yes?")]}))
+        with pytest.raises(InputError) as error:
+            render(records, tokenizer, "a.jsonl")
+        problem, = error.value.problems
+        who = f"a.jsonl: the chat template of {tokenizer.name_or_path}"
+        assert problem.startswith(f"{who} refuses conversation 1: {said}")
+        assert "\n" not in problem
+
+    def test_the_data_s_own_conversation_finds_the_end(self, tmp_path):
+        """A template may ask for a system message, or for the assistant's to be trimmed."""
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        tokenizer.chat_template = ("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                                   + TEMPLATE.replace("turn.content", "turn.content | trim"))
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": [SYSTEM, *turns("Hi", "Yes? ")]}))
+        assert render(records, tokenizer, "a.jsonl")[0].end == "<|end|>"
+
+    def test_who_speaks_is_looked_at_anew(self, tmp_path):
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        tokenizer.chat_template = TEMPLATE.replace("{% for turn in messages %}",
+                                                   "{% for turn in messages if turn.role != 'system' %}")
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")},
+                                     {"messages": [SYSTEM, *turns("Hi", "Yes?")]}))
+        with pytest.raises(InputError, match="refuses conversation 2: it leaves out what the system says"):
+            render(records, tokenizer, "a.jsonl")
+
+    def test_a_prompt_that_does_not_say_who_goes_on(self, tmp_path, caplog):
+        tokenizer = chat_tokenizer(tmp_path / "chat")
+        records = load_records(write(tmp_path / "a.jsonl", {"messages": turns("Hi", "Yes?")}))
+        render(records, tokenizer, "a.jsonl")
+        assert not caplog.records
+        tokenizer.chat_template = TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>{% endif %}", "")
+        render(records, tokenizer, "a.jsonl")
+        assert "writes '<|assistant|>' before a response, but not at the end of a prompt" in caplog.text
+
 
 @pytest.fixture
 def chat(tmp_path):
@@ -150,6 +210,111 @@ def test_chat_and_plain_sets_are_mixed(chat, tmp_path):
     assert [record.end for record in inputs.train] == [""] * 4 + ["<|end|>"] * 4
     assert inputs.train_sizes == [4, 4]
     assert len(inputs.dev) == 6
+
+
+class TestDate:
+    """Of templates that write today's."""
+
+    DATED = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y') }}.{% endif %}" + TEMPLATE
+
+    @pytest.fixture
+    def dated(self, chat):
+        """The folder of a model whose template writes the date."""
+        (chat / "chat_template.jinja").write_text(self.DATED)
+        return chat
+
+    @pytest.fixture
+    def today(self, monkeypatch):
+        """Sets the calendar."""
+        def set_calendar(day: str) -> None:
+            date = SimpleNamespace(today=lambda: datetime.date.fromisoformat(day),
+                                   fromisoformat=datetime.date.fromisoformat)
+            monkeypatch.setattr(template_date, "datetime", SimpleNamespace(date=date, datetime=datetime.datetime))
+        set_calendar("2026-07-30")
+        return set_calendar
+
+    def read(self, model, tmp_path, *words):
+        config = parse(TrainConfig, ["--model-path", str(model), "--criterion", "cross_entropy", "--data-dir",
+                                     str(tmp_path / "data/chat"), "--save-dir", str(tmp_path / "run"), *words])
+        inputs = read_inputs(config, torch.device("cpu"))
+        assert {record.prompt.partition("<|")[0] for record in inputs.train} == {
+            record.prompt.partition("<|")[0] for record in inputs.dev}
+        return inputs.template_date, inputs.train[0].prompt.partition("<|")[0]
+
+    def test_a_run_keeps_the_date_of_its_first_start(self, dated, today, tmp_path):
+        assert self.read(dated, tmp_path) == ("2026-07-30", "Today is 30 Jul 2026.")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/args.json").write_text(json.dumps({"deciding": {"template_date": "2026-07-30"}}))
+        today("2026-07-31")
+        assert self.read(dated, tmp_path) == ("2026-07-30", "Today is 30 Jul 2026.")
+        assert self.read(dated, tmp_path, "--resume", "never") == ("2026-07-31", "Today is 31 Jul 2026.")
+        assert self.read(dated, tmp_path, "--template-date", "2024-02-29") == ("2024-02-29", "Today is 29 Feb 2024.")
+        (tmp_path / "run/args.json").write_text(json.dumps({"deciding": {"template_date": "today"}}))
+        assert self.read(dated, tmp_path) == ("2026-07-31", "Today is 31 Jul 2026.")
+
+    def test_a_template_without_one_has_none(self, chat, today, tmp_path):
+        assert self.read(chat, tmp_path, "--template-date", "2024-02-29") == ("today", "")
+
+    @pytest.mark.parametrize(("date", "said"), [("2026-02-30", "--template-date 2026-02-30: day "),
+                                                ("yesterday", "--template-date must be today or 2026-01-31")])
+    def test_a_date_that_is_none(self, chat, tmp_path, date, said):
+        with pytest.raises(InputError, match=said):
+            self.read(chat, tmp_path, "--template-date", date)
+
+    def test_transformers_has_its_clock_back(self, dated, today):
+        tokenizer, messages = load_tokenizer(str(dated)), turns("Hi")
+        date = TemplateDate("2024-02-29")
+        with date.in_force():
+            assert tokenizer.apply_chat_template(messages, tokenize=False).startswith("Today is 29 Feb 2024.")
+        now = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert datetime.date.today().strftime("%Y") in now.partition("<|")[0]
+
+    def test_an_evaluation(self, monkeypatch, dated, today, tmp_path, capsys):
+        def about():
+            made_with = json.loads((tmp_path / "out/eval/chat/made_with.json").read_text())["made_with"]
+            settings = json.loads((tmp_path / "out/eval/results.json").read_text())["settings"]
+            return made_with.get("template_date"), settings.get("template_date")
+        assert evaluated(monkeypatch, dated, tmp_path) == 0
+        assert about() == ("2026-07-30", "2026-07-30")
+        assert generations(tmp_path / "out")["chat/seed1.jsonl"][0]["prompt"].startswith("Today is 30 Jul 2026.")
+        today("2026-07-31")
+        assert evaluated(monkeypatch, dated, tmp_path) == 0
+        assert "every set and seed is there already" in capsys.readouterr().out
+        assert evaluated(monkeypatch, dated, tmp_path, "--template-date", "2026-07-31") == 0
+        assert "made with other data, template_date and is done again" in capsys.readouterr().out
+        assert about() == ("2026-07-31", "2026-07-31")
+
+    def test_an_evaluation_without_one(self, monkeypatch, chat, today, tmp_path):
+        assert evaluated(monkeypatch, chat, tmp_path) == 0
+        assert "template_date" not in (tmp_path / "out/eval/chat/made_with.json").read_text()
+
+    def test_a_cache(self, dated, today, tmp_path):
+        def spec(model, *words):
+            config = parse(CacheConfig, ["build", str(tmp_path / "cache"), "--teacher-model-path", str(model),
+                                         "--data-dir", str(tmp_path / "data/chat"), "--precision", "fp32", *words])
+            return read_teacher_spec(config, torch.device("cpu"))
+        first, again = spec(dated), spec(dated, "--template-date", "2026-07-30")
+        assert first.fingerprint == again.fingerprint and first.data == again.data
+        assert first.fingerprint["template_date"] == first.made_from["template_date"] == "2026-07-30"
+        today("2026-07-31")
+        assert spec(dated).fingerprint["token ids"] != first.fingerprint["token ids"]
+        (dated / "chat_template.jinja").write_text(TEMPLATE)
+        assert "template_date" not in spec(dated).fingerprint
+
+    def test_a_cache_is_gone_on_with_on_another_day(self, monkeypatch, dated, today, tmp_path, capsys):
+        words = ["build", tmp_path / "cache", "--teacher-model-path", dated, "--data-dir", tmp_path / "data/chat",
+                 "--precision", "fp32"]
+        assert run(monkeypatch, cache, *words) == 0
+        today("2026-07-31")
+        assert run(monkeypatch, cache, *words) == run(monkeypatch, cache, "verify", tmp_path / "cache") == 0
+        assert run(monkeypatch, cache, *words, "--template-date", "2026-07-31") == 2
+        assert "template_date was 2026-07-30, is 2026-07-31" in capsys.readouterr().err
+
+    def test_ranks_with_two_dates(self):
+        world = SimpleNamespace(gather=lambda date: [date, "2026-07-31"])
+        check_same_date("2026-07-31", world)
+        with pytest.raises(InputError, match="different dates for the chat template, 2026-07-30 and 2026-07-31"):
+            check_same_date("2026-07-30", world)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from todi.data.plans import (
 from todi.data.records import load_records
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.errors import InputError
+from todi.generation.decoding import Response, to_texts
 from todi.models.families import FAMILIES
 from todi.models.loading import load_tokenizer
+from tokenizers import normalizers
 
 
 @pytest.fixture
@@ -62,6 +65,8 @@ class TestRecords:
         (record(output=[]), "`output` must be a string or a non-empty list"),
         (record(output=["a", 1]), "`output` must be a string or a non-empty list"),
         (record(output=""), "`output` is empty"),
+        (record(prompt="Say \ud83d!"), r"`prompt` has half of a character, \ud83d, at place 5"),
+        (record(output=["yes", "\udc00"]), r"`output` has half of a character, \udc00, at place 1"),
     ])
     def test_a_bad_line_is_named(self, write, line, said):
         path = write(record(), line)
@@ -69,6 +74,9 @@ class TestRecords:
             load_records(path)
         assert error.value.problems[0].startswith(f"{path}:2: ")
         assert said in str(error.value)
+
+    def test_a_whole_character_of_two_halves(self, write):
+        assert load_records(write(r'{"prompt": "Say \ud83d\ude00", "output": "o"}'))[0].prompt == "Say 😀"
 
     def test_all_bad_lines_up_to_a_limit(self, write):
         with pytest.raises(InputError) as error:
@@ -100,6 +108,17 @@ class TestTokenising:
         plain, = encode_prompts(records, tokenizer, FAMILIES["gpt2"], 256)
         with_bos, = encode_prompts(records, tokenizer, FAMILIES["gemma3"], 256)
         assert with_bos == [tokenizer.bos_token_id, *plain]
+
+    def test_a_prompt_without_a_token_is_named(self, tokenizer, write):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+        records = load_records(write(record(), record(prompt="\u200b")))
+        with pytest.raises(InputError, match=r"no token of the prompts of 1 records, the first: '\\u200b' \(number 2"):
+            encode_prompts(records, tokenizer, FAMILIES["gpt2"], 256)
+        assert encode_prompts(records, tokenizer, FAMILIES["gemma3"], 256)[1] == [tokenizer.bos_token_id]
+
+    def test_half_a_character_of_a_vocabulary_can_be_written(self):
+        decoder = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: [" a \ud83d ", "é"])
+        assert to_texts([Response([1], False)] * 2, decoder) == ["a ?", "é"]
 
     def test_long_texts_are_cut_and_counted(self, tokenizer, write, caplog):
         records = load_records(write(record(prompt="abcdefgh" * 9, output="xyz" * 40)))
@@ -181,6 +200,15 @@ class TestPlan:
             return [(sorted(i for plan in ranks for i in sample_ids(plan)), ranks[0].tokens)
                     for ranks in zip(*by_rank, strict=True)]
         assert steps(8, 1) == steps(1, 8) == steps(4, 1, 2) == steps(2, 2, 2)
+
+    def test_a_step_of_any_size_is_cut_into_micro_batches(self):
+        shapes = [StepShape(3, 3, wanted=8), *(StepShape(3, 2, rank, 2, wanted=8) for rank in range(2))]
+        alone, *ranks = (DatasetSource(self.data, shape, seed=1) for shape in shapes)
+        assert alone.steps_per_epoch == 4
+        for whole, *parts in zip(alone.steps(1), *(source.steps(1) for source in ranks), strict=True):
+            assert all(len(micro) <= 3 for plan in (whole, *parts) for micro in plan.micro_batches)
+            assert sorted(sample_ids(whole)) == sorted(i for part in parts for i in sample_ids(part))
+            assert {plan.samples for plan in (whole, *parts)} == {len(sample_ids(whole))}
 
     def test_micro_batches_hold_samples_of_like_length(self):
         plan = next(self.sources(4, 4)[0].steps(1))

@@ -1,16 +1,18 @@
-"""Optimizer, schedules, DeepSpeed configuration, precision, checkpoints: the parts that need no training run."""
+"""Optimizer, schedules, precision, checkpoints: the parts that need no training run."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from todi.errors import InputError, StorageError
-from todi.runtime.device import Precision, choose_precision
+from todi.runtime.device import Precision, choose_device, choose_precision
 from todi.training.checkpoints import BestCheckpoints, Score
-from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule
+from todi.training.state import Position
 
-FP32 = Precision("fp32", "test")
+nan, inf = math.nan, math.inf
 
 
 def test_one_dimensional_parameters_do_not_decay():
@@ -49,30 +51,6 @@ def test_warm_up_is_linear_and_ends_at_the_peak(name):
     assert rates(name, 12, warmup=4)[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
 
 
-class TestDeepSpeedConfig:
-    def build(self, tmp_path, override):
-        file = tmp_path / "ds.json"
-        file.write_text(override if isinstance(override, str) else json.dumps(override))
-        return build_deepspeed_config(precision=FP32, zero_stage=1, batch_size=4, accumulation=2, clip_grad=1.0,
-                                      override_file=str(file))
-
-    def test_a_files_keys_win_and_its_autos_do_not(self, tmp_path):
-        config = self.build(tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
-                                       "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": 4})
-        assert config["zero_optimization"] == {"stage": 3}
-        assert config["gradient_clipping"] == 1.0
-
-    @pytest.mark.parametrize(("override", "said"), [
-        ({"train_micro_batch_size_per_gpu": 8, "bf16": {"enabled": True}},
-         "changes train_micro_batch_size_per_gpu, bf16.enabled"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-         "offload_param needs ZeRO stage 3 or more, got 2"),
-        ("{", "Expecting property name"), ("[]", "expected an object")])
-    def test_what_a_file_may_not_do(self, tmp_path, override, said):
-        with pytest.raises(InputError, match=said):
-            self.build(tmp_path, override)
-
-
 def test_precision_on_a_cpu():
     cpu = torch.device("cpu")
     assert choose_precision("fp32", cpu) == Precision("fp32", "asked for")
@@ -81,24 +59,111 @@ def test_precision_on_a_cpu():
         choose_precision("fp16", cpu)
 
 
+class TestDevice:
+    """On a machine with a GPU that this PyTorch cannot use."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch, tmp_path):
+        (tmp_path / "version").write_text("NVRM version")
+        monkeypatch.setattr("todi.runtime.device._DRIVER", tmp_path / "version")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setattr("torch.version.cuda", "13.0")
+        for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+            monkeypatch.delenv(name, raising=False)
+
+    def test_it_is_not_passed_over(self, monkeypatch):
+        def too_old():
+            raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore")
+        monkeypatch.setattr("torch.cuda.init", too_old)
+        with pytest.raises(InputError, match=r"too old \(found version 11040\)\. Install a PyTorch that fits"):
+            choose_device()
+
+    def test_a_pytorch_without_cuda(self, monkeypatch):
+        monkeypatch.setattr("torch.version.cuda", None)
+        with pytest.raises(InputError, match="cannot use: it was built without CUDA"):
+            choose_device()
+
+    @pytest.mark.parametrize(("name", "value"), [
+        ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("DS_ACCELERATOR", "cpu")])
+    def test_who_wants_the_cpu_gets_it(self, monkeypatch, name, value):
+        monkeypatch.setenv(name, value)
+        assert choose_device() == torch.device("cpu")
+
+
 class TestBestCheckpoints:
-    def offer(self, best, rouge_l, epoch, fail=False):
+    def offer(self, best, rouge_l, epoch, fail=False, loss=1.0):
         def save(path):
             path.mkdir()
             if fail:
                 raise OSError("disk full")
-        best.offer(Score(loss=1.0, rouge_l=rouge_l), epoch, epoch * 10, save)
+        best.offer(Score(loss, rouge_l), epoch, epoch * 10, save)
 
     def kept(self, folder):
         return sorted(path.name.split("_")[0] for path in folder.glob("epoch*"))
 
-    def test_the_best_stay_and_of_equals_the_earlier(self, tmp_path):
+    def best_of(self, folder, scores, keep=1):
+        """The epochs that are kept of (ROUGE-L, loss) by epoch, the best first."""
+        best = BestCheckpoints(folder, keep, writes_files=True)
+        for epoch, (rouge_l, loss) in enumerate(scores, 1):
+            self.offer(best, rouge_l, epoch, loss=loss)
+        best.release()
+        epochs = [int(entry.name.split("_")[0][5:]) for entry in best.kept]
+        assert self.kept(folder) == sorted(f"epoch{epoch}" for epoch in epochs)
+        return epochs
+
+    def test_the_best_stay_until_they_are_released(self, tmp_path):
         best = BestCheckpoints(tmp_path, keep=2, writes_files=True)
         for epoch, rouge_l in enumerate([5.0, 3.0, 4.0, 5.0, 9.0], 1):
             self.offer(best, rouge_l, epoch)
         assert self.kept(tmp_path) == [f"epoch{i}" for i in range(1, 6)]  # a state may count on them
         best.release()
-        assert self.kept(tmp_path) == ["epoch1", "epoch5"]
+        assert self.kept(tmp_path) == ["epoch4", "epoch5"]
+
+    @pytest.mark.parametrize(("scores", "best"), [
+        ([(5, 2), (5, 1), (5, 3)], [2, 1]),  # of equal ROUGE-L the lower loss
+        ([(0, 3), (0, 2), (0, 1)], [3, 2]),  # also where nothing scores
+        ([(5, 1), (5, 1), (5, 1)], [3, 2]),  # of equal losses the later
+        ([(None, 1), (None, 1), (None, 2)], [2, 1]),
+        ([(5, nan), (5, 9), (5, nan)], [2, 3]),  # what is not a number is worst
+        ([(nan, 1), (0, 2), (nan, 0.5)], [2, 3]),
+        ([(None, nan), (None, inf), (None, 7), (None, 7.5)], [3, 4]),
+        ([(None, nan), (None, nan), (None, nan)], [3, 2]),
+        ([(None, 0.5), (3, 9), (None, 0.1)], [2, 3]),  # no ROUGE-L is worse than any
+    ])
+    def test_the_order(self, tmp_path, scores, best):
+        assert self.best_of(tmp_path, scores, keep=2) == best
+
+    def test_entries_of_earlier_versions(self, tmp_path):
+        """They had the rank and the name alone, and of equals kept the earlier."""
+        best = BestCheckpoints(tmp_path, keep=2, writes_files=False)
+        best.kept = Position.from_json({"best": [[5.0, "epoch2_step20_loss2.5000_rougel5.0000"],
+                                                 [-math.inf, "epoch1_step10_lossnan"]]}).best
+        self.offer(best, 5.0, 3, loss=2.75)
+        self.offer(best, 4.0, 4)
+        assert [name.split("_")[0] for _, name, _ in best.kept] == ["epoch2", "epoch3"]
+        again = Position.from_json(json.loads(json.dumps(dataclasses.asdict(Position(best=best.kept)))))
+        best.kept = again.best
+        self.offer(best, 5.0, 5, loss=2.6)
+        assert [name.split("_")[0] for _, name, _ in best.kept] == ["epoch2", "epoch5"]
+
+    def test_the_log_says_why(self, tmp_path, caplog):
+        caplog.set_level("INFO", logger="todi")
+        self.best_of(tmp_path, [(5, 2), (4, 1), (5, 3), (5, 1), (5, 1), (9, nan), (nan, 1)])
+        assert [line.replace(f"{tmp_path}/", "") for line in caplog.messages] == [
+            "saved checkpoint epoch1_step10_loss2.0000_rougel5.0000: there were fewer than 1",
+            "checkpoint epoch2_step20_loss1.0000_rougel4.0000 is not kept: epoch1_step10_loss2.0000_rougel5.0000, the "
+            "last of the best 1, has a better ROUGE-L",
+            "checkpoint epoch3_step30_loss3.0000_rougel5.0000 is not kept: epoch1_step10_loss2.0000_rougel5.0000, the "
+            "last of the best 1, has the same ROUGE-L and a better loss",
+            "saved checkpoint epoch4_step40_loss1.0000_rougel5.0000: it has the same ROUGE-L and a better loss than "
+            "epoch1_step10_loss2.0000_rougel5.0000, which goes",
+            "saved checkpoint epoch5_step50_loss1.0000_rougel5.0000: it has the same scores at a later step than "
+            "epoch4_step40_loss1.0000_rougel5.0000, which goes",
+            "saved checkpoint epoch6_step60_lossnan_rougel9.0000: it has a better ROUGE-L than "
+            "epoch5_step50_loss1.0000_rougel5.0000, which goes",
+            "checkpoint epoch7_step70_loss1.0000_rougelnan is not kept: epoch6_step60_lossnan_rougel9.0000, the last "
+            "of the best 1, has a better ROUGE-L",
+        ]
 
     def test_a_failed_save_leaves_the_older_ones(self, tmp_path):
         best = BestCheckpoints(tmp_path, keep=1, writes_files=True)
@@ -107,7 +172,6 @@ class TestBestCheckpoints:
             self.offer(best, 2.0, 2, fail=True)
         assert [path.name.split("_")[0] for path in tmp_path.iterdir()] == ["epoch1"]
 
-    def test_without_generation_the_loss_ranks(self):
-        assert Score(loss=1.0).rank > Score(loss=2.0).rank
+    def test_folder_names(self):
         assert Score(1.5).folder_name(2, 30) == "epoch2_step30_loss1.5000"
         assert Score(1.5, 20.25).folder_name(2, 30) == "epoch2_step30_loss1.5000_rougel20.2500"

@@ -17,7 +17,7 @@ from tiny import tiny_tokenizer
 from todi import evaluate
 from todi.evaluation.results import markdown_table
 from todi.evaluation.rouge import rouge_l
-from todi.models.loading import merge_adapter
+from todi.models.adapters import merge_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

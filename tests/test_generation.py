@@ -11,7 +11,7 @@ from todi.generation.blocks import BlockContinuation, attention_over_blocks, can
 from todi.generation.continuation import Continuation
 from todi.generation.decoding import Decoding, generate
 from todi.generation.sampling import stream_key
-from todi.models.loading import merge_adapter
+from todi.models.adapters import merge_adapter
 from transformers import AutoModelForCausalLM
 
 VOCABULARY = 300

@@ -110,3 +110,28 @@ def test_one_version_of_each_package_is_tested_and_locked():
         {pin: pin.split("==")[1] for pin in [*pins, *more]}
     ranges = {entry["name"] + entry["specifier"] for entry in packages["todi"]["metadata"]["requires-dist"]}
     assert ranges == {*PROJECT["dependencies"], *(word for words in EXTRAS.values() for word in words)}
+
+
+def mapped() -> list[str]:
+    """The paths in the map of docs/architecture.md, from the root; the line of a package is that of its __init__.py."""
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    folders, paths = [], []
+    for line in tree.strip().splitlines():
+        indent, name = re.match(r"((?:  )*)(\S+) +\S", line).groups()
+        folders[len(indent) // 2:] = [name]
+        path = "".join(folders)
+        paths.append(f"{path}__init__.py" if (ROOT / path / "__init__.py").is_file() else path)
+    return paths
+
+
+def test_the_map_names_every_file_once():
+    paths = mapped()
+    there = [file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert sorted(path for path in paths if path.startswith("code/")) == \
+        sorted(str(file.relative_to(ROOT)) for file in there)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_the_map_has_the_rooms_in_the_order_of_their_floors():
+    packages = [Path(path).parent.name for path in mapped() if path.endswith("__init__.py")]
+    assert packages == ["todi", *FLOORS[1:-1]]

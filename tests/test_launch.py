@@ -17,7 +17,8 @@ from todi.options import Option, declared, option, parse
 from todi.settings import EvalConfig, TrainConfig
 
 GPT2 = {"FAMILY": "gpt2", "CKPT_NAME": "gpt2-base", "TEACHER_NAME": "gpt2-xlarge", "CRITERION": "vanilla_kd"}
-RUN_NAMES = json.loads((Path(__file__).parent / "assets" / "run_names.json").read_text())  # made by version 0.1
+# Made by version 0.1, but for the further settings at the end, which it left out.
+RUN_NAMES = json.loads((Path(__file__).parent / "assets" / "run_names.json").read_text())
 
 
 FOREIGN = """PATH HOME USER LANG LC_ALL SHELL PWD TERM TMPDIR TEMP TMP HOSTNAME EDITOR DISPLAY RANK WORLD_SIZE
@@ -131,6 +132,82 @@ def found(config: object, name: str) -> object:
     return next(vars(part)[name] for part in parts if name in getattr(part, "__dict__", {}))
 
 
+class TestSweeps:
+    """Runs that compute something else have folders of their own."""
+
+    @pytest.mark.parametrize("variable", [
+        "SKEW_LAMBDA=0.2", "KD_PARAMS=beta=2", "MAX_LENGTH=256", "DATA_DIR=data/mine", "LR_SCHEDULER=linear",
+        "WARMUP_ITERS=5", "WEIGHT_DECAY=0.1", "TEACHER_MODEL_PATH=other", "LOSS_TERMS=hidden_states=1", "TRAIN_NUM=9",
+        "TEACHER_DTYPE=bf16", "PLUGINS=a.py", "EVAL_GEN=0", "ADAM_EPS=1e-6", "MODEL_PATH=a/b"])
+    def test_a_setting_is_in_the_name(self, variable):
+        name, value = variable.split("=", 1)
+        plain, changed = train().run.save_dir, train(**{name: value}).run.save_dir
+        assert changed.startswith(f"{plain}__") and changed.count("/") == plain.count("/")
+
+    def test_what_is_as_declared_or_may_change_is_not(self):
+        assert train(MAX_LENGTH="512", LOG_INTERVAL="3", TEACHER_CACHE="on").run.save_dir == train().run.save_dir
+
+    def test_a_long_name_is_cut_and_stays_its_own(self):
+        names = [Path(train(KD_PARAMS=f"{'é' * 200}={i}", WEIGHT_DECAY="0.1").run.save_dir).name for i in range(2)]
+        assert all(len(name.encode()) <= 255 for name in names)
+        assert names[0] != names[1]
+
+
+class TestPublishedNames:
+    @pytest.mark.parametrize(("old", "new", "value"), [
+        ("CKPT_PATH", "MODEL_PATH", "m"), ("SAVE_PATH", "SAVE_DIR", "s"), ("CKPT_TYPE", "MODEL_TYPE", "olmo2"),
+        ("TEACHER_MODEL_NAME", "TEACHER_NAME", "gpt2-large"), ("GPUS_PER_NODE", "NPROC", "2")])
+    def test_they_count_where_ours_are_not_set(self, old, new, value):
+        assert dry_run(**{old: value}) == dry_run(**{new: value}) != dry_run()
+        assert dry_run(**{old: value, new: "4"}) == dry_run(**{new: "4"})
+
+    def test_those_without_a_meaning_are_named(self):
+        output = dry_run(WORK_DIR="/x", OPTS="--y")
+        assert "note: WORK_DIR, of the published scripts, is not used here: paths start at the root" in output
+        assert "note: OPTS, of the published scripts, is not used here: words after the launcher's name" in output
+
+    def test_another_criterion_than_the_launchers(self):
+        done = run("gpt2/vanilla_kd_gpt2_base", DRY_RUN=1, CRITERION="cross_entropy")
+        assert done.returncode == 2
+        assert "error: this launcher trains with CRITERION=vanilla_kd, got cross_entropy" in done.stdout
+
+
+def dry_run(**variables: object) -> str:
+    done = run("gpt2/vanilla_kd_gpt2_base", DRY_RUN=1, **variables)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+class TestDevices:
+    """On a machine with four GPUs, which a small nvidia-smi plays."""
+
+    @pytest.fixture
+    def processes(self, tmp_path, monkeypatch):
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text('#!/bin/sh\nif [ "$1" = -L ]; then echo GPU 0; else printf "0\\n1\\n2\\n3\\n"; fi\n')
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+        def count(**variables: str) -> int:
+            output = dry_run(**{"GPUS": ""} | variables)
+            return int((re.search(r"nproc-per-node (\d+)", output) or [0, 1])[1])
+        return count
+
+    @pytest.mark.parametrize(("variables", "expected"), [
+        ({}, 4), ({"GPUS": "0,1"}, 2), ({"GPUS": "0 1 2"}, 3), ({"GPUS": "(0 1 2 3)"}, 4), ({"GPUS": "cpu"}, 1),
+        ({"GPUS": " CPU "}, 1), ({"GPUS": "none"}, 1), ({"GPUS": "cpu", "NPROC": "2"}, 2),
+        *(({"CUDA_VISIBLE_DEVICES": value}, count) for value, count in [
+            ("", 1), ("-1", 1), ("NoDevFiles", 1), ("0,-1,1", 1), ("GPU-8932f937,GPU-1234", 2), ("MIG-1c2d", 1),
+            ("0,1,", 2), (" 1", 1), ("2,3", 2)])])
+    def test_how_many(self, processes, variables, expected):
+        assert processes(**variables) == expected
+
+    def test_a_published_launchers_array(self, tmp_path):
+        own = tmp_path / "own.sh"
+        own.write_text(f'GPUS=(0 1 2)\nsource "{ROOT}/scripts/lib/common.sh"\nchoose_devices\necho "$NPROC"\n')
+        assert subprocess.run(["bash", own], capture_output=True, text=True).stdout == "3\n"
+
+
 class TestModels:
     def test_the_teacher_is_the_best_of_its_newest_run(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -169,7 +246,7 @@ class TestModels:
     def test_a_run_needs_names(self):
         with pytest.raises(InputError, match="set TEACHER_NAME or SAVE_DIR"):
             training_options([], {"FAMILY": "gpt2", "CKPT_NAME": "base", "CRITERION": "vanilla_kd"})
-        with pytest.raises(InputError, match="NPROC must be a whole number, got 'two'"):
+        with pytest.raises(InputError, match="NPROC must be a whole number of at least 1, got 'two'"):
             train(NPROC="two")
         assert training_options([], {"MODEL_PATH": "m", "SAVE_DIR": "d"}) == ["--model-path", "m", "--save-dir", "d"]
 

@@ -115,7 +115,8 @@ class TestSeveralRanks:
     def shapes(self, workshop, models):
         common = {"MODEL_PATH": models["gpt2-student"], "TEACHER_MODEL_PATH": models["gpt2-teacher"], "EVAL_GEN": 0,
                   "LR": 1e-3}
-        shapes = {"8x1": {"BATCH_SIZE": 8, "GRAD_ACC": 1}, "1x8": {"BATCH_SIZE": 1, "GRAD_ACC": 8}}
+        shapes = {"8x1": {"BATCH_SIZE": 8, "GRAD_ACC": 1}, "1x8": {"BATCH_SIZE": 1, "GRAD_ACC": 8},
+                  "8 by 3": {"BATCH_SIZE": 3, "GLOBAL_BATCH_SIZE": 8}}
         shapes |= {f"4x1x2, ZeRO-{stage}": {"BATCH_SIZE": 4, "GRAD_ACC": 1, "NPROC": 2, "ZERO_STAGE": stage}
                    for stage in range(4)}
         # Adam divides a gradient by its own size; without a large epsilon it would blow up the rounding errors of

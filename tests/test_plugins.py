@@ -32,7 +32,8 @@ def test_a_set_of_ones_own(monkeypatch, tmp_path, capsys):
     sizes = {file.name: len(file.read_text().splitlines()) for file in (tmp_path / "data" / "sums").glob("*.jsonl")}
     assert sizes == {"valid.jsonl": 10, "train.jsonl": 20}
     assert run(monkeypatch, prepare, "sums", "--plugins", tmp_path / "other.py") == 2
-    assert capsys.readouterr().err == f"error: no such Python file: {tmp_path}/other.py\n"
+    other = tmp_path / "other.py"
+    assert capsys.readouterr().err == f"error: no such Python file: {other} (looked for {other})\n"
 
 
 def test_it_is_run_once_under_a_name_of_its_own(tmp_path, monkeypatch):
@@ -69,6 +70,6 @@ def test_what_is_wrong_is_said_of_every_file(tmp_path):
         f"{paths[2]}:1: ModuleNotFoundError: No module named 'no_such_module'",
         f"{paths[3]}:2: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 "
         "(char 1)",
-        f"no such Python file: {tmp_path}"]
+        f"no such Python file: {tmp_path} (looked for {tmp_path})"]
     write(tmp_path, "a.py", "")
     load_plugins(paths[:1])  # mended

@@ -7,6 +7,7 @@ import socket
 import pytest
 from evaluating import run
 from launching import run as launch
+from tiny import tiny_model, tiny_tokenizer
 from todi.data import prepare, sources
 from todi.data.records import load_records
 from todi.data.templates import alpaca_prompt
@@ -27,7 +28,8 @@ def write_lines(path, *items):
 
 
 def prepared(monkeypatch, tmp_path, *words):
-    code = run(monkeypatch, prepare, *words, "--raw-dir", tmp_path / "raw", "--data-dir", tmp_path / "data")
+    code = run(monkeypatch, prepare, *words, "--tokenizer", "words", "--raw-dir", tmp_path / "raw", "--data-dir",
+               tmp_path / "data")
     assert code == 0
     return {file.relative_to(tmp_path / "data").as_posix(): [json.loads(line) for line in file.open()]
             for file in sorted((tmp_path / "data").rglob("*.jsonl"))}
@@ -88,11 +90,12 @@ def test_the_other_sets(monkeypatch, tmp_path):
                           "output": [f"{LONG} 1", "short"], "prompt": alpaca_prompt("Define task1_a.", "i1")}
     unnatural = made["uinst/11_/valid.jsonl"]
     assert len(unnatural) == 10_000
-    assert {line["instruction"] for line in unnatural} == {"Say."}
+    assert [line["input"] for line in unnatural] == [f"i{i}" for i in range(10_000)]  # the first
 
 
 def test_a_source_out_of_reach_says_where_to_put_what(monkeypatch, tmp_path, capsys):
-    words = ["self-inst", "sinst/11_", "uinst/11_", "--raw-dir", tmp_path / "raw", "--data-dir", tmp_path / "data"]
+    words = ["self-inst", "sinst/11_", "uinst/11_", "--tokenizer", "words", "--raw-dir", tmp_path / "raw",
+             "--data-dir", tmp_path / "data"]
     assert run(monkeypatch, prepare, *words) == 2
     first, second, third = capsys.readouterr().err.splitlines()
     github = "https://raw.githubusercontent.com"
@@ -105,6 +108,28 @@ def test_a_source_out_of_reach_says_where_to_put_what(monkeypatch, tmp_path, cap
     assert third.endswith(f"put core_data.jsonl at {tmp_path}/raw/unnatural-instructions/core_data.jsonl")
     assert not (tmp_path / "data").exists()
     assert not [path for path in (tmp_path / "raw").rglob("*") if path.is_file()]
+
+
+def test_published_sets_count_gpt2s_tokens(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "raw/user_oriented_instructions.jsonl", *[
+        {"motivation_app": "Gmail", "instruction": text, "instances": [{"input": "", "output": "Hi"}]}
+        for text in ("Reply.", "q" * 200, "w " * 200)])
+    words = ["self-inst", "--raw-dir", tmp_path / "raw", "--data-dir", tmp_path / "data"]
+    assert run(monkeypatch, prepare, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no model at model_hub/gpt2/gpt2-base")
+    assert "bash scripts/models/fetch.sh gpt2-base brings them" in said and said.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+    tiny_tokenizer(tmp_path / "model_hub/gpt2/gpt2-base")
+    tiny_model(tmp_path / "model_hub/gpt2/gpt2-base")
+    assert run(monkeypatch, prepare, *words) == 0
+    assert len(load_records(tmp_path / "data/self-inst/valid.jsonl")) == 1  # 200 letters or words are 200 tokens
+    about = json.loads((tmp_path / "data/self-inst/sources.json").read_text())
+    assert about["settings"]["tokenizer"] == "model_hub/gpt2/gpt2-base"
+    assert run(monkeypatch, prepare, *words, "--tokenizer", "words") == 0
+    assert len(load_records(tmp_path / "data/self-inst/valid.jsonl")) == 3
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -123,11 +148,14 @@ def test_bad_settings(monkeypatch, tmp_path, capsys, words, message):
     ("[]\n", "databricks-dolly-15k.jsonl:1: expected an object, got list"),
     ("{\n", "databricks-dolly-15k.jsonl:1: not JSON"),
     ("", "no item of dolly is left"),
+    ('{"instruction": "a", "context": "", "response": "b \\ud83d", "category": "c"}\n',
+     "the item with the instruction 'a' has half of a character, \\ud83d, at place 3"),
     ('{"instruction": "a", "context": "", "response": null, "category": "b"}\n', "not of the form of dolly"),
 ])
 def test_raw_files_of_another_form(monkeypatch, tmp_path, capsys, lines, message):
     (tmp_path / "databricks-dolly-15k.jsonl").write_text(lines)
-    assert run(monkeypatch, prepare, "dolly", "--raw-dir", tmp_path, "--data-dir", tmp_path / "data") == 2
+    assert run(monkeypatch, prepare, "dolly", "--tokenizer", "words", "--raw-dir", tmp_path, "--data-dir",
+               tmp_path / "data") == 2
     assert message in capsys.readouterr().err
 
 
@@ -135,6 +163,6 @@ def test_raw_files_of_another_form(monkeypatch, tmp_path, capsys, lines, message
 def test_from_a_shell(tmp_path):
     write_lines(tmp_path / "user_oriented_instructions.jsonl", *[
         {"motivation_app": "Gmail", "instruction": "Reply.", "instances": [{"input": "", "output": "Hi"}]}] * 3)
-    done = launch("data/prepare", "self-inst", RAW_DIR=tmp_path, DATA_DIR=tmp_path / "data", LIMIT=2)
+    done = launch("data/prepare", "self-inst", RAW_DIR=tmp_path, DATA_DIR=tmp_path / "data", LIMIT=2, TOKENIZER="words")
     assert done.returncode == 0, done.stdout
     assert "self-inst: valid.jsonl 2; 0 of 3 items were left out by length" in done.stdout

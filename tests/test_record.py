@@ -8,7 +8,8 @@ from tiny import tiny_model
 from todi.errors import InputError
 from todi.options import parse
 from todi.settings import TrainConfig
-from todi.training.record import check_same_run, describe_run, differences, read_record
+from todi.training import record
+from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.train_inputs import checksums, read_inputs
 
 
@@ -28,8 +29,13 @@ def words(workshop, tmp_path) -> list[str]:
 
 def described(words: list[str], ranks: int = 1) -> dict:
     config = parse(TrainConfig, words)
-    files = checksums(config, read_inputs(config, torch.device("cpu")))
-    return json.loads(json.dumps(describe_run(config, ranks, files, "live")))
+    inputs = read_inputs(config, torch.device("cpu"))
+    return json.loads(json.dumps(describe_run(config, ranks, checksums(config, inputs), "live",
+                                              sum(inputs.train_sizes), inputs.deepspeed_config)))
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    return list(record.differences(before, now).values())
 
 
 def test_the_same_run_has_no_difference(words):
@@ -75,6 +81,48 @@ def test_a_folder_of_another_run_is_refused(words, tmp_path):
     check_same_run(tmp_path, described(words))
     with pytest.raises(InputError, match="holds a run that differs: seed was 10, is 11. Choose another --save-dir"):
         check_same_run(tmp_path, described([*words, "--seed", "11"]))
+
+
+def test_a_changed_deepspeed_file_is_noticed_wherever_it_lies(words, tmp_path):
+    def with_file(name: str, content: str) -> dict:
+        (tmp_path / name).write_text(content)
+        return described([*words, "--deepspeed_config", str(tmp_path / name)])
+
+    before = with_file("a.json", '{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    assert differences(before, with_file("b.json", '{"zero_optimization": {"reduce_bucket_size": 1e3}}')) == []
+    assert differences(before, with_file("a.json", '{"zero_optimization": {"reduce_bucket_size": 2000}}')) == [
+        "zero_optimization.reduce_bucket_size was 1000, is 2000"]
+    assert differences(before, described(words)) == ["zero_optimization.reduce_bucket_size was 1000, is None"]
+
+
+@pytest.mark.parametrize(("change", "goes_on"), [
+    (["--lr", "0.1"], True), (["--clip-grad", "0.5"], True), (["--lr-scheduler", "linear"], True),
+    (["--num-epochs", "3"], True), (["--kd-rate", "0.1"], True), (["--zero-stage", "2"], False),
+    (["--precision", "bf16"], False), (["--peft", "lora"], False), (["--seed", "1"], False),
+    (["--batch-size", "2"], False), (["--train-num", "5"], False), (["--loss-terms", "hidden_states=1"], False)])
+def test_what_force_can_and_cannot_change(words, tmp_path, change, goes_on, caplog):
+    (tmp_path / "args.json").write_text(json.dumps(described(words)))
+    changed = described([*words, *change])
+    with pytest.raises(InputError, match="--resume force" if goes_on else r"removes that run\)$"):
+        check_same_run(tmp_path, changed)
+    if goes_on:
+        check_same_run(tmp_path, changed, force=True)
+        assert "going on though " + change[0][2:].replace("-", "_") in caplog.text
+    else:
+        with pytest.raises(InputError, match="cannot go on with what differs"):
+            check_same_run(tmp_path, changed, force=True)
+
+
+def test_force_does_not_take_up_the_state_of_another_student(words, tmp_path):
+    before, path = described(words), words[1]
+    before["deciding"]["model_path"] = "where it was"
+    before["files"]["where it was"] = before["files"].pop(path)
+    (tmp_path / "args.json").write_text(json.dumps(before))
+    check_same_run(tmp_path, described(words), force=True)  # it was only moved
+    before["files"]["where it was"] = "another"
+    (tmp_path / "args.json").write_text(json.dumps(before))
+    with pytest.raises(InputError, match="cannot go on with what differs: .* is not what .* was"):
+        check_same_run(tmp_path, described(words), force=True)
 
 
 def test_what_no_run_wrote(tmp_path):

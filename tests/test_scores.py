@@ -1,13 +1,21 @@
 """ROUGE-L, exact match, summaries, bootstrap."""
 
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluating import run, run_evaluate
 from rouge_score.rouge_scorer import RougeScorer
+from todi import report
 from todi.evaluation.bootstrap import interval, paired_difference
 from todi.evaluation.results import Generation, average, example_scores, is_set_name, markdown_table, summarise
 from todi.evaluation.rouge import exact_match, rouge_l
+from todi.evaluation.rouge_tokens import characters, choose_tokenizer, words
 
 
 class TestRouge:
@@ -24,6 +32,40 @@ class TestRouge:
         assert len(set(expected)) > 20
         assert rouge_l(responses, references, processes=2) == rouge_l(responses, references, processes=1)
 
+    @pytest.mark.parametrize("text", [
+        "北京是中国的首都。", "Столица России — Москва.", "عاصمة مصر هي القاهرة.", "東京は日本の首都です。",
+        "नमस्ते दुनिया", "서울은 한국의 수도이다.", "Η Αθήνα είναι πρωτεύουσα.", "สวัสดีครับ", "ရန်ကုန်မြို့", "ភ្នំពេញ",
+        "ວຽງຈັນ", "第3个问题的答案是北京。"])
+    def test_other_scripts_are_read(self, text):
+        other = text[:len(text) // 2]
+        whole, half, none = rouge_l([text, other, "no such words"], [[text]] * 3)
+        assert whole == 100 and none == 0
+        assert 10 < half < 100
+
+    def test_tokens(self):
+        assert words("Ёлка—е\u0308лка, ÉTÉ: नमस्ते दुनिया! می\u200cروم 3,5") == [
+            "ёлка", "ёлка", "été", "नमस्ते", "दुनिया", "میروم", "3", "5"]
+        assert characters("GPT-4是模型。Ｔ５ Да, да ก็ดี") == [
+            "gpt", "4", "是", "模", "型", "t5", "да", "да", "ก็", "ดี"]
+        assert words("北京 是 首都") == ["北京", "是", "首都"]
+
+    @pytest.mark.parametrize(("texts", "chosen"), [
+        (["Où était l'élève ?", "Zażółć gęślą jaźń"], "rouge_score"),
+        (["The capital of Russia is Москва, that of China 北京."] * 3, "characters"),
+        (["The capital of Russia, the largest of all the countries of this world, is Mосква."], "rouge_score"),
+        (["Столица", "The"], "words"), (["Столица", "首都"], "characters"), (["12", "!"], "rouge_score"),
+    ])
+    def test_the_choice_follows_from_the_letters_of_all_references(self, texts, chosen):
+        assert choose_tokenizer("auto", [[text] for text in texts], "dev") == chosen
+        assert choose_tokenizer("words", [[text] for text in texts], "dev") == "words"
+
+    def test_what_the_published_tokens_do_not_see_is_said(self, caplog):
+        choose_tokenizer("auto", [["A long answer in plain English that says it all"]] * 9 + [["Да"]], "dev")
+        assert "1 of 10 examples score 0 whatever the response" in caplog.text
+        choose_tokenizer("auto", [["Hà Nội là thủ đô của Việt Nam"]], "dev")
+        assert "% of the letters have accents, which rouge_score takes for spaces" in caplog.text
+        assert rouge_l(["Hà Nội"], [["Hà Nội"]], "words") == [100]
+
     def test_exact_match_is_blind_to_case_punctuation_and_spacing(self):
         assert exact_match(["The  answer: 7.", "seven", ""], [["no", "the answer 7"], ["seventh"], ["x"]]) == [
             True, False, False]
@@ -34,6 +76,51 @@ class TestRouge:
             score(["a"], [["a"], ["b"]])
         with pytest.raises(ValueError, match="response 1 has no reference"):
             score(["a", "b"], [["a"], []])
+
+
+def test_an_evaluation_names_its_tokens(monkeypatch, checkpoint, data, tmp_path, capsys):
+    lines = [{"prompt": f"Number {i}:", "output": f"答案是{i}。"} for i in range(3)]
+    (data / "zh").mkdir()
+    (data / "zh" / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def evaluated(name, *words):
+        assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / name, "--sets", "dolly", "zh", "--seeds", 1,
+                            *words) == 0
+        sets = json.loads((tmp_path / name / "eval/results.json").read_text())["sets"]
+        made_with = json.loads((tmp_path / name / "eval/zh/made_with.json").read_text())["made_with"]
+        return sets["dolly"].get("rouge_tokenizer"), sets["zh"].get("rouge_tokenizer"), made_with.get("rouge_tokenizer")
+    assert evaluated("a") == (None, "characters", "characters")
+    screen = capsys.readouterr().out
+    assert "| dolly   " in screen and "| zh (characters) " in screen
+    assert "ROUGE-L of zh: tokens by characters (100 % of the letters of the references are not Latin)" in screen
+    assert evaluated("b", "--rouge-tokenizer", "rouge_score") == (None, None, None)
+    assert "3 of 3 examples score 0" not in capsys.readouterr().out  # each has a digit
+
+    assert run(monkeypatch, report, tmp_path / "a", tmp_path / "b") == 0
+    assert "different tokens of zh (characters, rouge_score)" in capsys.readouterr().out
+    assert run(monkeypatch, report, tmp_path / "a", "--baseline", tmp_path / "b") == 2
+    assert capsys.readouterr().err == (f"error: zh: {tmp_path}/a has ROUGE-L by characters, the baseline {tmp_path}/b "
+                                       "by rouge_score\n")
+
+
+def test_a_report_on_a_terminal_that_knows_no_more_than_ascii(tmp_path):
+    summary = {"rouge_l": 1.0, "rouge_l_std": 0.5, "seeds": {}}
+    (tmp_path / "é" / "eval").mkdir(parents=True)
+    (tmp_path / "b" / "eval").mkdir(parents=True)
+    (tmp_path / "é" / "eval" / "results.json").write_text(json.dumps({"sets": {"x": summary}, "average": summary}))
+    (tmp_path / "b" / "eval" / "results.json").write_text(json.dumps({"sets": {"y": summary}, "average": summary}))
+
+    def reported(*folders):
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(report.__file__).parents[1])}
+        return subprocess.run([sys.executable, "-m", "todi.report", *folders], cwd=tmp_path, env=environment, text=True,
+                              capture_output=True)
+    done = reported("é", "b", "北")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2, r"error: no results in \u5317: python -m todi.evaluate would write \u5317/eval/results.json")
+    done = reported("é", "b")
+    assert done.returncode == 0, done.stderr
+    assert [cell.strip() for cell in done.stdout.splitlines()[-2].split("|")[1:-1]] == [
+        r"\xe9", "1.00 +/- 0.50", "-", "1.00 +/- 0.50"]
 
 
 class TestResults:
@@ -65,6 +152,9 @@ class TestResults:
             "| ours    | 55.00 ± 7.07 [25.00, 85.00] | 15.00 ± 7.07 | 35.00 ± 0.00 |",
             "| theirs  | 3.00                        | –            | 3.00         |",
         ]
+        assert "rouge_tokenizer" not in first
+        rows["theirs"]["sets"]["a"] |= summarise({1: generations(3)}, rouge_tokenizer="words")
+        assert markdown_table(rows).split("|")[2].strip() == "a (rouge_score, words)"
 
     def test_a_set_name_cannot_leave_its_folder(self):
         assert all(map(is_set_name, ["dolly", "sinst/11_", "a.b"]))

@@ -294,5 +294,6 @@ class TestRuns:
 
     def test_a_function_that_is_not_there_is_refused(self, words, tmp_path):
         done = train(tmp_path / "run", *words, "--teacher-callable", "nowhere.py:logits")
-        assert (done.returncode, done.stdout) == (2, "error: no such Python file: nowhere.py\n")
+        said = f"error: no such Python file: nowhere.py (looked for {ROOT}/nowhere.py)\n"
+        assert (done.returncode, done.stdout) == (2, said)
         assert not (tmp_path / "run").exists()

@@ -59,7 +59,7 @@ def test_every_epoch_is_trained_judged_and_saved(tmp_path):
     assert [(line["kind"], line["step"], line["loss"]) for line in lines] == [
         ("train", 2, 2.0), ("dev", 3, 1.0), ("train", 4, 2.0), ("train", 5, 2.0), ("dev", 5, 1.0)]
     assert {path.name for path in folder.path.iterdir()} == {
-        "metrics.jsonl", "train.log", "state", "epoch1_step3_loss1.0000"}
+        "metrics.jsonl", "train.log", "state", "epoch2_step5_loss1.0000"}
 
 
 def test_a_run_that_never_takes_a_step_ends(tmp_path):

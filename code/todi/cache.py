@@ -14,6 +14,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from torch import Tensor
 
 from todi.data.chat import render_sets
 from todi.data.records import load_sets
+from todi.data.template_date import TemplateDate
 from todi.data.tokenize import encode_examples
 from todi.errors import InputError, collecting, run_main
 from todi.options import check, parse
+from todi.python_files import load_plugins
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
-from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.settings import CacheConfig
 from todi.teacher.cache_files import CacheStore
@@ -50,15 +53,12 @@ def main() -> None:
     set_up_logging(world.is_main)
     check(config)
     device = choose_device(world.local_rank)
-    try:
-        if config.command == "build":
-            build(config, world, device)
-        elif config.command == "info":
-            info(CacheStore(Path(config.folder)))
-        else:
-            verify(config, CacheStore(Path(config.folder)), device)
-    finally:
-        stop_process_group()
+    if config.command == "build":
+        build(config, world, device)
+    elif config.command == "info":
+        info(CacheStore(Path(config.folder)))
+    else:
+        verify(config, CacheStore(Path(config.folder)), device)
 
 
 def build(config: CacheConfig, world: World, device: torch.device) -> None:
@@ -67,9 +67,8 @@ def build(config: CacheConfig, world: World, device: torch.device) -> None:
     folder = Path(config.folder)
     if (folder / "cache.json").is_file():
         check_match(CacheStore(folder), spec)
-    if world.size > 1:
-        start_process_group(world, device)
-    fill_cache(spec, folder, world, device)
+    with process_group(world, device) if world.size > 1 else nullcontext():
+        fill_cache(spec, folder, world, device)
     logger.info("%s is complete: %d samples, %.3f GB", folder, len(spec.examples), spec.layout.bytes / 1e9)
 
 
@@ -102,6 +101,7 @@ def verify(config: CacheConfig, store: CacheStore, device: torch.device) -> None
 
 def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
     """Reads what the settings name, short of weights. Raises InputError with every problem."""
+    load_plugins(config.plugins)
     problems: list[str] = []
     train_files = [Path(folder) / "train.jsonl" for folder in config.data.data_dir]
     sets = model = precision = None
@@ -114,12 +114,19 @@ def read_teacher_spec(config: CacheConfig, device: torch.device) -> TeacherSpec:
                            *config.teacher.adapters, precision, config.data.max_length, config.trust_remote_code)
     if problems:
         raise InputError(problems)
-    records = list(chain(*render_sets(sets, model.tokenizer, train_files)))
+    date = TemplateDate(config.data.template_date, _earlier_date(Path(config.folder)))
+    records = list(chain(*render_sets(sets, model.tokenizer, train_files, date)))
     examples = encode_examples(records, model.tokenizer, model.family, config.data.max_length,
                                config.data.max_prompt_length)
     return TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
-                       config.data, precision, dtype_of(config.teacher_cache_dtype, precision.dtype), model.tokenizer,
+                       dataclasses.replace(config.data, template_date=date.noted), precision,
+                       dtype_of(config.teacher_cache_dtype, precision.dtype), model.tokenizer,
                        examples, train_files, config.trust_remote_code)
+
+
+def _earlier_date(folder: Path) -> str | None:
+    """Of the cache that is gone on with, if there is one."""
+    return CacheStore(folder).made_from.get("template_date") if (folder / "cache.json").is_file() else None
 
 
 def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> Iterator[str]:

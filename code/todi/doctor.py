@@ -113,7 +113,7 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
     forward = max(student.activations + loss, generation)
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
-    return peak(state, forward=forward, accumulates=optim.gradient_accumulation_steps > 1, teacher=teacher, base=0)
+    return peak(state, forward=forward, accumulates=optim.accumulation(world.size) > 1, teacher=teacher, base=0)
 
 
 def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_code: bool) -> int:

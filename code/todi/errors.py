@@ -1,5 +1,6 @@
 """What can go wrong, as exceptions that say it in a line, and how a program ends with them."""
 
+import codecs
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,9 +42,24 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Runs an entry point and exits: 0, 1 after a failure, or 2 after one line for each problem of the input."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors=_IN_ASCII)
     try:
         main()
     except RunError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+_IN_ASCII = "todi.in_ascii"
+_LOOKALIKES = {"±": "+/-", "–": "-", "—": "-", "×": "x", "…": "...", "→": "->"}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """For a terminal that cannot show a character: what looks like it, or its number."""
+    character = error.object[error.start]
+    return _LOOKALIKES.get(character) or ascii(character)[1:-1], error.start + 1
+
+
+codecs.register_error(_IN_ASCII, _in_ascii)

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,10 +20,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from todi.data.records import Record
-from todi.data.tokenize import encode_examples
+from todi.data.template_date import check_same_date
 from todi.errors import run_main
-from todi.evaluation.eval_inputs import EvalInputs, decoding_of, read_inputs
-from todi.evaluation.results import average, example_scores, markdown_table, summarise, write_results
+from todi.evaluation.eval_inputs import EvalInputs, decoding_of, noted_date, read_inputs
+from todi.evaluation.results import (
+    average,
+    example_scores,
+    markdown_table,
+    named_tokenizer,
+    summarise,
+    write_results,
+)
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.set_files import Done, SetStore
 from todi.generation.decoding import stop_ids
@@ -32,8 +40,9 @@ from todi.models.loading import checksum_or_commit, load_model
 from todi.options import parse
 from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
-from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
+from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
 from todi.settings import EvalConfig
 
 logger = logging.getLogger("todi.evaluate")
@@ -46,18 +55,20 @@ def main() -> None:
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
     inputs = read_inputs(config, device)
+    description = what_must_agree(vars(config), {name: questions_checksum(records)
+                                                 for name, records in inputs.sets.items()}, world)
     if config.check_only:
+        if nodes := nodes_from_environment():
+            agree(nodes, description)
         return
-    if world.size > 1:
-        start_process_group(world, device)
-    try:
+    with process_group(world, device) if world.size > 1 else nullcontext():
+        check_ranks(world, description)
         evaluate(config, inputs, world, device)
-    finally:
-        stop_process_group()
 
 
 def evaluate(config: EvalConfig, inputs: EvalInputs, world: World, device: torch.device) -> None:
     """Does what is left of every set; the first rank keeps the files and prints the table."""
+    check_same_date(inputs.template_date, world)
     stores = open_stores(config, inputs, device) if world.is_main else {}
     done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
     left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
@@ -73,10 +84,11 @@ def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device) ->
     """What there is of each set, with a word on what does not count."""
     made_with = {**dataclasses.asdict(decoding_of(config)), "precision": inputs.precision.name, "device": device.type,
                  "model": checksum_or_commit(inputs.model_path, model_checksum, config.trust_remote_code),
-                 "adapter": config.peft_path and model_checksum(Path(config.peft_path))}
+                 "adapter": config.peft_path and model_checksum(Path(config.peft_path)), **noted_date(inputs)}
     stores = {}
     for name, records in inputs.sets.items():
-        store = stores[name] = SetStore(config.folder, name, made_with | {"data": questions_checksum(records)})
+        of_set = {"data": questions_checksum(records), **named_tokenizer(inputs.rouge_tokenizers[name])}
+        store = stores[name] = SetStore(config.folder, name, made_with | of_set)
         if store.differences:
             logger.info("%s: what is there was made with other %s and is done again", name,
                         ", ".join(store.differences))
@@ -105,9 +117,7 @@ def write_set(writer: Writer, inputs: EvalInputs, name: str, seeds: Sequence[int
               progress: Callable[[int], object]) -> None:
     """Writes and scores one set with `seeds`; `store` is that of the first rank."""
     started = time.perf_counter()
-    records = inputs.sets[name]
-    examples = encode_examples(records, inputs.tokenizer, inputs.family, writer.decoding.max_length,
-                               writer.decoding.max_prompt_length)
+    records, examples = inputs.sets[name], inputs.examples[name]
     loss = writer.loss(examples) if done.loss is None else done.loss
     responses = dict(done.rows)
     stops = stop_ids(writer.model, inputs.tokenizer, records)
@@ -116,7 +126,7 @@ def write_set(writer: Writer, inputs: EvalInputs, name: str, seeds: Sequence[int
         if store:
             store.add(part)
     if store:
-        by_seed = score(records, seeds, responses, inputs.tokenizer)
+        by_seed = score(records, seeds, responses, inputs.tokenizer, inputs.rouge_tokenizers[name])
         store.finish(by_seed, loss)
         summary = summarise(by_seed, loss)
         logger.info("%s: rouge-l %.2f, exact match %.1f %%, %.0f tokens a response, %.0f %% cut, loss %.3f (%.0f s)",
@@ -142,12 +152,12 @@ def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore
     sets, scores = {}, []
     for name, store in stores.items():
         by_seed = store.generations(config.streams)
-        sets[name] = summarise(by_seed, store.done(()).loss)
+        sets[name] = summarise(by_seed, store.done(()).loss, inputs.rouge_tokenizers[name])
         scores.append(example_scores(by_seed))
     results = {
         "model": inputs.model_path, "adapter": config.peft_path,
         "settings": {**dataclasses.asdict(decoding_of(config)), "seeds": list(config.streams), "limit": config.limit,
-                     "precision": inputs.precision.name},
+                     "precision": inputs.precision.name, **noted_date(inputs)},
         "sets": sets, "average": average(sets, scores),
     }
     write_results(config.folder, results)

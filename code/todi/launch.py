@@ -10,12 +10,13 @@ last word, after --save-dir. --print0 ends each word with a NUL, for `mapfile -d
 
 import argparse
 import difflib
+import hashlib
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from todi.errors import InputError, run_main
@@ -23,6 +24,7 @@ from todi.options import Option, declared, spell
 from todi.settings import (
     CROSS_ENTROPY,
     LAUNCHER_VARIABLES,
+    PUBLISHED,
     EvalConfig,
     TeacherCacheConfig,
     TeacherConfig,
@@ -36,6 +38,11 @@ _EVALUATION = {one.name: one for options in declared(EvalConfig).values() for on
 # What a shell may hold for its distillations while it also fine-tunes.
 _OF_DISTILLATION = {one.name for group in (TeacherConfig, TeacherCacheConfig) for one in declared(group)[group]} | {
     name for name in _TRAINING if name.startswith("kd_")}
+# Already part of the name of a run.
+_BY_NAMES = {"criterion", "kd_objective", "kd_rate", "kd_temperature", "peft", "peft_lora_r", "peft_lora_alpha",
+             "peft_lora_dropout", "precision", "num_epochs", "batch_size", "gradient_accumulation_steps", "lr", "seed",
+             "model_type", "teacher_model_type"}
+_LONGEST_NAME = 255  # bytes
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _ALIKE = 0.85
 _FOREIGN = {"NGPUS", "NODES"}  # batch systems set them
@@ -67,11 +74,13 @@ def training_options(words: Sequence[str], environment: Mapping[str, str]) -> li
         del given["peft"]
     if given.get("teacher_peft_path") == ["none"]:
         del given["teacher_peft_path"]
+    said = set(read_values(_TRAINING, variables)) - _BY_NAMES
     if "SKEW_LAMBDA" in variables:
+        said.add("kd_params")
         given["kd_params"] = [*given.get("kd_params", ()), f"skew_lambda={variables['SKEW_LAMBDA']}"]
     if given.get("criterion") == [CROSS_ENTROPY]:
         given = {name: value for name, value in given.items() if name not in _OF_DISTILLATION}
-    save_dir = save_dir or "".join(given.pop("save_dir", ())) or name_run(given, variables)
+    save_dir = save_dir or "".join(given.pop("save_dir", ())) or name_run(given, variables, said)
     return [*compose(_TRAINING, given, words), *words, "--save-dir", save_dir]
 
 
@@ -90,13 +99,35 @@ def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
     ours = {*LAUNCHER_VARIABLES, *(variable for one in options for variable in one.variables)}
     meant = {one.name.upper(): one.variables[0] for one in options if one.variables} | {name: name for name in ours}
     variables = {name: value for name, value in environment.items() if value}
+    check_processes(variables)
     problems = []
-    for name in variables.keys() - ours - _FOREIGN:
+    for name in sorted(variables.keys() & PUBLISHED.keys()):
+        print(f"note: {name}, of the published scripts, is not used here: {PUBLISHED[name]}", file=sys.stderr)
+    for name in variables.keys() - ours - _FOREIGN - PUBLISHED.keys():
         near = difflib.get_close_matches(name, meant, n=1, cutoff=_ALIKE) if name.isupper() else []
         problems += [f"unknown variable {name}; did you mean {meant[one]}?" for one in near]
     if problems:
         raise InputError(sorted(problems))
     return variables
+
+
+def check_processes(variables: Mapping[str, str]) -> None:
+    """Raises InputError where the number of processes or the place of this node among the nodes cannot be."""
+    def whole(name: str, default: str, least: int) -> int:
+        text = variables.get(name, default)
+        if not text.isdecimal() or int(text) < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    whole("NPROC", "1", 1)
+    nodes = whole("NNODES", "1", 1)
+    if nodes > 1:
+        rank = whole("NODE_RANK", "", 0)
+        whole("MASTER_PORT", "29500", 1)
+        if rank >= nodes:
+            raise InputError(f"NODE_RANK must be below NNODES={nodes}, got {rank}")
+        if "MASTER_ADDR" not in variables:
+            raise InputError(f"NNODES={nodes} needs MASTER_ADDR, the name of the first node")
 
 
 def read_values(options: Mapping[str, Option], variables: Mapping[str, str]) -> Given:
@@ -161,7 +192,7 @@ def best_checkpoint(runs: Path) -> str:
     checkpoints = {path: match for path in runs.glob("*/epoch*") if (match := _CHECKPOINT.fullmatch(path.name))}
     if not checkpoints:
         return str(runs)
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+    newest = max(checkpoints, key=_written).parent
     # of those that a run keeps: the highest ROUGE-L or, without, the lowest loss
     kept = [(match, str(path)) for path, match in checkpoints.items() if path.parent == newest]
     by_rouge = [(float(match["rouge"]), path) for match, path in kept if match["rouge"]]
@@ -169,15 +200,21 @@ def best_checkpoint(runs: Path) -> str:
     return max(by_rouge)[1] if by_rouge else min(by_loss)[1]
 
 
-def name_run(given: Given, variables: Mapping[str, str]) -> str:
-    """The folder of a run, below outputs/. Earlier runs are found by it: a change of it would start them anew."""
+def _written(checkpoint: Path) -> float:
+    """When its weights were; the folder itself changes when it is scored."""
+    return max((file.stat().st_mtime for file in checkpoint.glob("*.safetensors")),
+               default=checkpoint.parent.stat().st_mtime)
+
+
+def name_run(given: Given, variables: Mapping[str, str], said: Collection[str]) -> str:
+    """The folder of a run, below outputs/. Earlier runs are found by it: a change of it would start them anew.
+
+    Args:
+        said: settings that variables gave; those that decide a run and are in no other part of the name, and are not
+            what they are by themselves, are added at its end.
+    """
     def text(name: str) -> str:
         return " ".join(given[name]) if name in given else spell(_TRAINING[name].default)
-
-    def number(name: str) -> int:
-        if not variables.get(name, "1").isdecimal():
-            raise InputError(f"{name} must be a whole number, got {variables[name]!r}")
-        return int(variables.get(name, 1))
 
     def required(name: str) -> str:
         if name not in variables:
@@ -193,10 +230,21 @@ def name_run(given: Given, variables: Mapping[str, str]) -> str:
     if criterion != CROSS_ENTROPY:
         task, parts = criterion, [f"kd^obj={text('kd_objective')}", config, f"teacher={required('TEACHER_NAME')}",
                                   f"kd^rate={text('kd_rate')}", f"kd^temp={text('kd_temperature')}"]
-    batch = f"{text('batch_size')}x{text('gradient_accumulation_steps')}x{number('NPROC') * number('NNODES')}"
+    devices = int(variables.get("NPROC", 1)) * int(variables.get("NNODES", 1))
+    batch = f"{text('batch_size')}x{text('gradient_accumulation_steps')}x{devices}"
     parts = [f"criterion={criterion}", *parts, f"epoch={text('num_epochs')}", f"bsz={batch}", f"lr={text('lr')}",
              f"seed={text('seed')}"]
-    return f"outputs/{required('FAMILY')}/{required('CKPT_NAME')}/{task}/{'__'.join(parts)}"
+    parts += [f"{name}={text(name).replace('/', '-')}" for name, one in _TRAINING.items()
+              if name in said and not one.may_change and text(name) != spell(one.default)]
+    return f"outputs/{required('FAMILY')}/{required('CKPT_NAME')}/{task}/{_fitting('__'.join(parts))}"
+
+
+def _fitting(name: str) -> str:
+    """A name that a file system takes: a long one is cut off and ends in a checksum of all of it."""
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name.encode()[:_LONGEST_NAME - 14].decode(errors='ignore')}__{digest}"
 
 
 def _split_off_save_dir(words: Sequence[str]) -> tuple[str | None, list[str]]:

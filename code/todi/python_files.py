@@ -35,7 +35,7 @@ def load_python_file(path: str) -> ModuleType:
     """
     file = Path(path).resolve()
     if not file.is_file():
-        raise InputError(f"no such Python file: {path}")
+        raise InputError(f"no such Python file: {path} (looked for {file})")
     name = f"todi_file_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

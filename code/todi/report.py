@@ -12,7 +12,7 @@ from typing import Any
 
 from todi.errors import InputError, collecting, run_main
 from todi.evaluation.comparison import compare, comparison_table
-from todi.evaluation.results import markdown_table, read_results
+from todi.evaluation.results import column_titles, markdown_table, read_results, tokenizer_of
 from todi.options import option, parse
 from todi.runtime.logs import set_up_logging
 
@@ -95,6 +95,10 @@ def warn_of_differences(results: Mapping[str, Mapping[str, Any]]) -> None:
     settings = [row.get("settings", {}) for row in results.values()]
     keys = dict.fromkeys(key for row in settings for key in row)
     differing = [key for key in keys if any(row.get(key) != settings[0].get(key) for row in settings)]
+    for name in column_titles(results):
+        tokenizers = {tokenizer_of(row["sets"][name]) for row in results.values() if name in row["sets"]}
+        if len(tokenizers) > 1:
+            differing.append(f"tokens of {name} ({', '.join(sorted(tokenizers))})")
     if differing:
         logger.warning("the rows do not compare: they were made with different %s", ", ".join(differing))
 

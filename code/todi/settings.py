@@ -6,12 +6,13 @@ Nothing below the entry points and the builders ever sees these classes.
 """
 
 import dataclasses
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from todi.options import markdown_tables, option, parse, problems
+from todi.options import declared, markdown_tables, option, parse, problems
 from todi.schedules import SCHEDULES
 
 CROSS_ENTROPY = "cross_entropy"
@@ -24,6 +25,9 @@ CACHE_MODES = ("auto", "on", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
 SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
 NO_ADAPTER = "none"
+TODAY = "today"
+AUTO_TOKENIZER = "auto"
+ROUGE_TOKENIZERS = (AUTO_TOKENIZER, "rouge_score", "words", "characters")
 
 # What launchers understand besides the settings.
 LAUNCHER_VARIABLES = {
@@ -36,11 +40,22 @@ LAUNCHER_VARIABLES = {
     "GPUS": "devices to use, 0,1 or cpu; all that are visible when not given",
     "NPROC": "processes; one for each device when not given, on a CPU one",
     "NNODES": "nodes; with NODE_RANK, MASTER_ADDR and MASTER_PORT, as in torchrun",
+    "RENDEZVOUS_TIMEOUT": "seconds that a node waits for the others before it gives up; 900 when not given",
     "NODE_RANK": "number of this node, from 0",
     "MASTER_ADDR": "name of the first node",
     "MASTER_PORT": "a free port there; 29500 when not given",
     "DRY_RUN": "1: print the command and stop",
     "DOCTOR": "1: check all input, estimate memory and disk space, and stop",
+}
+
+# Variables of the published scripts that have no meaning here, and what to use.
+PUBLISHED = {
+    "BASE_PATH": "paths start at the root of the repository",
+    "WORK_DIR": "paths start at the root of the repository",
+    "TASK": "each launcher has its own: sft_*.sh, vanilla_kd_*.sh",
+    "CONFIG": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
+    "SETTING": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
+    "OPTS": "words after the launcher's name go to the Python command",
 }
 
 
@@ -54,6 +69,20 @@ def _max_prompt_length() -> Any:
     return option(256, "longest prompt, in tokens; the rest of it is cut off", least=1)
 
 
+def _template_date() -> Any:
+    return option(TODAY, "the date for chat templates that write one; today is that of the first start, also when a "
+                         "run or an evaluation goes on later",
+                  pattern=(r"today|\d{4}-\d\d-\d\d", "today or 2026-01-31"))
+
+
+def _a_date(config: "DataConfig | EvalConfig") -> Iterator[str]:
+    try:
+        datetime.date.fromisoformat(config.template_date)
+    except ValueError as error:
+        if config.template_date != TODAY:
+            yield f"--template-date {config.template_date}: {error}"
+
+
 def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
     if config.max_prompt_length >= config.max_length:
         yield (f"--max-prompt-length ({config.max_prompt_length}) must be below --max-length "
@@ -63,6 +92,12 @@ def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
 def _eval_batch_size() -> Any:
     return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
                   may_change=True)
+
+
+def _rouge_tokenizer() -> Any:
+    return option(AUTO_TOKENIZER, "tokens of ROUGE-L (todi/evaluation/rouge_tokens.py); auto: as published, unless "
+                                  "more than a tenth of the references' letters are not Latin",
+                  choices=ROUGE_TOKENIZERS)
 
 
 def _precision() -> Any:
@@ -76,6 +111,10 @@ def _trust_remote_code() -> Any:
 def _teacher_cache_dtype() -> Any:
     return option(OWN_DTYPE, "numbers of the teacher cache; own, the teacher's, is exact", choices=CACHE_DTYPES,
                   may_change=True)
+
+
+def _plugins() -> Any:
+    return option((), "Python files that are run first, to register what is one's own")
 
 
 def _check_only() -> Any:
@@ -171,6 +210,7 @@ class DataConfig:
     dev_num: int | None = option(None, "use only the first so many dev records of each folder", least=1)
     max_length: int = _max_length()
     max_prompt_length: int = _max_prompt_length()
+    template_date: str = _template_date()
 
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
@@ -183,6 +223,7 @@ class DataConfig:
             yield (f"--data-shares needs a number for each folder of --data-dir, which has {len(self.data_dir)}; got "
                    f"{' '.join(map(str, self.data_shares))}")
         yield from _room_for_a_response(self)
+        yield from _a_date(self)
 
 
 @dataclass(frozen=True)
@@ -238,6 +279,19 @@ class OptimConfig:
                                               env="GRAD_ACC", may_change=True)
     num_epochs: int = option(20, "passes over the training data", least=1, env="EPOCH")
     max_steps: int | None = option(None, "stop after so many optimizer steps", least=1)
+    global_batch_size: int | None = option(None, "samples of an optimizer step over all devices, in place of "
+                                                 "--gradient-accumulation-steps; these times --batch-size times the "
+                                                 "devices when not given", least=1)
+
+    def accumulation(self, devices: int) -> int:
+        """Micro-batches of an optimizer step on each device."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        return -(-self.global_batch_size // (self.batch_size * devices))
+
+    def step_samples(self, devices: int) -> int:
+        """Samples of an optimizer step over all devices."""
+        return self.global_batch_size or self.batch_size * self.gradient_accumulation_steps * devices
 
 
 @dataclass(frozen=True)
@@ -256,6 +310,7 @@ class RunConfig:
     log_interval: int = option(10, "optimizer steps between lines of the log", least=1, may_change=True)
     eval_interval: int = option(1, "epochs between evaluations on dev", least=1)
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
+    rouge_tokenizer: str = _rouge_tokenizer()
     eval_batch_size: int = _eval_batch_size()
     resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "
                                  "settings differ; never starts anew and removes it", choices=RESUME, may_change=True)
@@ -265,7 +320,7 @@ class RunConfig:
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
                                 least=1, may_change=True)
     report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
-    plugins: tuple[str, ...] = option((), "Python files that are run first, to register what is one's own")
+    plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
 
     def rules(self) -> Iterator[str]:
@@ -287,11 +342,16 @@ class TrainConfig:
     run: RunConfig
 
     @property
+    def by_name(self) -> dict[str, Any]:
+        """All settings, by name."""
+        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)}
+
+    @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what a run computes, by name."""
-        parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)
-                if not field.metadata["may_change"]}
+        may_change = {one.name for options in declared(type(self)).values() for one in options if one.may_change}
+        return {name: value for name, value in self.by_name.items() if name not in may_change}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -330,14 +390,17 @@ class EvalConfig:
     max_length: int = _max_length()
     max_new_tokens: int = option(256, "longest response, in tokens", least=1)
     max_prompt_length: int = _max_prompt_length()
+    template_date: str = _template_date()
     do_sample: bool = option(True, "sample; else greedy or beam search")
     num_beams: int = option(1, "beams of the beam search, with --no-do-sample", least=1)
     temperature: float = option(1.0, "sampling temperature", above=0)
     top_p: float = option(1.0, "sample from the smallest set of tokens with this mass; 1 is off", above=0, at_most=1)
     top_k: int = option(0, "sample from the k most likely tokens; 0 is off", least=0)
     no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
+    rouge_tokenizer: str = _rouge_tokenizer()
     precision: str = _precision()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
+    plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
 
     @property
@@ -364,6 +427,7 @@ class EvalConfig:
             if repeated:
                 yield f"--{name}: {', '.join(repeated)} given more than once"
         yield from _room_for_a_response(self)
+        yield from _a_date(self)
         if self.do_sample and self.num_beams > 1:
             yield f"--num-beams {self.num_beams} needs --no-do-sample"
 
@@ -385,6 +449,7 @@ class CacheConfig:
     precision: str = _precision()
     teacher_cache_dtype: str = _teacher_cache_dtype()
     trust_remote_code: bool = _trust_remote_code()
+    plugins: tuple[str, ...] = _plugins()
     samples: int = option(32, "samples that verify runs the teacher over again", least=0)
     seed: int = option(0, "of the choice of these samples")
 

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
 from todi.data.plans import StepShape, build_source
+from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
@@ -32,8 +33,9 @@ from todi.models.loading import load_model
 from todi.options import parse
 from todi.runtime.cadence import Cadence
 from todi.runtime.device import choose_device, dtype_of
-from todi.runtime.distributed import World, start_process_group, stop_process_group, world_from_environment
+from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
+from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
 from todi.runtime.signals import Interrupted
 from todi.settings import ObjectiveConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
 from todi.teacher.callable import CallableTeacher
@@ -43,7 +45,7 @@ from todi.teacher.spec import TeacherSpec
 from todi.training.checkpoints import Score, save_model
 from todi.training.dev import DevSet
 from todi.training.monitors import Monitors, RunInfo
-from todi.training.optimizer import build_optimizer, build_schedule
+from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
 from todi.training.step import TrainStep
@@ -70,8 +72,6 @@ def main() -> None:
         train(config, world, choose_device(world.local_rank))
     except Interrupted as stop:
         sys.exit(128 + stop.number)
-    finally:
-        stop_process_group()
 
 
 def train(config: TrainConfig, world: World, device: torch.device) -> None:
@@ -82,10 +82,12 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         Interrupted: a signal asked to stop; the state has been saved.
     """
     inputs = read_inputs(config, device)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=inputs.template_date))
     data, optim = config.data, config.optim
     examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
                                data.max_prompt_length)
-    shape = StepShape(optim.batch_size, optim.gradient_accumulation_steps, world.rank, world.size)
+    shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
+                      optim.step_samples(world.size))
     source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
     max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
     specs = build_teacher_specs(config, inputs, examples)
@@ -95,15 +97,22 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     if world.is_main:
         mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
         run, caches = _decide(config, inputs, specs, mode, max_steps / source.steps_per_epoch, world, device)
+    dev = build_dev_set(config, inputs, world)
     if config.run.check_only:
+        if nodes := nodes_from_environment():
+            agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
-    start_process_group(world, device)
-    run, caches = world.gather((run, caches))[0]
-    folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
-    with folder.claimed():
+    with ExitStack() as stack:
+        stack.enter_context(process_group(world, device))
+        check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
+        check_same_date(inputs.template_date, world)
+        run, caches = world.gather((run, caches))[0]
+        folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
+        stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
             return
-        _log_decisions(inputs, shape, len(examples), max_steps, -(-max_steps // source.steps_per_epoch), world, device)
+        epochs = -(-max_steps // source.steps_per_epoch)
+        _log_decisions(inputs, shape, len(examples), max_steps, epochs, world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
         # before the student is there: a pass that fills a cache needs room for the teacher
@@ -111,15 +120,14 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         engine = build_engine(config, inputs, terms, max_steps, world, device)
         step = TrainStep(engine, build_criterion(config.objective), teacher, inputs.student.tokenizer.pad_token_id,
                          world)
-        trainer = Trainer(step, source, build_dev_set(config, inputs, world),
-                          build_export(engine, inputs, build_card(config, inputs, run), world), folder,
-                          build_monitors(config, folder), build_pace(config.run, max_steps), world)
-        with closing(trainer.monitors):
-            try:
-                trainer.train()
-            except Interrupted as stop:
-                logger.info("%s", stop)
-                raise
+        trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
+                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world)
+        stack.enter_context(closing(trainer.monitors))
+        try:
+            trainer.train()
+        except Interrupted as stop:
+            logger.info("%s", stop)
+            raise
 
 
 def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], cache_mode: str, passes: float,
@@ -134,9 +142,10 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
     caches = choose_caches(specs, cache_mode, passes=passes, ranks=world.size, device=device,
                            earlier=earlier and earlier["deciding"].get("teacher"))
     source = LIVE if inputs.teacher_function else describe_choices(specs, caches)
-    run = describe_run(config, world.size, checksums(config, inputs), source)
-    if config.run.resume == "auto":
-        check_same_run(folder, run)
+    run = describe_run(config, world.size, checksums(config, inputs), source, sum(inputs.train_sizes),
+                       inputs.deepspeed_config)
+    if config.run.resume != "never":
+        check_same_run(folder, run, force=config.run.resume == "force")
     return run, caches
 
 
@@ -195,6 +204,7 @@ def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[Teac
     """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
     if inputs.teacher_function:
         last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
+        logger.info("teacher: the function %s", config.teacher.teacher_callable)
         return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
     return open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers) if specs else None
 
@@ -217,12 +227,11 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
     student = Student(build_student(config.student, inputs.student, device), terms)
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
-                                weight_decay=optim.weight_decay,
-                                skip_bad_steps=inputs.deepspeed_config["zero_optimization"]["stage"] == 0)
+                                weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],
+                                stage=inputs.deepspeed_config["zero_optimization"]["stage"])
     schedule = build_schedule(optimizer, optim.lr_scheduler, total_steps=max_steps, warmup_steps=optim.warmup_iters,
                               lr=optim.lr, lr_min=optim.lr_min)
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, lr_scheduler=schedule,
-                                      config=inputs.deepspeed_config)
+    engine = wrap(student, optimizer, schedule, inputs.deepspeed_config)
     student.share_head()
     return engine
 
@@ -236,7 +245,7 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world)
+        config.run.eval_batch_size, config.run.seed, world, config.run.rouge_tokenizer)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:

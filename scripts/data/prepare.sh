@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes sets from their public sources:  bash scripts/data/prepare.sh dolly self-inst vicuna sinst/11_ uinst/11_
-# RAW_DIR=downloads takes files that you have; TOKENIZER=model_hub/gpt2/gpt2-base counts its tokens; LIMIT SEED SETS_DIR
-# PLUGINS=my_sets.py runs a Python file first
+# Lengths are counted in tokens of model_hub/gpt2/gpt2-base (scripts/models/fetch.sh), as published, or of TOKENIZER
+# RAW_DIR=downloads takes files that you have; LIMIT SEED SETS_DIR; PLUGINS=my_sets.py runs a Python file first
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/common.sh"
 
 cd "$ROOT"

@@ -6,6 +6,12 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
+# The published names of some variables count where ours are not set.
+for names in CKPT_PATH:MODEL_PATH SAVE_PATH:SAVE_DIR CKPT_TYPE:MODEL_TYPE TEACHER_MODEL_NAME:TEACHER_NAME GPUS_PER_NODE:NPROC; do
+  old=${names%:*} new=${names#*:}
+  if [[ -n ${!old:-} && -z ${!new:-} ]]; then export "$new=${!old}"; fi
+done
+
 # default NAME VALUE: gives the variable its value unless it has one.
 default() { [[ -n ${!1:-} ]] || export "$1=$2"; }
 
@@ -16,21 +22,28 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
 
+# Sets CUDA_VISIBLE_DEVICES, NPROC and, without a GPU, DS_ACCELERATOR.
 choose_devices() {
+  local devices
   default NNODES 1
-  if [[ -n ${GPUS:-} && $GPUS != cpu ]]; then
-    export CUDA_VISIBLE_DEVICES=${GPUS// /,}
-  elif [[ ${GPUS:-} == cpu ]] || ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
-    export CUDA_VISIBLE_DEVICES=
+  [[ $NNODES == 1 ]] || default MASTER_PORT 29500
+  if [[ -n ${GPUS[*]:-} ]]; then
+    devices=$(tr -s '(), \t' ',' <<<"${GPUS[*]}")  # 0,1 or "0 1" or (0 1)
+    devices=${devices#,} devices=${devices%,}
+    [[ ${devices,,} =~ ^(cpu|none)$ ]] && devices=
+  elif [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    devices=$(tr -d ' ' <<<"$CUDA_VISIBLE_DEVICES")
+  elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    devices=$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)
+  fi
+  # CUDA sees what comes before the first that there cannot be: -1, NoDevFiles, nothing
+  devices=$(grep -oE '^([0-9]+|GPU-[^,]+|MIG-[^,]+)(,([0-9]+|GPU-[^,]+|MIG-[^,]+))*' <<<"${devices:-}" || true)
+  export CUDA_VISIBLE_DEVICES=$devices
+  if [[ -z $devices ]]; then
     export DS_ACCELERATOR=cpu
     default NPROC 1
-    # torchrun would give each process a single thread
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))}
-    return
-  else
-    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
   fi
-  default NPROC "$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"
+  default NPROC "$(tr ',' '\n' <<<"$devices" | grep -c .)"
 }
 
 several_processes() { ((NPROC * NNODES > 1)); }
@@ -41,8 +54,7 @@ several_processes() { ((NPROC * NNODES > 1)); }
 launch() {
   local runner=$1 module=("${@:2}") nodes=(--standalone) torchrun=()
   if ((NNODES > 1)); then
-    nodes=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK}" --master-addr "${MASTER_ADDR:?set MASTER_ADDR}"
-      --master-port "${MASTER_PORT:-29500}")
+    nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
   fi
   if several_processes; then torchrun=(torch.distributed.run "${nodes[@]}" --nproc-per-node "$NPROC" -m); fi
   set -- "$PYTHON" -m "${torchrun[@]}" "${module[@]}"
@@ -62,14 +74,19 @@ read_settings() {
   choose_devices
   mapfile -d '' -t options < <("$PYTHON" -m todi.launch "$1" --print0 "${@:2}")
   wait "$!"  # its exit code
+  # torchrun would give each process a single thread
+  if [[ -z $CUDA_VISIBLE_DEVICES ]]; then default OMP_NUM_THREADS "$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))"; fi
 }
 
-sft() { CRITERION=cross_entropy train "$@"; }
-distil() { CRITERION=vanilla_kd train "$@"; }
+sft() { train cross_entropy "$@"; }
+distil() { train vanilla_kd "$@"; }
 evaluate() { read_settings evaluate "$@"; launch env todi.evaluate "${options[@]}"; }
 
+# train CRITERION WORD...
 train() {
-  read_settings train "$@"
+  [[ ${CRITERION:-$1} == "$1" ]] || die "this launcher trains with CRITERION=$1, got $CRITERION; take an sft_*.sh or a vanilla_kd_*.sh"
+  export CRITERION=$1
+  read_settings train "${@:2}"
   if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "${options[@]}"; fi
   launch run_to_its_end todi.train "${options[@]}"
 }

@@ -17,6 +17,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from todi.errors import InputError
 from todi.registry import Registry, did_you_mean
 
 # What a logit of -inf becomes: small enough that its probability is exactly 0, finite so that 0 * log 0 is 0.
@@ -95,8 +96,12 @@ def divergence(name: str, /, *, closed_form: Callable[..., tuple[Tensor, Tensor]
 
     Raises:
         ValueError: the name is taken.
-        TypeError: one of the functions does not take these parameters.
+        TypeError: one of the functions does not take these parameters, or one of these is no `Parameter`.
     """
+    for parameter, declared in parameters.items():
+        if not isinstance(declared, Parameter):
+            raise TypeError(f"{parameter} of the divergence {name} must be a Parameter, got {declared!r}")
+
     def register(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for function in filter(None, (value, closed_form, entry_weight)):
             inspect.signature(function).bind("log_p", "log_q", **parameters)  # else it would fail in a run's first step
@@ -134,8 +139,12 @@ class Divergence:
         return self.value(*log_probabilities(student_logits, teacher_logits, temperature))
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """(N, V), (N, V) -> (N,), differentiable in `log_q`."""
-        return _not_negative(self.definition.value(log_p, log_q, **self.params))
+        """(N, V), (N, V) -> (N,), differentiable in `log_q`. Raises InputError for a definition that returns else."""
+        value = self.definition.value(log_p, log_q, **self.params)
+        if value.shape != log_q.shape[:-1]:
+            raise InputError(f"the divergence {self.name} returned shape {tuple(value.shape)} for {len(log_q)} rows; "
+                             "expected a value for each row, (N,), and no mean")
+        return _not_negative(value)
 
     def entry_weight(self, log_p: Tensor, log_q: Tensor) -> Tensor | None:
         """The (N, V) weight of the forward part, for a divergence that mixes per entry; else None."""

@@ -34,17 +34,19 @@ class StepShape:
     Attributes:
         batch_size: most samples of a micro-batch.
         accumulation: micro-batches of a step, on every rank, always.
+        wanted: samples of a full step over all ranks, at most what its micro-batches hold, which it is by default.
     """
 
     batch_size: int
     accumulation: int
     rank: int = 0
     world: int = 1
+    wanted: int | None = None
 
     @property
     def samples(self) -> int:
         """Of a full step, over all ranks."""
-        return self.batch_size * self.accumulation * self.world
+        return self.wanted or self.batch_size * self.accumulation * self.world
 
     def cut(self, examples: Sequence[Example]) -> StepPlan:
         """This rank's part of the step that trains on `examples`.

@@ -84,6 +84,16 @@ def load_sets(files: Sequence[Path], limit: int | None = None) -> list[list[Reco
     return sets
 
 
+def check_text(what: str, text: str) -> None:
+    """Raises ValueError where half of a surrogate pair is in `text`: JSON can say it, but no tokenizer and no file."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise ValueError(f"{what} has half of a character, {half}, at place {error.start + 1}: something like an emoji "
+                         "was cut in two") from None
+
+
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     # Bytes, cut at \n alone: str.splitlines() would also cut at U+2028, which JSON strings may hold.
     with open(path, "rb") as file:
@@ -115,6 +125,9 @@ def _parse_record(line: bytes) -> Record:
         raise ValueError("`output` must be a string or a non-empty list of strings")
     if not references[0].strip():
         raise ValueError("`output` is empty")
+    check_text("`prompt`", prompt)
+    for text in references:
+        check_text("`output`", text)
     return Record(prompt, references)
 
 
@@ -126,6 +139,7 @@ def _parse_chat(messages: object) -> Record:
             raise ValueError(f"message {number} has the role {turn.get('role')!r}; allowed: {', '.join(ROLES)}")
         if not isinstance(turn.get("content"), str) or not turn["content"].strip():
             raise ValueError(f"`content` of message {number} must be a non-empty string")
+        check_text(f"`content` of message {number}", turn["content"])
     *before, last = (Message(turn["role"], turn["content"]) for turn in messages)
     if last.role != "assistant":
         raise ValueError(f"the last message must be the assistant's, not the {last.role}'s")

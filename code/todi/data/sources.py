@@ -16,6 +16,8 @@ from todi.runtime.checksums import file_checksum
 from todi.runtime.storage import publish, unfinished
 
 _GITHUB = "https://raw.githubusercontent.com"
+GPT2 = "model_hub/gpt2/gpt2-base"  # whose tokens the published sets count
+WORDS = "words"
 _TIMEOUT = 60  # seconds without a byte
 _INSTANCES_PER_TASK = 100  # of Super-NaturalInstructions: those that its own evaluation takes
 
@@ -27,23 +29,27 @@ class Cut:
     """How the items of a set become files.
 
     Attributes:
-        sizes: records by split, after a seeded shuffle; None is the rest. A set with a single split keeps its order.
+        sizes: records by split, after a seeded shuffle; None is the rest. A set with a single split keeps its order,
+            and has the first so many.
         shortest_response: fewest tokens of a response.
-        sample: take so many at random where there are more.
     """
 
     sizes: dict[str, int | None]
     shortest_response: int = 1
-    sample: int | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set comes from. `read` gets its files from a `RawFiles`."""
+    """Where a set comes from. `read` gets its files from a `RawFiles`.
+
+    Attributes:
+        tokenizer: the model whose tokens its lengths are counted in, or `WORDS`.
+    """
 
     read: Callable[["RawFiles"], Iterator[Item]]
     cut: Cut
     licence: str
+    tokenizer: str = WORDS
 
 
 SOURCES: Registry[Source] = Registry("data set")
@@ -160,10 +166,9 @@ def _unnatural_instructions(raw: RawFiles) -> Iterator[Item]:
             yield {"instruction": line["instruction"], "input": instance["input"], "output": instance["output"]}
 
 
-SOURCES.add("dolly", Source(_dolly, Cut({"valid": 500, "dev": 1000, "train": None}), "CC BY-SA 3.0"))
-SOURCES.add("self-inst", Source(_self_instruct, Cut({"valid": None}), "Apache-2.0"))
-SOURCES.add("vicuna", Source(_vicuna, Cut({"valid": None}), "Apache-2.0"))
+SOURCES.add("dolly", Source(_dolly, Cut({"valid": 500, "dev": 1000, "train": None}), "CC BY-SA 3.0", GPT2))
+SOURCES.add("self-inst", Source(_self_instruct, Cut({"valid": None}), "Apache-2.0", GPT2))
+SOURCES.add("vicuna", Source(_vicuna, Cut({"valid": None}), "Apache-2.0", GPT2))
 SOURCES.add("sinst/11_", Source(_super_natural_instructions, Cut({"valid": None}, shortest_response=11),
-                                "Apache-2.0"))
-SOURCES.add("uinst/11_", Source(_unnatural_instructions, Cut({"valid": None}, shortest_response=11, sample=10_000),
-                                "MIT"))
+                                "Apache-2.0", GPT2))
+SOURCES.add("uinst/11_", Source(_unnatural_instructions, Cut({"valid": 10_000}, shortest_response=11), "MIT", GPT2))

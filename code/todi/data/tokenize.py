@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Record
+from todi.errors import InputError
 from todi.models.families import Family
 
 logger = logging.getLogger(__name__)
@@ -40,11 +41,19 @@ class Example:
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, family: Family,
                    max_prompt_length: int) -> list[list[int]]:
-    """Token ids of each prompt, BOS first where the family wants it, cut to its first `max_prompt_length` tokens."""
+    """Token ids of each prompt, BOS first where the family wants it, cut to its first `max_prompt_length` tokens.
+
+    Raises:
+        InputError: the tokenizer makes no token of a prompt, so that nothing could be continued.
+    """
     bos = [tokenizer.bos_token_id] if family.prepend_bos else []
     encoded = tokenizer([record.prompt for record in records], add_special_tokens=False)["input_ids"]
     # A chat template may have written the BOS already.
     prompts = [list(ids) if ids[:1] == bos else bos + list(ids) for ids in encoded]
+    empty = [number for number, ids in enumerate(prompts, 1) if not ids]
+    if empty:
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} makes no token of the prompts of {len(empty)} "
+                         f"records, the first: {records[empty[0] - 1].prompt!r} (number {empty[0]})")
     _log_cut("prompts", sum(len(ids) > max_prompt_length for ids in prompts), len(prompts), max_prompt_length)
     return [ids[:max_prompt_length] for ids in prompts]
 

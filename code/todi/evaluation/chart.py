@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")  # draws files, needs no screen
 import matplotlib.pyplot as plt
 
+from todi.evaluation.results import column_titles
+
 
 def draw(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
     """Results by name -> a group of bars for each set and the average, with 95 % intervals over examples.
@@ -16,8 +18,8 @@ def draw(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
     Args:
         output: the picture to write; png, pdf or svg.
     """
-    sets = list(dict.fromkeys(name for results in rows.values() for name in results["sets"]))
-    groups = [*sets, "average"]
+    titles = column_titles(rows) | {"average": "average"}
+    groups = list(titles)
     figure, axis = plt.subplots(figsize=(1.5 + 0.35 * len(groups) * (len(rows) + 1), 3.8), layout="constrained")
     width = 0.8 / len(rows)
     for index, (name, results) in enumerate(rows.items()):
@@ -27,7 +29,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], output: Path) -> None:
         axis.bar([place for place, _ in shown], [summary["rouge_l"] for _, summary in shown], width, label=name,
                  color=f"C{index % 10}", yerr=list(zip(*(_reach(summary) for _, summary in shown), strict=True)),
                  capsize=2, error_kw={"linewidth": 1})
-    axis.set_xticks(range(len(groups)), groups)
+    axis.set_xticks(range(len(groups)), titles.values())
     axis.set(ylabel="ROUGE-L, with its 95 % interval", ylim=(0, None))
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)

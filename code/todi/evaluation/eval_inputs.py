@@ -11,28 +11,43 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.chat import render
 from todi.data.records import Record, load_records
+from todi.data.template_date import TemplateDate
+from todi.data.tokenize import Example, encode_examples
 from todi.errors import InputError, collecting
 from todi.evaluation.results import is_set_name
+from todi.evaluation.rouge_tokens import choose_tokenizer
+from todi.evaluation.set_files import earlier_value
 from todi.generation.decoding import Decoding
 from todi.models.adapters import check_adapter, find_adapter
 from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import check_weights, load_config, load_tokenizer
+from todi.python_files import load_plugins
 from todi.runtime.device import Precision, choose_precision
-from todi.settings import EvalConfig
+from todi.settings import TODAY, EvalConfig
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """What was read, short of weights. `model_path` is --model-path or the adapter's own base."""
+    """What was read, short of weights.
+
+    Attributes:
+        model_path: --model-path or the adapter's own base.
+        examples: of each set, its records as they are read by the model.
+        rouge_tokenizers: of each set, what ROUGE-L compares; never auto.
+        template_date: `TemplateDate.noted` of the one date of the chat template.
+    """
 
     model_path: str
     family: Family
     tokenizer: Tokenizer
     precision: Precision
     sets: dict[str, list[Record]]
+    examples: dict[str, list[Example]]
+    rouge_tokenizers: dict[str, str]
+    template_date: str
 
 
 def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
@@ -41,8 +56,10 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
     Raises:
         InputError: with every problem of settings, paths and data.
     """
+    load_plugins(config.plugins)
     problems = config.problems()
     model_path = family = tokenizer = precision = sets = None
+    examples = {}
     with collecting(problems):
         precision = choose_precision(config.precision, device)
     if config.model_path or config.peft_path:
@@ -59,12 +76,22 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
     with collecting(problems):
         sets = _read_sets(Path(config.sets_dir), list(filter(is_set_name, config.sets)), config.limit)
     if tokenizer and sets:
+        date = TemplateDate(config.template_date, earlier_value(config.folder, list(sets), "template_date"))
         for name, records in sets.items():
             with collecting(problems):
-                sets[name] = render(records, tokenizer, Path(config.sets_dir) / name)
+                sets[name] = render(records, tokenizer, Path(config.sets_dir) / name, date)
+                examples[name] = encode_examples(sets[name], tokenizer, family, config.max_length,
+                                                 config.max_prompt_length)
     if problems:
         raise InputError(problems)
-    return EvalInputs(model_path, family, tokenizer, precision, sets)
+    rouge_tokenizers = {name: choose_tokenizer(config.rouge_tokenizer, [record.references for record in records], name)
+                        for name, records in sets.items()}
+    return EvalInputs(model_path, family, tokenizer, precision, sets, examples, rouge_tokenizers, date.noted)
+
+
+def noted_date(inputs: EvalInputs) -> dict[str, str]:
+    """The entry "template_date" of what describes responses; none where no template writes a date."""
+    return {} if inputs.template_date == TODAY else {"template_date": inputs.template_date}
 
 
 def decoding_of(config: EvalConfig) -> Decoding:

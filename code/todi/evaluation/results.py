@@ -2,8 +2,8 @@
 
 results.json is {"model", "adapter", "settings", "sets": {name: summary}, "average"}; a summary has the set's means
 over all seeds, "rouge_l_std" (over seeds), "rouge_l_interval" (95 %, over examples), "examples", "loss" (mean
-cross-entropy of a token of the first reference), and the means of each seed by itself. The average has the three of
-ROUGE-L.
+cross-entropy of a token of the first reference), the means of each seed by itself, and "rouge_tokenizer" unless that is
+rouge_score, as published. The average has the three of ROUGE-L.
 """
 
 import json
@@ -18,10 +18,12 @@ import numpy as np
 
 from todi.errors import InputError
 from todi.evaluation.bootstrap import interval
+from todi.evaluation.rouge_tokens import PUBLISHED
 from todi.runtime.storage import write_text
 from todi.settings import SET_NAME
 
 RESULTS_FILE = Path("eval", "results.json")
+_TOKENIZER = "rouge_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ def example_scores(by_seed: Mapping[int, Sequence[Generation]]) -> np.ndarray:
     return np.mean([[generation.score for generation in generations] for generations in by_seed.values()], axis=0)
 
 
-def summarise(by_seed: Mapping[int, Sequence[Generation]], loss: float | None = None) -> dict[str, Any]:
+def summarise(by_seed: Mapping[int, Sequence[Generation]], loss: float | None = None,
+              rouge_tokenizer: str = PUBLISHED) -> dict[str, Any]:
     """The entry of a set in results.json.
+
+    Args:
+        rouge_tokenizer: what the scores were made with.
 
     Raises:
         ValueError: the seeds differ in their number of responses.
@@ -85,7 +91,18 @@ def summarise(by_seed: Mapping[int, Sequence[Generation]], loss: float | None = 
              for name in ("rouge_l", "exact_match", "response_tokens", "cut_share")}
     deviation = _deviation([values["rouge_l"] for values in seeds.values()])
     return {"examples": len(next(iter(by_seed.values()))), **means, "rouge_l_std": deviation,
-            "rouge_l_interval": interval([example_scores(by_seed)]), "loss": loss, "seeds": seeds}
+            "rouge_l_interval": interval([example_scores(by_seed)]), "loss": loss, "seeds": seeds,
+            **named_tokenizer(rouge_tokenizer)}
+
+
+def named_tokenizer(rouge_tokenizer: str) -> dict[str, str]:
+    """The entry "rouge_tokenizer" of what describes scores; none for the published one, the only one there once was."""
+    return {} if rouge_tokenizer == PUBLISHED else {_TOKENIZER: rouge_tokenizer}
+
+
+def tokenizer_of(described: Mapping[str, Any]) -> str:
+    """What `named_tokenizer` named."""
+    return described.get(_TOKENIZER, PUBLISHED)
 
 
 def average(sets: Mapping[str, Mapping[str, Any]], scores: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -131,12 +148,22 @@ def markdown_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
     A cell is "mean ± standard deviation over seeds [95 % interval over examples]".
     """
-    sets = list(dict.fromkeys(name for results in rows.values() for name in results["sets"]))
-    cells = [["ROUGE-L", *sets, "average"]]
+    sets = column_titles(rows)
+    cells = [["ROUGE-L", *sets.values(), "average"]]
     for name, results in rows.items():
         summaries = [results["sets"].get(set_name) for set_name in sets]
         cells.append([name, *map(_score, [*summaries, results["average"]])])
     return aligned(cells)
+
+
+def column_titles(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Of each set that any of the results have, its name, and behind it what it was not as published scored with."""
+    tokenizers: dict[str, list[str]] = {}
+    for results in rows.values():
+        for name, summary in results["sets"].items():
+            tokenizers.setdefault(name, []).append(tokenizer_of(summary))
+    return {name: name if set(found) == {PUBLISHED} else f"{name} ({', '.join(dict.fromkeys(found))})"
+            for name, found in tokenizers.items()}
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:

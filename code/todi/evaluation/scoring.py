@@ -90,13 +90,13 @@ class Writer:
 
 
 def score(records: Sequence[Record], seeds: Sequence[int], responses: Mapping[Row, Response],
-          tokenizer: Tokenizer) -> dict[int, list[Generation]]:
+          tokenizer: Tokenizer, rouge_tokenizer: str) -> dict[int, list[Generation]]:
     """Scores a response to each record with each seed; by seed, in the order of the records."""
     rows = [(seed, index) for seed in seeds for index in range(len(records))]
     written = [responses[row] for row in rows]
     texts = to_texts(written, tokenizer)
     references = [records[index].references for _, index in rows]
-    scores, matches = rouge_l(texts, references), exact_match(texts, references)
+    scores, matches = rouge_l(texts, references, rouge_tokenizer), exact_match(texts, references)
     by_seed: dict[int, list[Generation]] = {seed: [] for seed in seeds}
     for (seed, index), response, text, points, match in zip(rows, written, texts, scores, matches, strict=True):
         by_seed[seed].append(Generation(records[index].prompt, text, records[index].references, points, match,

@@ -18,6 +18,7 @@ from todi.runtime.checksums import file_checksum
 from todi.runtime.storage import write_text, writing
 
 _MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt"}
+_RECORD, _UNFINISHED = "made_with.json", ".unfinished.jsonl"
 
 Row = tuple[int, int]  # seed, index of the record
 
@@ -47,8 +48,8 @@ class SetStore:
 
     def __init__(self, folder: Path, set_name: str, made_with: Mapping[str, Any]):
         self._folder, self._set_name, self._made_with = folder, set_name, dict(made_with)
-        self._record_file = folder / "eval" / set_name / "made_with.json"
-        self._unfinished_file = self._record_file.with_name(".unfinished.jsonl")
+        self._record_file = folder / "eval" / set_name / _RECORD
+        self._unfinished_file = self._record_file.with_name(_UNFINISHED)
         self._record = _read_record(self._record_file)
         unfinished_with, self._rows = _read_unfinished(self._unfinished_file)
         earlier = [made_with for made_with in (self._record.get("made_with"), unfinished_with) if made_with]
@@ -99,6 +100,16 @@ class SetStore:
     def _is_whole(self, seed: int) -> bool:
         file = seed_file(self._folder, self._set_name, seed)
         return file.is_file() and self._record["seeds"].get(str(seed)) == file_checksum(file)
+
+
+def earlier_value(folder: Path, set_names: Sequence[str], name: str) -> Any:
+    """What the results of any of these sets, finished or not, were made with by the name of `name`; None if nothing."""
+    for place in (folder / "eval" / set_name for set_name in set_names):
+        finished = _read_record(place / _RECORD).get("made_with")
+        for made_with in (finished, _read_unfinished(place / _UNFINISHED)[0]):
+            if made_with and name in made_with:
+                return made_with[name]
+    return None
 
 
 def _read_record(file: Path) -> dict[str, Any]:

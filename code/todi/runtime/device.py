@@ -1,5 +1,6 @@
 """Where to compute and in what precision, each with the reason, for the log."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from todi.errors import InputError
 
+_DRIVER = Path("/proc/driver/nvidia/version")  # there when the kernel has one
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -33,8 +35,29 @@ class Precision:
 
 
 def choose_device(local_rank: int = 0) -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """This process's GPU, or the CPU where there is none or none is wanted.
+
+    Raises:
+        InputError: there is a GPU that this PyTorch cannot use; says why, and what to do.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    asked_for_none = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if _DRIVER.is_file() and not asked_for_none:
+        raise InputError(f"this machine has an NVIDIA GPU that PyTorch {torch.__version__} cannot use: {_why_not()} "
+                         "Install a PyTorch that fits the driver, or a newer driver; GPUS=cpu (of a launcher) or "
+                         "CUDA_VISIBLE_DEVICES= computes on the CPU")
+    return torch.device("cpu")
+
+
+def _why_not() -> str:
+    if torch.version.cuda is None:
+        return "it was built without CUDA."
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "it finds none."
 
 
 def choose_precision(name: str, device: torch.device, option: str = "--precision") -> Precision:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +56,23 @@ def world_from_environment() -> World:
     return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
-def start_process_group(world: World, device: torch.device) -> None:
-    """Joins the process group: NCCL between GPUs, gloo between CPU processes."""
+@contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """Within the block the ranks can talk: by NCCL between GPUs, by gloo between CPU processes.
+
+    A group that is there already is used, and left as it is.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    _start_process_group(world, device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _start_process_group(world: World, device: torch.device) -> None:
     import deepspeed  # takes seconds, which an evaluation in one process need not wait for
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -70,12 +87,6 @@ def start_process_group(world: World, device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False,
                                verbose=False)
-
-
-def stop_process_group() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from todi.errors import RunError
+from todi.runtime.signals import Interrupted
 from todi.runtime.storage import writing
 
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -52,6 +53,8 @@ def log_file(path: Path) -> Iterator[None]:
     ours.addHandler(file)
     try:
         yield
+    except Interrupted:
+        raise  # an end that was asked for, and has been said
     except Exception as error:
         file.append(_account_of(error))
         raise

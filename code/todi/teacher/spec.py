@@ -18,7 +18,7 @@ from todi.models.loading import checksum_or_commit, empty_model, load_config
 from todi.models.tokenizers import tokenizer_checksum
 from todi.runtime.checksums import file_checksum, value_checksum, weights_checksum
 from todi.runtime.device import Precision, name_of
-from todi.settings import DataConfig, recorded
+from todi.settings import TODAY, DataConfig, recorded
 from todi.teacher.cache_files import Layout
 from todi.teacher.choice import Estimate, estimate
 
@@ -69,6 +69,7 @@ class TeacherSpec:
             "token ids": examples_checksum(self.examples),
             "precision": self.precision.name,
             "stored dtype": name_of(self.stored_dtype),
+            **({} if self.data.template_date == TODAY else {"template_date": self.data.template_date}),
             "code": f"todi {todi.__version__}, format {CACHE_FORMAT}, transformers {transformers.__version__}",
         }
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -34,10 +35,8 @@ class Score:
 
     @property
     def rank(self) -> float:
-        """Larger is better; a loss that is not a number is worst."""
-        if self.rouge_l is not None:
-            return self.rouge_l
-        return -math.inf if math.isnan(self.loss) else -self.loss
+        """Larger is better; what is not a number is worst."""
+        return _or_worst(-self.loss if self.rouge_l is None else self.rouge_l)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -50,7 +49,39 @@ class Score:
         return f"epoch{epoch}_step{step}_loss{self.loss:.4f}{rouge}"
 
 
-_FOLDER_NAME = re.compile(r"epoch\d+_step\d+_loss[^_]+(_rougel[^_]+)?")
+_FOLDER_NAME = re.compile(r"epoch\d+_step(?P<step>\d+)_loss(?P<loss>[^_]+)(?P<rouge>_rougel[^_]+)?")
+
+
+class Kept(NamedTuple):
+    """A checkpoint that is kept.
+
+    Attributes:
+        rank: of its score.
+        name: of its folder.
+        loss: None where version 0.1 kept it; its name has a rounded one.
+    """
+
+    rank: float
+    name: str
+    loss: float | None = None
+
+    @property
+    def order(self) -> tuple[float, float, int]:
+        """Larger is better: the rank, of equal ones the lower loss, of equal ones the later step."""
+        parts = _FOLDER_NAME.fullmatch(self.name)
+        loss = float(parts["loss"]) if self.loss is None else self.loss
+        return _or_worst(self.rank), _or_worst(-loss), int(parts["step"])
+
+    def advantage_over(self, other: "Kept") -> str:
+        """In what a better one is better."""
+        (rank, loss, _), (other_rank, other_loss, _) = self.order, other.order
+        if rank != other_rank:
+            return "a better ROUGE-L" if _FOLDER_NAME.fullmatch(self.name)["rouge"] else "a better loss"
+        return "the same ROUGE-L and a better loss" if loss != other_loss else "the same scores at a later step"
+
+
+def _or_worst(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
 
 
 @dataclass
@@ -62,39 +93,43 @@ class BestCheckpoints:
     arguments, for gathering the weights takes them all.
 
     Attributes:
-        kept: (rank, folder name) of the best so far, the best first.
+        kept: the best so far, the best first.
     """
 
     folder: Path
     keep: int
     writes_files: bool
-    kept: list[tuple[float, str]] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
 
     def offer(self, score: Score, epoch: int, step: int, save: Callable[[Path], None]) -> None:
-        """Saves by `save(path)` if the score is among the best so far; of equals the earlier stays.
+        """Saves by `save(path)` if the score is among the best so far, in the order of `Kept`; says why, or why not.
 
         Raises:
             StorageError: it cannot be written; the earlier ones are untouched.
         """
-        name = score.folder_name(epoch, step)
-        best = sorted([*self.kept, (score.rank, name)], key=lambda entry: entry[0], reverse=True)[:self.keep]
-        if (score.rank, name) not in best:
-            logger.info("checkpoint %s is not among the best %d; not kept", name, self.keep)
+        new = Kept(score.rank, score.folder_name(epoch, step), score.loss)
+        ranked = sorted([*self.kept, new], key=lambda entry: entry.order, reverse=True)
+        best, behind = ranked[:self.keep], ranked[self.keep:]
+        if new in behind:
+            logger.info("checkpoint %s is not kept: %s, the last of the best %d, has %s", new.name, best[-1].name,
+                        self.keep, best[-1].advantage_over(new))
             return
-        path = self.folder / name
+        path = self.folder / new.name
         with writing(path):
             save(unfinished(path))
             if self.writes_files:
                 publish(path)
-                logger.info("saved checkpoint %s", path)
         self.kept = best
+        reason = (f"it has {new.advantage_over(behind[0])} than {behind[0].name}, which goes" if behind else
+                  f"there were fewer than {self.keep}")
+        logger.info("saved checkpoint %s: %s", path, reason)
 
     def release(self) -> None:
         """Removes every checkpoint that is not among the best, and what an interrupted run left half-made."""
         if not self.writes_files:
             return
         sweep(self.folder)
-        names = {name for _, name in self.kept}
+        names = {entry.name for entry in self.kept}
         for path in self.folder.glob("epoch*"):
             if _FOLDER_NAME.fullmatch(path.name) and path.name not in names:
                 discard(path)

@@ -1,27 +1,139 @@
-"""The DeepSpeed configuration, built from the run's settings; a JSON file may override any key of it."""
+"""The DeepSpeed configuration, built from the run's settings; a file may say more of what is DeepSpeed's own.
+
+Nothing in a file is ignored in silence: a key is used, or agrees with what is done anyway, or is refused.
+"""
 
 import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hjson
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
 from todi.errors import InputError
+from todi.registry import did_you_mean
 from todi.runtime.device import Precision
 
-# What the data plan and the model's dtype already rest on: a file may repeat these, not change them.
-_OWNED = (("train_micro_batch_size_per_gpu",), ("gradient_accumulation_steps",), ("bf16", "enabled"),
-          ("fp16", "enabled"))
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # what the Trainer of transformers fills in; here it leaves a key as if it were not there
+
+
+_Limit = tuple[str, Callable[[Any], bool]]
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A section that is used.
+
+    Attributes:
+        model: DeepSpeed's declaration: which keys there are, and what they may be.
+        used: keys that are handed on. The others must have their default.
+        idle: keys without effect here, whatever they say.
+        limits: beyond DeepSpeed's declaration, where it fails later or not at all: what a key must be, and a test.
+        sections: within it.
+    """
+
+    model: type[BaseModel]
+    used: frozenset[str]
+    idle: frozenset[str] = frozenset()
+    limits: Mapping[str, _Limit] = field(default_factory=dict)
+    sections: Mapping[str, "_Section"] = field(default_factory=dict)
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_LOSS_SCALE = _names("loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+                     "min_loss_scale")
+_OFFLOADED_OPTIMIZER = _Section(DeepSpeedZeroOffloadOptimizerConfig, _names("device pin_memory"),
+                                idle=_names("nvme_path buffer_count fast_init pipeline_read pipeline_write"))
+_OFFLOADED_PARAMETERS = _Section(DeepSpeedZeroOffloadParamConfig, _names("device pin_memory"),
+                                 idle=_names("nvme_path buffer_count buffer_size max_in_cpu"))
+_SECTIONS = {
+    "zero_optimization": _Section(
+        DeepSpeedZeroConfig,
+        _names("stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
+               "allgather_partitions allgather_bucket_size overlap_comm offload_param offload_optimizer "
+               "sub_group_size round_robin_gradients memory_efficient_linear stage3_prefetch_bucket_size "
+               "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+               "stage3_max_reuse_distance stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params "
+               "stage3_allgather_sequential"),
+        idle=_names("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
+                    "log_trace_cache_warnings enable_sanity_checks"),
+        limits={"allgather_bucket_size": ("an even number", lambda value: value % 2 == 0),
+                "reduce_bucket_size": ("at most 1e10, for it is allocated", lambda value: value <= 10**10)},
+        sections={"offload_optimizer": _OFFLOADED_OPTIMIZER, "offload_param": _OFFLOADED_PARAMETERS}),
+    "bf16": _Section(DeepSpeedBF16Config, _names("enabled"), idle=_LOSS_SCALE),
+    "fp16": _Section(DeepSpeedFP16Config, _names("enabled") | _LOSS_SCALE, limits={
+        "initial_scale_power": ("in [0, 32]", lambda value: 0 <= value <= 32),
+        "hysteresis": ("at least 1", lambda value: value >= 1)}),
+}
+_OLDER_NAMES = {"bfloat16": "bf16"}
+
+# Single values that are used: what they must be, and a test.
+_VALUES: dict[str, _Limit] = {
+    "gradient_clipping": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "steps_per_print": ("a whole number of at least 1", lambda value: type(value) is int and value > 0),
+    "wall_clock_breakdown": ("true or false", lambda value: isinstance(value, bool)),
+    "memory_breakdown": ("true or false", lambda value: isinstance(value, bool)),
+    "zero_allow_untested_optimizer": ("true", lambda value: value is True),
+    "zero_force_ds_cpu_optimizer": ("false", lambda value: value is False),
+}
+# How a step is cut, and where that is set; a file may repeat it.
+PLAN = {"train_batch_size": "--batch-size, --gradient-accumulation-steps and the number of devices",
+        "train_micro_batch_size_per_gpu": "--batch-size",
+        "gradient_accumulation_steps": "--gradient-accumulation-steps"}
+_UNUSED = "there is no such thing here; leave it out"
+# What would have another effect than it has elsewhere, or none: what to do instead.
+_REFUSED = {
+    "optimizer": "it is AdamW; set it by --lr, --weight-decay, --adam-beta1, --adam-beta2 and --adam-eps",
+    "scheduler": "use --lr-scheduler, --warmup-iters and --lr-min",
+    **dict.fromkeys(("amp", "torch_autocast", "data_types"), "use --precision"),
+    **dict.fromkeys(("communication_data_type", "seq_parallel_communication_data_type"),
+                    "gradients travel in the type of --precision"),
+    **dict.fromkeys(("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+                    "gradients are divided by the tokens of the whole step"),
+    "activation_checkpointing": "use --gradient-checkpointing",
+    "checkpoint": "use --save-state-every",
+    "managed_gradient_accumulation": "use --gradient-accumulation-steps",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "use --report-to"),
+    "data_efficiency": "use --data-dir and --data-shares",
+    "aio": "nothing is offloaded to nvme here",
+    **dict.fromkeys(
+        ("sequence_parallel_size", "tensor_parallel", "expert_parallel", "pipeline", "hybrid_engine", "compile",
+         "compression_training", "quantize_training", "weight_quantization", "sparse_gradients", "sparse_attention",
+         "eigenvalue", "elasticity", "autotuning", "nebula", "datastates", "curriculum_learning",
+         "progressive_layer_drop", "graph_harvesting", "flops_profiler", "comms_logger", "timers", "dump_state",
+         "disable_allgather", "disable_python_gc", "dataloader_drop_last", "vocabulary_size", "log_level",
+         "use_data_before_expert_parallelism"), _UNUSED),
+}
+# Values of the above with which they are off.
+_OFF = {"gradient_predivide_factor": 1, "gradient_allreduce_op": "mean", "sequence_parallel_size": 1,
+        "managed_gradient_accumulation": True, "seq_parallel_communication_data_type": "fp32"}
 
 
 def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size: int, accumulation: int,
-                           clip_grad: float, override_file: str | None = None) -> dict[str, Any]:
+                           clip_grad: float, ranks: int = 1, override_file: str | None = None) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
         precision: of the weights that compute; the optimizer keeps fp32 masters of 16-bit ones.
-        override_file: a DeepSpeed JSON file; its keys win, and its "auto" values leave ours.
+        ranks: how many there are, for a file that says how many samples a step has.
+        override_file: a DeepSpeed JSON file, read as DeepSpeed does (comments are allowed). Its keys win over ours,
+            and its "auto" values leave them.
 
     Raises:
-        InputError: the file is not JSON, or changes the batch plan or the precision.
+        InputError: with everything that is wrong with the file.
     """
     config = {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -34,42 +146,163 @@ def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # we log ourselves
     }
-    if override_file is None:
-        return config
-    try:
-        override = json.loads(Path(override_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--deepspeed_config {override_file}: {error}") from None
-    if not isinstance(override, dict):
-        raise InputError(f"--deepspeed_config {override_file}: expected an object")
-    merged = _merge(config, override)
-    changed = [".".join(path) for path in _OWNED if _at(merged, path) != _at(config, path)]
-    if changed:
-        raise InputError(f"--deepspeed_config {override_file} changes {', '.join(changed)}; set the batch size, the "
-                         "accumulation and the precision by their own options and leave them out of the file")
-    _check_zero(merged["zero_optimization"], override_file)
-    return merged
-
-
-def _check_zero(zero: dict[str, Any], file: str) -> None:
-    """DeepSpeed passes over an offload that its stage has not, and the run is out of memory an hour later."""
-    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        wanted = (zero.get(name) or {}).get("device", "none") != "none"
-        if wanted and zero["stage"] < least:
-            raise InputError(f"--deepspeed_config {file}: {name} needs ZeRO stage {least} or more, got {zero['stage']}")
-
-
-def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in override.items():
-        if isinstance(value, dict):
-            merged[key] = _merge(base.get(key) or {}, value)
-        elif value != "auto":
-            merged[key] = value
-    return merged
-
-
-def _at(config: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        config = config.get(key)
+    if override_file is not None:
+        plan = {"train_batch_size": batch_size * accumulation * ranks, "train_micro_batch_size_per_gpu": batch_size,
+                "gradient_accumulation_steps": accumulation}
+        config = _overridden(config, plan, override_file)
+    zero = config["zero_optimization"]
+    if zero["stage"] == 0 and precision.name != "fp32":
+        zero["stage"] = 1
+        logger.info("ZeRO stage 1 in place of 0: without ZeRO, DeepSpeed's optimizer for %s begins with an update of "
+                    "zero gradients, and trains differently", precision.name)
     return config
+
+
+def _overridden(config: Mapping[str, Any], plan: Mapping[str, int], file: str) -> dict[str, Any]:
+    """`config` with what a file says. Raises InputError with everything that is wrong with the file."""
+    changed, problems, idle = dict(config), [], []
+    for name, value in _read(file).items():
+        if name in _SECTIONS and value != AUTO:
+            found = _values_of(name, _SECTIONS[name], value, problems, idle)
+            changed[name] = config[name] | _checked(name, _SECTIONS[name], config[name], found, problems)
+        elif name in plan and value not in (plan[name], AUTO):
+            problems.append(f"{name} is {plan[name]}, by {PLAN[name]}; the file says {_spell(value)}")
+        elif name in _VALUES and value != AUTO:
+            must_be, allowed = _VALUES[name]
+            if not allowed(value):
+                problems.append(f"{name} must be {must_be}, got {_spell(value)}")
+            changed[name] = value
+        elif name in _REFUSED and not _is_off(name, value):
+            problems.append(f"{name} has no effect here; {_REFUSED[name]}")
+        elif name not in (*config, *plan, *_REFUSED):
+            problems.append(f"there is no {name}; {did_you_mean(name, [*config, *plan, *_REFUSED])}")
+    problems += [] if problems else _between(config, changed)
+    if problems:
+        raise InputError([f"--deepspeed_config {file}: {problem.rstrip('; ')}" for problem in problems])
+    for key in idle:
+        logger.info("%s: %s has no effect here", file, key)
+    news = [f"{key} {_spell(value)}" for key, value in flat(changed).items() if flat(config).get(key) != value]
+    logger.info("from %s: %s", file, ", ".join(news) or "nothing that is not so already")
+    return changed
+
+
+def _read(file: str) -> dict[str, Any]:
+    """What a file holds, as DeepSpeed reads it. Raises InputError where it holds no object, or a key twice."""
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs = [(_OLDER_NAMES.get(name, name), value) for name, value in pairs]
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"it says more than once {', '.join(twice)}")
+        return dict(pairs)
+
+    try:
+        found = hjson.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--deepspeed_config {file}: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"--deepspeed_config {file}: expected an object, got {_spell(found)}")
+    return found
+
+
+def _values_of(path: str, section: _Section, given: Any, problems: list[str], idle: list[str]) -> dict[str, Any]:
+    """The keys of a section that are used; adds what is wrong to `problems`, and keys without effect to `idle`."""
+    if not isinstance(given, dict):
+        problems.append(f"{path} must be an object, {{...}}, got {_spell(given)}")
+        return {}
+    fields = {one.alias or name: one for name, one in section.model.model_fields.items()}
+    values = {}
+    for key, value in given.items():
+        if key in fields and (value == AUTO or value is None is fields[key].default):
+            continue
+        if key in section.sections:
+            inner = _values_of(f"{path}.{key}", section.sections[key], value, problems, idle)
+            values[key] = _checked(f"{path}.{key}", section.sections[key], {}, inner, problems)
+        elif key in section.used:
+            values[key] = value
+        elif key in section.idle:
+            idle.append(f"{path}.{key}")
+        elif key not in fields:
+            problems.append(f"there is no {path}.{key}; {did_you_mean(key, [*fields])}")
+        elif not _is_default(fields[key], value):
+            problems.append(f"{path}.{key} {_spell(value)} is not supported; {_newer_name(fields[key])}leave it out")
+    return values
+
+
+def _checked(path: str, section: _Section, base: Mapping[str, Any], values: Mapping[str, Any],
+             problems: list[str]) -> dict[str, Any]:
+    """Values of a section in the types that DeepSpeed gives them; adds what is wrong with them to `problems`."""
+    fields = {one.alias or name: one for name, one in section.model.model_fields.items()}
+    plain = {key: value for key, value in values.items() if key not in section.sections}
+    found = [f"{path}.{key} must be {'a number' if isinstance(value, bool) else 'true or false'}, got {_spell(value)}"
+             for key, value in plain.items()
+             if isinstance(value, bool) != (fields[key].annotation in (bool, bool | None))]
+    if not found:
+        try:
+            read = section.model(**base | plain).model_dump(mode="json", by_alias=True)
+        except ValidationError as error:
+            found = [f"{'.'.join([path, *map(str, one['loc'])])}: {one['msg']}, got {_spell(one['input'])}"
+                     if one["loc"] else f"{path}: {one['msg']}" for one in error.errors()]
+        else:
+            plain = {key: read[key] for key in plain}
+            found = [f"{path}.{key} must be {must_be}, got {_spell(plain[key])}"
+                     for key, (must_be, allowed) in section.limits.items() if key in plain and not allowed(plain[key])]
+    problems += found
+    return dict(values) | plain
+
+
+def _is_default(one: FieldInfo, value: Any) -> bool:
+    default = one.get_default(call_default_factory=True)
+    return value == default or (default is None and value is False)
+
+
+def _newer_name(one: FieldInfo) -> str:
+    newer = (one.json_schema_extra or {}).get("new_param")
+    return f"use {newer}, or " if newer else ""
+
+
+def _between(config: Mapping[str, Any], changed: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between the keys of a file, or between them and the settings."""
+    for name in ("bf16", "fp16"):
+        if changed[name]["enabled"] != config[name]["enabled"]:
+            yield (f"{name}.enabled is {_spell(config[name]['enabled'])}, by --precision; the file says "
+                   f"{_spell(changed[name]['enabled'])}")
+    zero = changed["zero_optimization"]
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(name) or {}).get("device", "none")
+        # DeepSpeed passes over an offload that its stage has not, and the run is out of memory an hour later.
+        if device != "none" and zero["stage"] < least:
+            yield f"{name} needs ZeRO stage {least} or more, got {zero['stage']}"
+        if device == "nvme":
+            yield f"{name} to nvme is not supported, for such a run could not be resumed; use cpu"
+
+
+def _is_off(name: str, value: Any) -> bool:
+    """Whether a key that is not supported asks for nothing, or for what is done anyway."""
+    if name == "optimizer" and isinstance(value, dict):
+        params = value.get("params", {})
+        return (str(value.get("type", "AdamW")).lower() in ("adam", "adamw") and set(value) <= {"type", "params"}
+                and isinstance(params, dict) and all(one == AUTO for one in params.values()))
+    if isinstance(value, dict) and "enabled" in value:
+        value = value["enabled"]
+    if isinstance(value, dict):
+        return all(_is_off(key, one) for key, one in value.items())
+    return value in (None, False, AUTO) or (name in _OFF and value == _OFF[name])
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted names."""
+    found = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _spell(value: Any) -> str:
+    """As it stands in a file, on a line."""
+    text = json.dumps(value, default=str)
+    return text if len(text) < 80 else f"{text[:77]}..."

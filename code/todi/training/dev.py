@@ -1,7 +1,9 @@
 """How good the student is on dev: cross-entropy, and ROUGE-L of what it writes."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import deepspeed
@@ -14,12 +16,16 @@ from todi.data.batches import collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.evaluation.rouge import rouge_l
+from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
+from todi.settings import AUTO_TOKENIZER
 from todi.training.checkpoints import Score
 from todi.training.step import add, means
 from todi.training.student import is_partitioned
+
+logger = logging.getLogger(__name__)
 
 
 class Judge(Protocol):
@@ -38,6 +44,7 @@ class DevSet:
         decoding: None ranks checkpoints by the loss and generates nothing.
         batch_size: samples or prompts at a time, per device.
         seed: of the sampling.
+        rouge_tokenizer: one of `ROUGE_TOKENIZERS`; auto chooses by the references of all records.
     """
 
     records: Sequence[Record]
@@ -48,10 +55,14 @@ class DevSet:
     batch_size: int
     seed: int
     world: World
+    rouge_tokenizer: str = AUTO_TOKENIZER
 
     def __call__(self, engine: deepspeed.DeepSpeedEngine) -> Score:
         mean = self.loss(engine)
-        return Score(mean["ce"], self.rouge_l(engine.module.model) if self.decoding else None, mean["correct"])
+        rouge = self.rouge_l(engine.module.model) if self.decoding else None
+        if rouge == 0 and self.world.is_main:
+            logger.warning("warning: ROUGE-L is 0 for every dev response; while it is, the loss ranks the checkpoints")
+        return Score(mean["ce"], rouge, mean["correct"])
 
     @torch.no_grad()
     def loss(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
@@ -78,6 +89,11 @@ class DevSet:
         responses = generate(model, [self.prompts[i] for i in mine], [stream_key("dev", self.seed, i) for i in mine],
                              decoding=self.decoding, eos_ids=stop_ids(model, self.tokenizer, self.records),
                              pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
-        scores = rouge_l(to_texts(responses, self.tokenizer), [self.records[i].references for i in mine])
+        scores = rouge_l(to_texts(responses, self.tokenizer), [self.records[i].references for i in mine],
+                         self._rouge_tokens)
         everyone = [score for part in self.world.gather(scores) for score in part]
         return sum(everyone) / len(everyone)
+
+    @cached_property
+    def _rouge_tokens(self) -> str:
+        return choose_tokenizer(self.rouge_tokenizer, [record.references for record in self.records], "dev")

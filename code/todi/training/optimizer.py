@@ -1,44 +1,69 @@
-"""AdamW, and the schedule of its learning rate."""
+"""AdamW, the schedule of its learning rate, and the DeepSpeed engine around both."""
 
+from functools import partial
+from typing import Any
+
+import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from todi.schedules import SCHEDULES
 
 
-class SkippingAdamW(torch.optim.AdamW):
-    """AdamW that leaves out an update whose gradients are not finite and says so in `overflow`.
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW that clips its gradients, and leaves out an update whose gradients are not finite.
 
-    DeepSpeed's wrappers do that for the optimizer that they wrap. Without ZeRO, in fp32, there is none, and DeepSpeed
-    looks for `overflow` here.
+    DeepSpeed's wrappers do that for the optimizer that they wrap. Without ZeRO, in fp32, there is none; DeepSpeed then
+    clips without telling the norm, and looks for `overflow` and `_global_grad_norm` here.
+
+    Args:
+        clip_grad: largest norm of all gradients; 0 does not clip.
     """
 
     overflow = False
+    _global_grad_norm: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], *, clip_grad: float, **settings: Any):
+        super().__init__(groups, **settings)
+        self.clip_grad = clip_grad
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = torch._foreach_norm(gradients)
-        self.overflow = not torch.stack([norm.float() for norm in norms]).sum().isfinite()
-        if not self.overflow:
-            super().step()
+        self._global_grad_norm = get_total_norm(gradients)
+        self.overflow = not self._global_grad_norm.isfinite()
+        if self.overflow:
+            return
+        if self.clip_grad > 0:
+            torch._foreach_mul_(gradients, (self.clip_grad / (self._global_grad_norm + 1e-6)).clamp(max=1.0))
+        super().step()
 
 
-def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
-                    weight_decay: float, skip_bad_steps: bool = False) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+                    clip_grad: float = 0.0, stage: int = 1) -> torch.optim.AdamW:
     """AdamW on the trainable parameters; one-dimensional ones (norms, biases) do not decay.
 
     Args:
-        skip_bad_steps: skip steps that are not finite; for the optimizer that DeepSpeed does not wrap.
+        clip_grad: largest gradient norm.
+        stage: of ZeRO. From 1 on DeepSpeed wraps the optimizer and clips.
     """
-    kind = SkippingAdamW if skip_bad_steps else torch.optim.AdamW
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    kind = torch.optim.AdamW if stage else partial(ClippingAdamW, clip_grad=clip_grad)
     return kind([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def wrap(model: nn.Module, optimizer: torch.optim.AdamW, schedule: LambdaLR,
+         config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine of a model; it does not clip for an optimizer that does so itself."""
+    if isinstance(optimizer, ClippingAdamW):
+        config = config | {"gradient_clipping": 0.0}
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, total_steps: int, warmup_steps: int, lr: float,

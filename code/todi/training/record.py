@@ -2,40 +2,51 @@
 
 import dataclasses
 import json
-import platform
-import subprocess
+import logging
+import re
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from todi.errors import InputError
+from todi.runtime.versions import git_commit, versions
 from todi.settings import TrainConfig
+from todi.training.deepspeed_config import PLAN, flat
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # 1 had the checksums of train.jsonl and dev.jsonl among `deciding`, by these names, and no others
-_LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "numpy", "rouge-score")
+_STUDENT = "the student"
+# What a resume state is laid out by, or counted in: not even --resume force can change it. Everything else comes from
+# the settings again when a run is resumed (training/state.py).
+_FIXED = re.compile(rf"{_STUDENT}|peft|peft_path|peft_lora_r|loss_terms|hidden_layers|seed|data_shares|"
+                    r"samples of a step|samples of an epoch|(bf16|fp16)\..*|zero_optimization\.(stage|sub_group_size|"
+                    r"round_robin_gradients|stage3_(param|model)_persistence_threshold|offload_.*)")
 
 
-def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str], teacher: str | None) -> dict[str, Any]:
+def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str], teacher: str | None,
+                 epoch_samples: int, deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     """What args.json holds: settings, checksums of what was read, versions of what computes.
 
-    `deciding` and `files` are what a resumed run must share with the one before: they alter the result.
+    `deciding`, `deepspeed` and `files` are what a resumed run must share with the one before: they alter the result.
 
     Args:
         files: checksums of data, models, adapters and plugins, by path.
         teacher: where its hidden states come from; None without one.
+        epoch_samples: samples of an epoch.
+        deepspeed: the configuration that DeepSpeed runs with.
     """
-    optim = config.optim
-    step_samples = optim.batch_size * optim.gradient_accumulation_steps * world_size
     return {
         "format": FORMAT,
         "settings": dataclasses.asdict(config),
-        "deciding": config.deciding | {"samples of a step": step_samples, "teacher": teacher},
+        "deciding": config.deciding | {"samples of a step": config.optim.step_samples(world_size),
+                                       "samples of an epoch": epoch_samples, "teacher": teacher},
+        "deepspeed": {name: value for name, value in deepspeed.items() if name not in PLAN},
         "files": dict(files),
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        "git_commit": _git_commit(),
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
 
 
@@ -57,33 +68,55 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
+def check_same_run(folder: Path, run: Mapping[str, Any], force: bool = False) -> None:
     """Whether what lies in `folder`, if anything, is of the same run.
+
+    Args:
+        force: let it go on though settings differ, where a resume state allows it; says what changes.
 
     Raises:
         InputError: it is not; lists every difference.
     """
     before = read_record(folder)
-    differing = [] if before is None else differences(before, run)
-    if differing:
-        raise InputError(f"{folder} holds a run that differs: {'; '.join(differing)}. Choose another --save-dir, start "
-                         "anew with --resume never (removes that run), or go on all the same with --resume force")
+    found = {} if before is None else differences(before, run)
+    fixed = [sentence for name, sentence in found.items() if _FIXED.fullmatch(name)]
+    anew = "Choose another --save-dir, or start anew with --resume never (removes that run)"
+    if force and fixed:
+        raise InputError(f"{folder} holds a run that cannot go on with what differs: {'; '.join(fixed)}. {anew}")
+    if found and not force:
+        going_on = "" if fixed else ", or go on all the same with --resume force"
+        raise InputError(f"{folder} holds a run that differs: {'; '.join(found.values())}. {anew}{going_on}")
+    for sentence in found.values():
+        logger.warning("going on though %s", sentence)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two runs, of all that alters the result, a sentence each.
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between two runs, of all that alters the result: a sentence each, by what it is about.
 
-    A setting that an earlier version did not have counts as its default.
+    A student that was only moved counts as a changed setting, another one at its old or new place as another student.
+
+    A setting that an earlier version did not have counts as its default; what else it did not note is passed over.
     """
     then, files = dict(before["deciding"]), before.get("files")
     if files is None:
         by_name = {name: then.pop(name) for name in ("train.jsonl", "dev.jsonl")}
         files = {path: by_name[Path(path).name] for path in now["files"] if Path(path).name in by_name}
     then = TrainConfig.defaults() | then
-    settings = [f"{name} was {then.get(name)!r}, is {now['deciding'].get(name)!r}" for name in then | now["deciding"]
-                if _plain(then.get(name)) != _plain(now["deciding"].get(name))]
-    return settings + [f"{path} is not what it was" for path in files
-                       if path in now["files"] and files[path] != now["files"][path]]
+    found = _changed(then, {name: value for name, value in now["deciding"].items() if name in then})
+    if "deepspeed" in before:
+        found |= _changed(flat(before["deepspeed"]), flat(now["deepspeed"]))
+    found |= {path: f"{path} is not what it was" for path in files
+              if path in now["files"] and files[path] != now["files"][path]}
+    student = now["deciding"]["model_path"]
+    if files.get(then["model_path"], now["files"][student]) != now["files"][student]:
+        found.pop(student, None)
+        found[_STUDENT] = f"{student} is not what {then['model_path']} was"
+    return found
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in {**then, **now}
+            if _plain(then.get(name)) != _plain(now.get(name))}
 
 
 def _plain(value: Any) -> Any:
@@ -91,12 +124,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return list(value) if len(value) > 1 else next(iter(value), None)
     return value
-
-
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
-    return answer.stdout.strip()

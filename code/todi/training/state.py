@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
+from todi.training.checkpoints import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 _DEEPSPEED_TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 # Python before 3.11.4 writes an enumeration as a call of getattr, which no file may ask for.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+# Of a group of parameters: what a setting decides, and its name.
+_GROUP_SETTINGS = {"initial_lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
+_LAYOUTS = ("no ZeRO", "ZeRO stage 1 or 2", "ZeRO stage 1 or 2", "ZeRO stage 3")  # by the stage
 KEPT_STATES = 2  # the newest, and one more in case its files are damaged
 
 
@@ -47,7 +52,7 @@ class Position:
         seconds: of training.
         metrics_bytes: length of metrics.jsonl.
         skipped: steps that were skipped for numbers that are not finite.
-        best: (rank, folder name) of the best checkpoints.
+        best: the best checkpoints.
     """
 
     step: int = 0
@@ -55,12 +60,12 @@ class Position:
     seconds: float = 0.0
     metrics_bytes: int = 0
     skipped: int = 0
-    best: list[tuple[float, str]] = field(default_factory=list)
+    best: list[Kept] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Position":
         """From what `dataclasses.asdict` gave and JSON kept."""
-        return cls(**fields | {"best": [tuple(entry) for entry in fields["best"]]})
+        return cls(**fields | {"best": [Kept(*entry) for entry in fields["best"]]})
 
 
 @dataclass(frozen=True)
@@ -125,20 +130,26 @@ class StateStore:
         return self.world.gather(chosen)[0]
 
     def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> SavedState:
-        """Puts weights, optimizer, schedule and random numbers back.
+        """Puts weights, moments of the optimizer, the step of the schedule and random numbers back.
+
+        Learning rate, decay, clipping and the like stay as the engine was built with.
 
         Raises:
             InputError: it was written by another number of ranks under a ZeRO stage that spreads the optimizer, or
-                it holds what no run writes.
+                under another stage, or it holds what no run writes.
         """
         record = _read(path)
+        written, stage = _layout(record["files"]), engine.zero_optimization_stage()
+        if written != _LAYOUTS[stage]:
+            raise InputError(f"{path} was written with {written}, and the run has {_LAYOUTS[stage]} now; start anew "
+                             "with --resume never")
         same_ranks = record["ranks"] == self.world.size
         if not same_ranks and engine.zero_optimization_stage() > 0:
             raise InputError(f"{path} was written by {record['ranks']} ranks, and ZeRO stage "
                              f"{engine.zero_optimization_stage()} spreads the optimizer over them; there are "
                              f"{self.world.size} now. Only stage 0 goes on with another number")
         engine.checkpoint_engine = _SafeCheckpointEngine()
-        own = None
+        own, settings = None, OptimizerSettings(engine)
         try:
             with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
                 engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
@@ -147,6 +158,8 @@ class StateStore:
         except pickle.UnpicklingError:
             raise InputError(f"{path} holds more than tensors and numbers, so it was not written by a run; nothing of "
                              "it was executed") from None
+        for change in settings.put_back():
+            logger.info("from here on %s", change)
         if own is not None:
             _set_random_states(own["random"], engine.device)
         else:
@@ -188,11 +201,48 @@ class StateStore:
         return not damaged
 
 
+class OptimizerSettings:
+    """What the settings say of an engine's optimizer: it is built with that, but a state brings the old ones along."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine):
+        self.engine = engine
+        self.groups = [{name: group[name] for name in _GROUP_SETTINGS} for group in engine.optimizer.param_groups]
+        self.clip_grad = engine.optimizer.clip_grad
+
+    def put_back(self) -> list[str]:
+        """Undoes what loading a state did to them; what differed, as 'lr 0.1 -> 0.01'."""
+        optimizer, schedule, changes = self.engine.optimizer, self.engine.lr_scheduler, []
+        for group, wanted in zip(optimizer.param_groups, self.groups, strict=True):
+            changes += [f"{shown} {group[name]} -> {wanted[name]}" for name, shown in _GROUP_SETTINGS.items()
+                        if group[name] != wanted[name]]
+            group.update(wanted)
+        if optimizer.clip_grad != self.clip_grad:
+            changes.append(f"clip_grad {optimizer.clip_grad} -> {self.clip_grad}")
+            optimizer.clip_grad = self.clip_grad
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        rates = [lr * factor(schedule.last_epoch)
+                 for lr, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        if rates != schedule._last_lr:
+            changes.append(f"lr of the next step {schedule._last_lr[0]} -> {rates[0]}")
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+        return list(dict.fromkeys(changes))
+
+
 class _SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's reader, which otherwise unpickles whatever a file holds."""
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _layout(files: Iterable[str]) -> str:
+    """Of `_LAYOUTS`, the one of a state's files."""
+    names = [Path(file).name for file in files]
+    if not any(name.endswith("_optim_states.pt") for name in names):
+        return _LAYOUTS[0]
+    return _LAYOUTS[3 if any(name.startswith("zero_") and name.endswith("_model_states.pt") for name in names) else 1]
 
 
 def _window(own: dict[str, Any] | None, device: torch.device) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ class Student(nn.Module):
 
     def share_head(self) -> None:
         """Tells ZeRO-3 that this module's own forward reads the head's parameters, so that it gathers them."""
-        _, head = backbone_and_head(self.model)
-        for parameter in (head.weight, head.bias):
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        for parameter in model.get_output_embeddings().parameters(recurse=False):
             if hasattr(parameter, "ds_id"):
                 deepspeed.zero.register_external_parameter(self, parameter)
 

@@ -15,6 +15,7 @@ from todi.criterions import LossTerm, ModelShape, TermContext, build_divergence,
 from todi.data.chat import render_sets
 from todi.data.plans import epoch_counts
 from todi.data.records import Record, load_sets
+from todi.data.template_date import TemplateDate
 from todi.errors import InputError, collecting
 from todi.models.adapters import check_adapter, check_lora
 from todi.models.checks import check_positions, check_vocabulary
@@ -24,10 +25,12 @@ from todi.models.tokenizers import tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
-from todi.settings import DataConfig, ObjectiveConfig, TrainConfig, named_numbers
+from todi.runtime.distributed import world_from_environment
+from todi.settings import DataConfig, ObjectiveConfig, RunConfig, TrainConfig, named_numbers
 from todi.teacher.callable import Function, load_function
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.monitors import check_monitors
+from todi.training.record import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ class TrainInputs:
         train, dev: the records of all sets, one set after the other.
         train_files, dev_files: where they came from.
         train_sizes: how many training records each set has.
+        template_date: `TemplateDate.noted` of the one date of all chat templates.
     """
 
     student: ModelInputs
@@ -65,6 +69,7 @@ class TrainInputs:
     train_files: list[Path]
     dev_files: list[Path]
     train_sizes: list[int]
+    template_date: str
 
 
 def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
@@ -88,9 +93,10 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
         dev = load_sets(dev_files, config.data.dev_num)
     with collecting(problems):
         precision = choose_precision(config.run.precision, device)
+        ranks = world_from_environment().size
         deepspeed_config = build_deepspeed_config(
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
-            accumulation=config.optim.gradient_accumulation_steps, clip_grad=config.optim.clip_grad,
+            accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad, ranks=ranks,
             override_file=config.run.deepspeed_config)
     teacher_precision = precision
     if config.teacher.teacher_dtype:
@@ -117,9 +123,12 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     for teacher in teachers if student else ():
         with collecting(problems):
             _check_tokenizers(student, teacher)
+    date = TemplateDate()
+    with collecting(problems):
+        date = TemplateDate(config.data.template_date, _earlier_date(config.run))
     with collecting(problems):
         if student and train and dev:
-            train, dev = (render_sets(sets, student.tokenizer, files)
+            train, dev = (render_sets(sets, student.tokenizer, files, date)
                           for sets, files in ((train, train_files), (dev, dev_files)))
     with collecting(problems):
         if not problems and len(train) > 1:
@@ -127,16 +136,20 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     if problems:
         raise InputError(problems)
     return TrainInputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)),
-                       train_files, dev_files, [len(records) for records in train])
+                       train_files, dev_files, [len(records) for records in train], date.noted)
 
 
-def checksums(config: TrainConfig, inputs: TrainInputs) -> dict[str, str]:
-    """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit."""
+def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) -> dict[str, str]:
+    """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit.
+
+    Args:
+        of_models: their weights too, which takes a second for each gigabyte or two.
+    """
     code = list(config.run.plugins)
     if inputs.teacher_function:
         code.append(config.teacher.teacher_callable.rpartition(":")[0])
     found = {str(file): file_checksum(file) for file in (*inputs.train_files, *inputs.dev_files, *code)}
-    for model in (inputs.student, *inputs.teachers):
+    for model in (inputs.student, *inputs.teachers) if of_models else ():
         for path in filter(None, (model.path, model.adapter)):
             found[path] = str(checksum_or_commit(path, weights_checksum, config.student.trust_remote_code))
     return found
@@ -206,6 +219,12 @@ def _data_files(folders: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """Files of the training and of the dev records; several folders need one file of dev records among them."""
     train, dev = ([Path(folder) / f"{split}.jsonl" for folder in folders] for split in ("train", "dev"))
     return train, [file for file in dev if file.is_file()] or dev
+
+
+def _earlier_date(run: RunConfig) -> str | None:
+    """Of the run that goes on, if one does."""
+    record = None if run.resume == "never" else read_record(Path(run.save_dir))
+    return record and record["deciding"].get("template_date")
 
 
 def _check_shares(data: DataConfig, sizes: Sequence[int]) -> None:

@@ -137,7 +137,7 @@ class Trainer:
         micro_batches = [[example.sample_id for example in part] for part in plan.micro_batches]
         bad = [ids for ids, is_finite in zip(micro_batches, finite, strict=True) if not is_finite]
         everywhere = [ids for part in self.world.gather(bad) for ids in part]
-        if self.step.engine.fp16_enabled() and not everywhere:
+        if self.step.engine.fp16_enabled() and self.step.engine.dynamic_loss_scale() and not everywhere:
             return  # the loss scale was too high and is lowered: part of training in fp16
         self.at.skipped += 1
         self.bad_steps += 1
@@ -149,7 +149,8 @@ class Trainer:
         self.monitors.log("skipped", self.at.step, {"what": what, "samples": samples})
         if self.bad_steps >= self.pace.max_bad_steps:
             raise TrainingError(f"{self.bad_steps} steps in a row were not finite; the states and checkpoints before "
-                                "them are kept. Lower the learning rate, or look at the records named above")
+                                "them are kept. Go on with a lower learning rate (--lr, with --resume force), or look "
+                                "at the records named above")
 
     def _heed_signals_and_clock(self) -> None:
         """Saves the state when it is due or when a signal asks to stop: all ranks at the same step."""

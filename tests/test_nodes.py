@@ -1,0 +1,116 @@
+"""Several nodes: that they meet, who is missing, and what they would do otherwise than one another."""
+
+import logging
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from launching import start, write_data
+from stopping import KD
+from todi.errors import InputError
+from todi.runtime import nodes
+from todi.runtime.nodes import Nodes, agree, differing
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def meet(*descriptions: dict[str, str], timeout: float = 30) -> list[str | None]:
+    """What `agree` says on each of as many nodes."""
+    port = free_port()
+
+    def node(rank: int) -> str | None:
+        try:
+            agree(Nodes(len(descriptions), rank, "127.0.0.1", port, timeout), descriptions[rank])
+        except InputError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(node, range(len(descriptions))))
+
+
+def test_nodes_that_agree():
+    assert meet({"lr": "0.1"}, {"lr": "0.1"}, {"lr": "0.1"}) == [None, None, None]
+
+
+def test_every_node_hears_who_differs_in_what():
+    host = socket.gethostname()
+    said = (f"the nodes differ: lr is 0.1 on node 0, 0.2 on node 2 ({host}); train.jsonl is not there on node 0, abc "
+            f"on node 2 ({host})")
+    assert meet({"lr": "0.1"}, {"lr": "0.1"}, {"lr": "0.2", "train.jsonl": "abc"}) == [said] * 3
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
+def test_a_node_that_does_not_come(monkeypatch, caplog, rank, missing):
+    monkeypatch.setattr(logging.getLogger("todi"), "propagate", True)
+    caplog.set_level("INFO", logger="todi")
+    monkeypatch.setattr(nodes, "_REPORT", 0.5)
+    started, port = time.monotonic(), free_port()
+    with pytest.raises(InputError, match=rf"node {missing} of 2 did not come to 127.0.0.1:{port} within 2 s "):
+        agree(Nodes(2, rank, "127.0.0.1", port, timeout=2), {})
+    assert time.monotonic() - started < 20
+    assert f"node {rank} of 2 waits for node {missing} at 127.0.0.1:{port}" in caplog.text
+
+
+def test_an_address_that_is_not_ours():
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    with taken, pytest.raises(InputError, match="node 0 cannot listen at port"):
+        agree(Nodes(2, 0, "127.0.0.1", taken.getsockname()[1], timeout=2), {})
+
+
+def test_descriptions():
+    assert differing({"a": "1", "b": "2"}, {"a": "1", "b": "3"}, "x", "y") == ["b is 2 on x, 3 on y"]
+
+
+def launched(settings: dict[str, object], *changes: dict[str, object]) -> list[tuple[int, str]]:
+    """Exit code and output of a launcher on each of two nodes of this machine."""
+    common = settings | {"NNODES": 2, "NPROC": 1, "GRAD_ACC": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [start(KD, **common | {"NODE_RANK": rank} | change) for rank, change in enumerate(changes)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+OTHERWISE = {"LR": 0.02, "KD_OBJ": "tvd", "KD_TEMP": 3, "SEED": 11, "MAX_LENGTH": 63, "GRAD_ACC": 2, "ZERO_STAGE": 2,
+             "EPOCH": 2, "DATA_DIR": "{data}", "TEACHER_MODEL_PATH": "{student}"}
+
+
+@pytest.mark.parametrize("name", [name if name in ("LR", "DATA_DIR") else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in OTHERWISE])
+def test_what_one_node_has_otherwise_is_named_on_both(settings, tmp_path, name):
+    other = write_data(tmp_path / "data", train=18, dev=4)
+    value = str(OTHERWISE[name]).format(data=other, student=settings["MODEL_PATH"])
+    started = time.monotonic()
+    for code, output in launched(settings | {"SAVE_DIR": tmp_path / "run"}, {}, {name: value}):
+        assert code == 2, output
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "the nodes differ: " in errors[0] and value in errors[0], output
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_train(settings, tmp_path):
+    for code, output in launched(settings | {"SAVE_DIR": tmp_path / "run", "EPOCH": 1}, {}, {}):
+        assert code == 0, output
+    assert list((tmp_path / "run").glob("epoch1*"))
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"NNODES": "1:4"}, "NNODES must be a whole number of at least 1, got '1:4'"),
+    ({"NPROC": "gpu"}, "NPROC must be a whole number of at least 1, got 'gpu'"),
+    ({"NPROC": 0}, "NPROC must be a whole number of at least 1, got '0'"),
+    ({"NNODES": 2, "NODE_RANK": 2}, "NODE_RANK must be below NNODES=2, got 2"),
+    ({"NNODES": 2}, "NODE_RANK must be a whole number of at least 0, got ''"),
+    ({"NNODES": 2, "NODE_RANK": 0}, "NNODES=2 needs MASTER_ADDR")])
+def test_what_cannot_be(changed, said):
+    process = start(KD, **changed)
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert output.startswith(f"error: {said}") and output.count("\n") == 1

@@ -1,0 +1,118 @@
+"""What a ZeRO stage must not change: how a model trains, what is said of its gradients, and how it is resumed."""
+
+import logging
+
+import pytest
+import torch
+from todi.errors import InputError
+from todi.runtime.device import Precision
+from todi.runtime.distributed import world_from_environment
+from todi.training.deepspeed_config import build_deepspeed_config
+from todi.training.optimizer import build_optimizer, build_schedule, wrap
+from todi.training.state import Position, SavedState, StateStore
+from torch import nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STAGES = range(4)
+
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.fixture
+def states(tmp_path) -> StateStore:
+    return StateStore(tmp_path, world_from_environment())
+
+
+def build(precision: str, stage: int, clip_grad: float = 1.0, lr: float = 1e-2, weight_decay: float = 0.01,
+          schedule: str = "cosine", warmup_steps: int = 2):
+    """An engine around a tiny model that is the same each time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 50))
+    config = build_deepspeed_config(precision=Precision(precision, "test"), zero_stage=stage, batch_size=4,
+                                    accumulation=2, clip_grad=clip_grad)
+    optimizer = build_optimizer(model.to(DTYPES[precision]), lr=lr, betas=(0.9, 0.999), eps=1e-8,
+                                weight_decay=weight_decay, clip_grad=config["gradient_clipping"],
+                                stage=config["zero_optimization"]["stage"])
+    rates = build_schedule(optimizer, schedule, total_steps=8, warmup_steps=warmup_steps, lr=lr, lr_min=1e-5)
+    return wrap(model, optimizer, rates, config)
+
+
+def train(engine, steps: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of some steps of two micro-batches."""
+    numbers, losses, norms = torch.Generator().manual_seed(1), [], []
+    for _ in range(steps):
+        for _ in range(2):
+            x = torch.randint(50, (4,), generator=numbers)
+            loss = nn.functional.cross_entropy(engine(x).float(), (x * 7 + 3) % 50)
+            engine.backward(loss / 2, scale_wrt_gas=False)
+            engine.step()
+            losses.append(loss.item())
+        norms.append(float(engine.get_global_grad_norm()))
+    return losses, norms
+
+
+@pytest.mark.parametrize("clip_grad", [1.0, 0.0])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_stage_0_trains_as_stage_1_does(precision, clip_grad):
+    """DeepSpeed's own stage 0 in 16 bits is 0.05 off in the weights, for it begins with a step of zero gradients."""
+    (engine, ours), (other, expected) = (
+        (engine, train(engine, 8)) for engine in (build(precision, stage, clip_grad) for stage in (0, 1)))
+    assert ours[0] == pytest.approx(expected[0], abs=1e-5)
+    assert ours[1] == pytest.approx(expected[1], rel=1e-5)
+    for one, another in zip(engine.module.parameters(), other.module.parameters(), strict=True):
+        assert (one - another).abs().max() < 1e-5
+    assert precision == "fp16" or min(ours[1]) > 1  # so that clipping does something
+
+
+@pytest.mark.parametrize("clip_grad", [1.0, 0.0])
+def test_an_update_that_is_not_finite_is_left_out_without_zero(clip_grad):
+    engine = build("fp32", 0, clip_grad)
+    before = [p.clone() for p in engine.module.parameters()]
+    for _ in range(2):
+        engine.backward(engine(torch.arange(4)).sum() * float("inf"), scale_wrt_gas=False)
+        engine.step()
+    assert not engine.was_step_applied()
+    assert all(torch.equal(one, another) for one, another in zip(before, engine.module.parameters(), strict=True))
+
+
+def saved(states: StateStore, engine):
+    train(engine, 3)
+    states.save(engine, SavedState(Position(step=3), {}, {}))
+    return states.newest()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_was_set_anew_counts_after_a_state_is_loaded(stage, states, caplog):
+    path = saved(states, build("fp32", stage))
+    engine = build("fp32", stage, clip_grad=0.25, lr=1e-3, weight_decay=0.5, schedule="constant")
+    with caplog.at_level(logging.INFO, "todi"):
+        states.load(path, engine)
+    groups = engine.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3]
+    assert engine.optimizer.clip_grad == 0.25
+    for change in "lr 0.01 -> 0.001", "weight_decay 0.01 -> 0.5", "lr of the next step":
+        assert change in caplog.text
+    train(engine, 1)
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [1e-3, 1e-3]
+    moments = [one["exp_avg"].abs().max() for one in engine.optimizer.state.values()]
+    assert moments and min(moments) > 0  # the state was taken up
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_state_of_the_same_settings_changes_none(stage, states, caplog):
+    engine = build("fp32", stage)
+    path, rates = saved(states, engine), [group["lr"] for group in engine.optimizer.param_groups]
+    another = build("fp32", stage)
+    with caplog.at_level(logging.INFO, "todi"):
+        states.load(path, another)
+    assert [group["lr"] for group in another.optimizer.param_groups] == rates
+    assert "from here on" not in caplog.text
+
+
+@pytest.mark.parametrize(("then", "now"), [(0, 1), (1, 0), (0, 3), (2, 3), (3, 1)])
+def test_a_state_of_another_layout_is_not_taken_up(then, now, states):
+    path = saved(states, build("fp32", then))
+    with pytest.raises(InputError, match=r"was written with (no )?ZeRO.* now; start anew with --resume never"):
+        states.load(path, build("fp32", now))
