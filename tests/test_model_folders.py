@@ -99,7 +99,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("file", ["model.safetensors.index.json", SHARDS[1], "tokenizer.json", "config.json"])
     def test_an_evaluation_checks_the_same(self, copy, tmp_path, file):
-        config = EvalConfig(model_path=str(copy), data_dir=str(write_data(tmp_path / "sets" / "tiny", valid=2).parent),
+        config = EvalConfig(model_path=str(copy), sets_dir=str(write_data(tmp_path / "sets" / "tiny", valid=2).parent),
                             sets=("tiny",), precision="fp32", max_length=64, max_prompt_length=48)
         eval_inputs.read_inputs(config, CPU)
         (copy / file).write_bytes(POINTER)
