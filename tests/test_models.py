@@ -20,6 +20,7 @@ from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
     attention_for,
+    empty_model,
     is_hub_name,
     load_config,
     load_model,
@@ -196,19 +197,56 @@ class TestTokenizers:
             f"merges (the first: number 1 is {merges[2]} in the student and {merges[1]} in the teacher)")
 
 
+# Families whose configuration says more of single layers than `layer_types` does, or says it otherwise.
+OF_SINGLE_LAYERS = {
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 4, "num_layers": 4, "num_heads": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen3_moe": {"mlp_only_layers": [1, 3], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "head_dim": 8},
+    "llama4_text": {"num_local_experts": 2, "interleave_moe_layer_step": 2, "head_dim": 8, "intermediate_size_mlp": 64},
+}
+
+
 class TestPruning:
-    @pytest.mark.parametrize("family", ARCHITECTURES)
-    def test_the_pruned_model_is_the_model_without_those_layers(self, tmp_path, family):
-        model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "whole", family, layers=4)).eval()
+    @pytest.mark.parametrize(("family", "special"), [*((family, {}) for family in ARCHITECTURES),
+                                                     *OF_SINGLE_LAYERS.items()])
+    def test_the_pruned_model_is_the_model_without_those_layers(self, tmp_path, family, special):
+        if family == "gpt_neo":
+            special = special | {"num_key_value_heads": None, "intermediate_size": None}
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_model(tmp_path / "whole", family, layers=4, **special)).eval()
+        whole = keep_layers(model, range(4))
+        torch.testing.assert_close(whole(torch.arange(40)[None]).logits, model(torch.arange(40)[None]).logits)
         pruned = keep_layers(model, [0, 2, 3]).eval()
         ids = torch.arange(40)[None]
         layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
         # a transformer layer adds to the residual stream, so one that passes it on is one that is not there
-        layers[1].forward = lambda hidden, *args, **kwargs: hidden
+        layers[1].forward = lambda hidden, *args, **kwargs: (hidden,) if family == "gpt_neo" else hidden
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits)
         pruned.save_pretrained(tmp_path / "pruned")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
         torch.testing.assert_close(again(ids).logits, pruned(ids).logits)
+
+    @pytest.mark.parametrize(("family", "special", "said"), [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True},
+         "layer 2 cannot be layer 1 of another model: .* no way to keep attn's scaling"),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+         "layers 0 2 3 of a Qwen3MoeForCausalLM make no model: .*mlp.experts"),
+    ])
+    def test_what_no_configuration_can_say_is_refused_before_weights_are_read(self, tmp_path, family, special, said):
+        config = load_config(str(tiny_model(tmp_path, family, layers=4, **special)))
+        keep_layers(empty_model(config), range(4))
+        with pytest.raises(InputError, match=said):
+            keep_layers(empty_model(config), [0, 2, 3])
+
+    def test_layers_that_compute_something_else_are_refused(self, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, "llama", layers=4)).eval()
+        model.model.layers[2].register_forward_hook(lambda layer, args, output: output + 1.0)
+        keep_layers(model, [0, 1, 3])
+        with pytest.raises(InputError, match="without the other layers, those that stay compute something else"):
+            keep_layers(model, [0, 2, 3])
 
 
 class TestFetching:

