@@ -189,15 +189,16 @@ def find_models(variables: Mapping[str, str]) -> Given:
 
 def best_checkpoint(runs: Path) -> str:
     """The best checkpoint of the newest run in a folder of runs, or the folder itself where there is none yet."""
-    checkpoints = {path: match for path in runs.glob("*/epoch*") if (match := _CHECKPOINT.fullmatch(path.name))}
-    if not checkpoints:
-        return str(runs)
-    newest = max(checkpoints, key=_written).parent
-    # of those that a run keeps: the highest ROUGE-L or, without, the lowest loss
-    kept = [(match, str(path)) for path, match in checkpoints.items() if path.parent == newest]
+    checkpoints = [path for path in runs.glob("*/epoch*") if _CHECKPOINT.fullmatch(path.name)]
+    return str(best_of_run(max(checkpoints, key=_written).parent)) if checkpoints else str(runs)
+
+
+def best_of_run(run: Path) -> Path | None:
+    """Of the checkpoints that a run keeps the one with the highest ROUGE-L or, without, the lowest loss."""
+    kept = [(match, path) for path in run.glob("epoch*") if (match := _CHECKPOINT.fullmatch(path.name))]
     by_rouge = [(float(match["rouge"]), path) for match, path in kept if match["rouge"]]
     by_loss = [(math.inf if match["loss"] == "nan" else float(match["loss"]), path) for match, path in kept]
-    return max(by_rouge)[1] if by_rouge else min(by_loss)[1]
+    return max(by_rouge)[1] if by_rouge else min(by_loss, default=(0, None))[1]
 
 
 def _written(checkpoint: Path) -> float:

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws files, needs no screen
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from todi.errors import InputError, run_main
 from todi.options import option, parse
@@ -64,10 +61,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def draw(runs: dict[str, Sequence[dict[str, Any]]], output: Path) -> None:
+    """Writes the picture of `figure_of`."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure_of(runs).savefig(output, dpi=130)
+
+
+def figure_of(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     """One panel for each value that any of the runs has, one line for each run, over optimizer steps."""
     curves = {title: {name: _curve(lines, *what) for name, lines in runs.items()} for title, what in _PANELS.items()}
     shown = {title: by_run for title, by_run in curves.items() if any(by_run.values())}
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 3.6), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")  # and no pyplot: it needs no screen
+    axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, (title, by_run) in zip(axes[0], shown.items(), strict=True):
         for index, (name, curve) in enumerate(by_run.items()):
             if not curve:  # an SFT run among distillations has no divergence
@@ -78,9 +82,7 @@ def draw(runs: dict[str, Sequence[dict[str, Any]]], output: Path) -> None:
         axis.grid(alpha=0.3)
     if len(runs) > 1:
         axes[0][0].legend(fontsize="small")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def _curve(lines: Sequence[dict[str, Any]], kind: str, value: str) -> list[tuple[int, float]]:
