@@ -15,8 +15,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "distil": "todi.api", "ToDiTrainer": "todi.hf_trainer", "InputError": "todi.errors", "RunError": "todi.errors",
+    "encode_file": "todi.hf_trainer",
 }
-__all__ = ["InputError", "RunError", "ToDiTrainer", "distil", "evaluate"]
+__all__ = ["InputError", "RunError", "ToDiTrainer", "distil", "encode_file", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

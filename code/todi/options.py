@@ -217,7 +217,7 @@ def from_keywords(config_type: type[C], values: Mapping[str, Any]) -> C:
     found = [f"there is no setting {name}; {did_you_mean(name, list(known))}".rstrip("; ")
              for name in values if name not in known]
     taken = {name: one.default for name, one in known.items()}
-    for name in known.keys() & values.keys():
+    for name in filter(known.__contains__, values):
         with collecting(found):
             taken[name] = known[name].read(values[name])
     config = _build(config_type, taken)
