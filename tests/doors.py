@@ -28,8 +28,9 @@ def losses(lines: list[dict]) -> list[dict[str, float]]:
 
 def script(plan: dict, run: dict) -> list[dict[str, float]]:
     """By paths."""
-    result = todi.distil(plan["student"], plan["teacher"] if run["objective"] == "ToDi" else None, data=plan["data"],
-                         objective=run["objective"], save_dir=f"{run['folder']}-script", **lora(run), **plan["settings"])
+    teacher = plan["teacher"] if run["objective"] == "ToDi" else None
+    result = todi.distil(plan["student"], teacher, data=plan["data"], objective=run["objective"],
+                         save_dir=f"{run['folder']}-script", **lora(run), **plan["settings"])
     return losses(result.of("train"))
 
 
@@ -63,7 +64,7 @@ def trainer(plan: dict, run: dict) -> list[dict[str, float]]:
     source = build_source(examples, [len(rows)], (), StepShape(size, 1, 0, 1, size), settings["seed"])
     order = [example.sample_id for epoch in range(settings["num_epochs"]) for step in source.steps(epoch + 1, 0)
              for part in step.micro_batches for example in part]
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         f"{run['folder']}-trainer", per_device_train_batch_size=2, gradient_accumulation_steps=size // 2 // ranks,
         num_train_epochs=1, learning_rate=settings["lr"], weight_decay=0.01, lr_scheduler_type="cosine_with_min_lr",

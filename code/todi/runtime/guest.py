@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -18,10 +20,12 @@ from todi.runtime.logs import Backlog
 def as_guest() -> Iterator[None]:
     """Until the block ends, this project runs in a process of the caller's; then the process is what it was.
 
-    Random numbers, environment, logging, transformers' verbosity and the current GPU are put back; what else a run
-    takes (signal handlers, lock, process group) it gives back itself.
+    Random numbers, environment, logging, warnings, sys.excepthook (torch sets it with a process group), transformers'
+    verbosity and the current GPU are put back; what else a run takes (signal handlers, lock, process group) it gives
+    back itself.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, warnings.catch_warnings():
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)
         for part in (_random_numbers, _environment, _logging, _transformers, _gpu):
             stack.enter_context(part())
         yield
