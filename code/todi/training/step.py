@@ -15,6 +15,7 @@ from todi.data.plans import StepPlan
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.teacher.source import TeacherSource
+from todi.training.speed import Meter
 
 DIAGNOSED_ROWS = 128  # of a step: enough for means to two digits, small beside a micro-batch
 
@@ -44,15 +45,17 @@ class TrainStep:
         engine: a DeepSpeed engine around a `Student`, with optimizer and schedule.
         teacher: None for SFT.
         pad_id: token that fills a micro-batch up.
+        meter: is told what is done when.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, criterion: DistillationCriterion,
-                 teacher: TeacherSource | None, pad_id: int, world: World):
+                 teacher: TeacherSource | None, pad_id: int, world: World, meter: Meter | None = None):
         self.engine = engine
         self.criterion = criterion
         self.teacher = teacher
         self.pad_id = pad_id
         self.world = world
+        self.meter = meter or Meter()
 
     @property
     def lr(self) -> float:
@@ -70,12 +73,17 @@ class TrainStep:
         # DeepSpeed averages gradients over ranks; a step's loss is divided by the tokens of all ranks instead.
         scale = self.world.size / plan.tokens
         for examples in plan.micro_batches:
-            batch = collate(examples, self.pad_id).to(self.engine.device)
-            teacher = self.teacher.rows(batch) if self.teacher else None
+            with self.meter.phase("data"):
+                batch = collate(examples, self.pad_id).to(self.engine.device)
+            self.meter.count(examples, batch.input_ids.numel())
+            with self.meter.phase("teacher"):
+                teacher = self.teacher.rows(batch) if self.teacher else None
             diagnosed = first_rows(examples, plan.samples) if with_diagnostics else ()
-            sums, more = self.engine(batch, self.criterion, teacher, diagnosed)
-            self.engine.backward(sums["loss"] * scale, scale_wrt_gas=False)
-            self.engine.step()
+            with self.meter.phase("student"):
+                sums, more = self.engine(batch, self.criterion, teacher, diagnosed)
+                self.engine.backward(sums["loss"] * scale, scale_wrt_gas=False)
+            with self.meter.phase("optimizer"):
+                self.engine.step()
             parts.append(torch.stack(tuple(sums.values())).detach())
             report.update(more)  # adds them up
         diagnostics = self._diagnosis(report) if with_diagnostics else {}
