@@ -90,7 +90,7 @@ def _size(parameter: Tensor) -> int:
 
 
 def _attention(config: object) -> int:
-    """Operations for each pair in a forward: a product for the score and one for the sum, in each head of each layer."""
+    """Operations for each pair in a forward: a product for the score, one for the sum, in each head of each layer."""
     heads = getattr(config, "num_attention_heads", None) or 0
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     return 4 * config.num_hidden_layers * heads * width
