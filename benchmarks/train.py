@@ -125,14 +125,24 @@ def hidden_and_weight(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tenso
 
 
 class Workspace:
-    """A temporary folder with data, student and caches, and the commands that run in it."""
+    """A temporary folder with data, student and caches, and the commands that run in it.
 
-    def __init__(self, folder: Path, model: str, records: list[str]):
-        self.folder, self.model, self.student = folder, model, str(folder / "student")
+    Args:
+        student: copied from `model` with fewer layers when not given.
+
+    Attributes:
+        output: of the last command.
+    """
+
+    output = ""
+
+    def __init__(self, folder: Path, model: str, records: list[str], student: str | None = None):
+        self.folder, self.model, self.student = folder, model, student or str(folder / "student")
         (folder / "train.jsonl").write_text("\n".join(records) + "\n")
         (folder / "dev.jsonl").write_text(records[0] + "\n")
-        self.run("todi.models.prune", "--model-path", model, "--save-dir", self.student, "--keep-layers",
-                 *map(str, KEPT_LAYERS))
+        if not student:
+            self.run("todi.models.prune", "--model-path", model, "--save-dir", self.student, "--keep-layers",
+                     *map(str, KEPT_LAYERS))
 
     def run(self, module: str, *options: str, **variables: str) -> Usage:
         """Runs a command, with these variables in its environment."""
@@ -144,6 +154,7 @@ class Workspace:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             sys.exit(done.stdout)
+        self.output = done.stdout
         return Usage.of_children() - before
 
     def cache(self, precision: str) -> Path:
