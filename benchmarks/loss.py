@@ -34,6 +34,7 @@ except ModuleNotFoundError:
 
 from todi.criterions import LinearHead, build_divergence, linear_distillation_loss
 from todi.criterions.linear import IGNORE_INDEX
+from todi.runtime.allocator import settle_allocator
 
 KD_RATE = 0.5
 MEGABYTE = 1 << 20
@@ -117,6 +118,8 @@ def step(loss: str, inputs: Inputs) -> Tensor:
 
 def measure(loss: str, case: Case, device: str, calls: int) -> tuple[float, int]:
     """Best time in seconds and peak extra memory in bytes; run in a fresh process."""
+    if loss == "todi":
+        settle_allocator("auto", torch.device(device))  # as every command does
     step(loss, Inputs.of(Case(64, 8, 4, 2, 8), device))  # loads libraries, starts threads
     inputs = Inputs.of(case, device)
     memory = CudaMemory() if device == "cuda" else HostMemory()
