@@ -105,9 +105,8 @@ def measure_loss(case: Case, objective: str, device: str) -> tuple[float, int, f
 
 def measure_liger(case: Case, device: str) -> tuple[float, int]:
     """The same with LigerFusedLinearJSDLoss."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    inputs, loss = Inputs.of(case, device, torch.bfloat16), LigerFusedLinearJSDLoss()
+    loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss()
+    inputs = Inputs.of(case, device, torch.bfloat16)
 
     def step() -> None:
         inputs.hidden.grad = inputs.weight.grad = None

@@ -14,8 +14,9 @@ _GROWTH = 256 << 20  # bytes by which the heap grows at least; they are touched,
 def settle_allocator(name: str, device: torch.device) -> str:
     """Lets this process keep what it frees, where that pays; to be called before there are tensors.
 
-    glibc maps each large block anew and unmaps it when it is freed, so that the kernel fills every large temporary with
-    zeros, page by page, at every operation. Kept in the heap, the same pages serve the next one. No result changes.
+    glibc maps each block of more than 32 MiB anew and unmaps it when it is freed, and gives back what is free at the
+    heap's end, so that the kernel fills every large temporary with zeros, page by page, at every operation. Kept in the
+    heap, the same pages serve the next one. No result changes.
 
     Args:
         name: auto, or system, which changes nothing.
