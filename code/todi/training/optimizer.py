@@ -64,6 +64,9 @@ def wrap(model: nn.Module, optimizer: torch.optim.AdamW, schedule: LambdaLR,
     """The DeepSpeed engine of a model; it does not clip for an optimizer that does so itself."""
     # DeepSpeed's timer of the throughput makes a GPU wait twice a micro-batch, whether anything is printed or not.
     config = config | {"timers": {"throughput": {"enabled": False}}}
+    # A step tells where it ends, for it may have any number of micro-batches. Told that it has one, DeepSpeed would not
+    # add up gradients that it offloads.
+    config = config | {"gradient_accumulation_steps": max(2, config["gradient_accumulation_steps"])}
     if isinstance(optimizer, ClippingAdamW):
         config = config | {"gradient_clipping": 0.0}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
