@@ -286,7 +286,8 @@ def test_when_there_is_nothing_to_set(monkeypatch):
     addresses = iter([1, 2])
     with monkeypatch.context() as another:
         another.setattr(allocator, "_address", lambda function: next(addresses))
-        assert settle_allocator("auto", CPU).startswith("another one than glibc's")
+        another.setenv("LD_PRELOAD", "/lib/libother.so")
+        assert settle_allocator("auto", CPU) == "another allocator than glibc's (LD_PRELOAD=/lib/libother.so)"
 
     def no_glibc(name):
         raise OSError(name)

@@ -19,7 +19,7 @@ CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 RESUME = ("auto", "force", "never")
-ALLOCATORS = ("auto", "system")
+ALLOCATORS = ("auto", "glibc", "system")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
 CACHE_MODES = ("auto", "on", "off")
@@ -107,8 +107,9 @@ def _precision() -> Any:
 
 
 def _allocator() -> Any:
-    return option("auto", "on a CPU: auto keeps the memory that a step frees, system gives it back "
-                          "(todi/runtime/allocator.py)", choices=ALLOCATORS, may_change=True)
+    return option("auto", "on a CPU, whether memory that is freed is kept for the next step: glibc keeps it; auto does "
+                          "so too, by tcmalloc where a launcher finds it; system gives it back", choices=ALLOCATORS,
+                  may_change=True)
 
 
 def _trust_remote_code() -> Any:
