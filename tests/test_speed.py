@@ -19,6 +19,7 @@ from todi.models.backbone import backbone_and_head
 from todi.models.families import FAMILIES
 from todi.runtime import allocator, peaks
 from todi.runtime.allocator import settle_allocator
+from todi.runtime.device import settle_tf32
 from todi.runtime.distributed import World
 from todi.runtime.peaks import Peak, known_peak, peak_of
 from todi.runtime.stopwatch import Stopwatch, ThreadClock
@@ -108,6 +109,15 @@ def test_a_known_gpu(name, dtype, tf32, tera):
     ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", torch.bfloat16), ("Some Other GPU", torch.float32)])
 def test_a_peak_that_is_not_known(name, dtype):
     assert known_peak(name, dtype) is None
+
+
+def test_tf32_is_a_matter_of_gpus(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    settle_tf32(True, CPU)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    for wanted in (True, False):
+        settle_tf32(wanted, torch.device("cuda"))
+        assert torch.backends.cuda.matmul.allow_tf32 == wanted
 
 
 def test_a_cpu_is_probed(monkeypatch):
@@ -294,3 +304,30 @@ def test_when_there_is_nothing_to_set(monkeypatch):
 
     monkeypatch.setattr("ctypes.CDLL", no_glibc)
     assert "this is not glibc" in settle_allocator("auto", CPU)
+
+
+LIBRARY = "/usr/lib/libtcmalloc_minimal.so.4"
+
+
+@pytest.mark.parametrize(("options", "variables", "loaded"), [
+    ("--lr 1", {}, LIBRARY), ("--allocator auto --lr 1", {}, LIBRARY), ("--allocator glibc", {}, ""),
+    ("--allocator system --lr 1", {}, ""), ("", {"LD_PRELOAD": ""}, LIBRARY),
+    ("", {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, ""), ("", {"CUDA_VISIBLE_DEVICES": "0"}, ""),
+    ("", {"INSTALLED": "libtcmalloc_minimal_debug.so.4 (libc6) => /usr/lib/libtcmalloc_minimal_debug.so.4"}, "")])
+def test_launchers_load_tcmalloc_where_it_is(tmp_path, options, variables, loaded):
+    ldconfig = tmp_path / "ldconfig"
+    ldconfig.write_text('#!/bin/sh\necho "1 libs found in cache"; echo "\t$INSTALLED"\n')
+    ldconfig.chmod(0o755)
+    script = f'source scripts/lib/common.sh; options=({options}); choose_allocator; echo "${{LD_PRELOAD:-}}"'
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "",
+                   "INSTALLED": f"libtcmalloc_minimal.so.4 (libc6,x86-64) => {LIBRARY}"} | variables
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True, text=True,
+                          stdout=subprocess.PIPE)
+    assert done.stdout == f"{loaded}\n"
+
+
+def test_a_library_of_the_user_s_own_stays():
+    script = 'source scripts/lib/common.sh; LD_PRELOAD=mine.so; options=(); choose_allocator; echo "$LD_PRELOAD"'
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE,
+                          env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.stdout == "mine.so\n"
