@@ -111,8 +111,8 @@ def test_a_peak_that_is_not_known(name, dtype):
     assert known_peak(name, dtype) is None
 
 
-def test_tf32_is_a_matter_of_gpus(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_tf32_is_a_matter_of_gpus():
+    assert not torch.backends.cuda.matmul.allow_tf32
     settle_tf32(True, CPU)
     assert not torch.backends.cuda.matmul.allow_tf32
     for wanted in (True, False):
