@@ -5,7 +5,7 @@ import torch
 from launching import run
 from tiny import tiny_model, tiny_tokenizer
 from todi.data.tokenize import encode_examples
-from todi.doctor import examine
+from todi.doctor import _about_memory, examine
 from todi.errors import InputError
 from todi.models.adapters import add_lora
 from todi.models.backbone import backbone_and_head
@@ -130,6 +130,13 @@ class TestReport:
         assert report.facts[0].startswith("memory: about ")
         assert "teacher 0.00" in report.facts[0]
         assert report.facts[1].startswith("disk: up to ")
+
+    def test_fewer_tokens_at_a_time(self, settings):
+        needed = Memory(base=0, teacher=0, weights=2**30, gradients=2**30, optimizer=2**30, working=4 * 2**30)
+        warnings = [_about_memory(needed, parse(TrainConfig, [*settings, *words]), 1, 5 * 2**30, 100)[1][0]
+                    for words in ([], ["--packing", "off"])]
+        assert "use --max-tokens 200, or" in warnings[0]  # half the working memory of 4 x 100
+        assert "use a smaller --batch-size than 4" in warnings[1]
 
     def test_too_little_memory_and_disk_space(self, settings, monkeypatch):
         monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: -memory.resident_bytes())

@@ -156,7 +156,9 @@ def _about_memory(memory: Memory, config: TrainConfig, stage: int, available: in
              f"{_samples(config.optim, length)} x {length} tokens; {available / _GIB:.2f} GiB are free"]
     if memory.total <= available:
         return facts, []
-    remedies = [f"a smaller --batch-size than {config.optim.batch_size} with more --gradient-accumulation-steps"
+    fitting = int(config.optim.tokens(length) * (1 - (memory.total - available) / max(memory.working, 1)))
+    remedies = [f"--max-tokens {fitting}" if fitting >= length and config.optim.packing != "off" else
+                f"a smaller --batch-size than {config.optim.batch_size} with more --gradient-accumulation-steps"
                 if config.optim.batch_size > 1 else "a smaller --max-length"]
     if not config.student.gradient_checkpointing:
         remedies.append("--gradient-checkpointing")

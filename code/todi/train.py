@@ -20,7 +20,7 @@ from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
 from todi.data.batches import Collate, collate
-from todi.data.plans import PackedShape, StepShape
+from todi.data.plans import Cost, PackedShape, StepShape
 from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
@@ -133,7 +133,8 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             meter.add_cost(forward_cost(backbone, head))
         engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
         shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
-                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed))
+                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
+                                     meter.cost)
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
         step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
         dev = dataclasses.replace(dev, collate=batch)
@@ -168,12 +169,16 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
 
 
 def choose_layout(config: OptimConfig, shape: StepShape, examples: Sequence[Example], pad_id: int,
-                  can_pack: bool) -> tuple[StepShape, Collate]:
-    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can."""
+                  can_pack: bool, cost: Cost) -> tuple[StepShape, Collate]:
+    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can.
+
+    Args:
+        cost: of training on a token, which the ranks share evenly.
+    """
     packed = can_pack and config.packing != "off"
     if packed:
         tokens = config.tokens(max(len(example.ids) for example in examples) - 1)
-        shape = PackedShape(**vars(shape), max_tokens=tokens)
+        shape = PackedShape(**vars(shape), max_tokens=tokens, cost=cost)
         logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
     else:
         logger.info("micro-batches are padded: %d samples each", shape.batch_size)
