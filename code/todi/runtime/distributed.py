@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest of each element of `tensor` over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
+    def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The largest of each number over all ranks. A process by itself need not ask its device, which would wait."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in the order of ranks, on every rank."""

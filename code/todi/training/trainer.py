@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from todi.data.plans import StepPlan
 from todi.data.sample_sources import SampleSource
 from todi.errors import RunError
@@ -160,8 +158,7 @@ class Trainer:
     def _heed_signals_and_clock(self) -> None:
         """Saves the state when it is due or when a signal asks to stop: all ranks at the same step."""
         due = self.pace.cadence.is_due(self.at.step)
-        wishes = torch.tensor([self.signals.received, due], device=self.step.engine.device)
-        signal, due = self.world.max(wishes).tolist()
+        signal, due = self.world.largest([self.signals.received, due], self.step.engine.device)
         if signal or due:
             self._save_state()
         if signal:
@@ -169,7 +166,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Heeds a signal that came during an evaluation; the state has just been saved."""
-        signal = self.world.max(torch.tensor([self.signals.received], device=self.step.engine.device)).item()
+        signal, = self.world.largest([self.signals.received], self.step.engine.device)
         if signal:
             raise Interrupted(signal)
 
@@ -186,7 +183,7 @@ class Trainer:
     def _log_train(self, epoch: int, mean: Mapping[str, float], lr: float, diagnostics: Mapping[str, float]) -> None:
         engine, losses = self.step.engine, {name: value for name, value in mean.items() if name != "correct"}
         norm = engine.get_global_grad_norm()
-        peak = self.world.max(torch.tensor(peak_memory_gib(engine.device), device=engine.device)).item()
+        peak, = self.world.largest([peak_memory_gib(engine.device)], engine.device)
         speed = self.meter.report(self.progress.lap())
         values = {**losses, "accuracy": mean["correct"], "lr": lr,
                   "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
