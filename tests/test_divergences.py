@@ -15,7 +15,7 @@ from todi.criterions import (
     linear_distillation_loss,
 )
 from todi.criterions import LinearHead as Head
-from todi.criterions.divergences import log_probabilities, markdown_table
+from todi.criterions.definitions import log_probabilities, markdown_table
 from torch.testing import assert_close
 
 NAMES = list(DIVERGENCES)
@@ -109,6 +109,19 @@ def test_closed_form_is_what_autograd_gives(name, params, pair):
     given = log_p.clone(), log_q.clone()
     assert_close(divergence.value_and_gradient(log_p, log_q), divergence.value_and_autograd(log_p, log_q))
     assert_close((log_p, log_q), given, rtol=0, atol=0)  # in-place work must not reach the arguments
+
+
+@every_setting
+@pytest.mark.parametrize("spread", [0.1, 2, 24])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_float32_gradient_keeps_its_digits(name, params, spread, temperature):
+    """Relative to the largest of its row, also in rows so peaked that the gradients are tiny differences."""
+    student, teacher = (logits(400, 301, seed=seed, spread=spread, dtype=torch.float32) for seed in (0, 1))
+    divergence = build_divergence(name, **params)
+    _, found = divergence.value_and_gradient(*log_probabilities(student, teacher, temperature))
+    _, wanted = divergence.value_and_autograd(*log_probabilities(student.double(), teacher.double(), temperature))
+    error = (found - wanted).abs().amax(-1) - 1e-15  # which is what float64 may lose itself
+    assert (error / wanted.abs().amax(-1)).max() < 2e-4
 
 
 @every_divergence

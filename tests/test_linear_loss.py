@@ -15,6 +15,7 @@ from todi.criterions import (
     linear_distillation_loss,
 )
 from todi.criterions import linear as linear_module
+from todi.criterions import rows as row_module
 from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,7 @@ every_divergence = pytest.mark.parametrize("name", list(DIVERGENCES))
 @pytest.fixture(autouse=True)
 def blocks_of_two_rows(monkeypatch):
     """The vocabularies here are so small that a chunk would be one block."""
-    monkeypatch.setitem(linear_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
+    monkeypatch.setitem(row_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
 
 
 def make_case(rows=ROWS, hidden=5, vocabulary=VOCABULARY, teacher_vocabulary=None, bias=False, softcap=None, scale=1.0,

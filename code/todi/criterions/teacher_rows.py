@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from todi.criterions.divergences import compute_dtype
+from todi.criterions.definitions import compute_dtype
 from todi.criterions.linear_head import LinearHead
 
 

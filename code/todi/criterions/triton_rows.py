@@ -1,0 +1,306 @@
+"""The row function as one Triton kernel: a program for each row, three passes over the vocabulary, no temporaries.
+
+Pass 1 makes the log-sum-exps, pass 2 the divergence and the sum of h = d value / d log q, pass 3 the gradient, written
+over the student's logits. Each pass reads both models' logits, so that an entry of two bytes costs 14 bytes of traffic.
+A divergence is a point function: value and h of an entry, of log p, log q, p, q and a number of the row. Everything is
+float32 behind the loads. Import this module only where it is used: Triton is there on GPUs alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from todi.criterions.definitions import MASKED_LOGIT, NEARLY_ALL
+from todi.criterions.divergences import SMALL_SHARE, adaptive_kl_weight
+from todi.criterions.rows import IGNORE_INDEX, RowTask
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+# A thread must own what it loads, or another could overwrite it before: at least 8 entries for each of the threads.
+BLOCK, WARPS = 4096, 8
+
+_MASKED = tl.constexpr(MASKED_LOGIT)
+_NEARLY_ALL = tl.constexpr(NEARLY_ALL)
+_SMALL_SHARE = tl.constexpr(SMALL_SHARE)
+_IGNORE = tl.constexpr(IGNORE_INDEX)
+
+
+# ---- point functions: todi.criterions.divergences, entry by entry
+
+@triton.jit
+def forward_kl(log_p, log_q, p, q, parameter):
+    return p * (log_p - log_q), -p
+
+
+@triton.jit
+def reverse_kl(log_p, log_q, p, q, parameter):
+    value = q * (log_q - log_p)
+    return value, value
+
+
+@triton.jit
+def adaptive_kl(log_p, log_q, p, q, parameter):
+    forward, reverse = p * (log_p - log_q), q * (log_q - log_p)
+    return parameter * forward + (1 - parameter) * reverse, (1 - parameter) * reverse - parameter * p
+
+
+@triton.jit
+def todi(log_p, log_q, p, q, parameter):
+    ratio = log_p - log_q
+    weight = tl.sigmoid(parameter * ratio)
+    forward, reverse = weight * p, (1 - weight) * q
+    return (forward - reverse) * ratio, reverse - forward - reverse * ratio
+
+
+@triton.jit
+def js_divergence(log_p, log_q, p, q, parameter):
+    log_m = _log_mixture(log_p, log_q, 0.5)
+    return 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)), -0.5 * q * _softplus(log_p - log_q)
+
+
+@triton.jit
+def tvd(log_p, log_q, p, q, parameter):
+    return 0.5 * tl.abs(p - q), tl.where(log_p > log_q, -q, 0.0)
+
+
+@triton.jit
+def skewed_forward_kl(log_p, log_q, p, q, parameter):
+    share = tl.sigmoid(log_q - log_p - _logit(parameter))
+    return p * (log_p - _log_mixture(log_p, log_q, parameter)), -p * share
+
+
+@triton.jit
+def skewed_reverse_kl(log_p, log_q, p, q, parameter):
+    odds = log_p - log_q - _logit(parameter)
+    share = tl.sigmoid(odds)
+    series = -share * share * (0.5 + share * (1 / 3 + share / 4))
+    h = q * tl.where(share < _SMALL_SHARE, series, share - _softplus(odds))
+    return q * (log_q - _log_mixture(log_p, log_q, 1 - parameter)), h
+
+
+@triton.jit
+def _log_mixture(log_p, log_q, weight):
+    """log(weight p + (1 - weight) q); exactly log p where p = q."""
+    smaller = tl.where(log_p > log_q, 1 - weight, weight)
+    return tl.maximum(log_p, log_q) + tl.log(1 + smaller * (tl.exp(-tl.abs(log_p - log_q)) - 1))
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), all digits of it where x is far below zero."""
+    small = tl.exp(-tl.abs(x))
+    rounded = 1 + small
+    log1p = tl.where(rounded == 1, small, tl.log(rounded) * (small / (rounded - 1)))  # W. Kahan's
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _logit(share):
+    return tl.log(share) - tl.log(1 - share)
+
+
+# ---- the kernel
+
+@triton.jit
+def _load(row, columns, vocabulary):
+    """Logits in float32; what is outside the vocabulary is masked, as -inf is. NaN stays NaN."""
+    logits = tl.load(row + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+    return tl.where(logits == float("-inf"), _MASKED, logits)
+
+
+@triton.jit
+def _online(most, total, x):
+    """Of log-sum-exp: the largest so far, and the sum of exp(x - largest)."""
+    larger = tl.maximum(most, tl.max(x, 0))
+    return larger, total * tl.exp(most - larger) + tl.sum(tl.exp(x - larger), 0)
+
+
+@triton.jit
+def _log_softmax(x, most, log_total):
+    return x - most - log_total
+
+
+@triton.jit
+def _common(logits, teacher_logits, inverse_temperature):
+    """The student's logits over temperature, where the teacher has an entry."""
+    return tl.where(teacher_logits > _MASKED, logits, _MASKED) * inverse_temperature
+
+
+@triton.jit
+def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, parameters_ptr, sums_ptr,
+                logits_stride, teacher_stride, parameters_stride, vocabulary,
+                inverse_temperature, ce_factor, kd_factor, smoothing, inverse_softcap, scale,
+                POINT: tl.constexpr, SOFTCAPS: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr):
+    """kd, ce, whether correct, 1 of the row; the gradient over its logits. POINT is None for cross-entropy alone."""
+    number = tl.program_id(0).to(tl.int64)
+    row, teacher_row = logits_ptr + number * logits_stride, teacher_ptr + number * teacher_stride
+    label = tl.load(labels_ptr + number)
+    lanes = tl.arange(0, BLOCK)
+    sums = sums_ptr + number * 4
+    if label == _IGNORE:
+        for start in range(0, vocabulary, BLOCK):
+            if WRITES:
+                zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
+                tl.store(row + start + lanes, zeros, mask=start + lanes < vocabulary)
+        for column in tl.static_range(4):
+            tl.store(sums + column, 0.0)
+        return
+
+    # pass 1: s, q and p are the student at 1, the student and the teacher at the temperature
+    s_most, q_most, p_most = _MASKED, _MASKED, _MASKED
+    s_total, q_total, p_total = 0.0, 0.0, 0.0
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_start = tl.zeros((BLOCK,), tl.int32)
+    logits_sum = tl.zeros((BLOCK,), tl.float32)
+    allowed = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        logits = _load(row, start + lanes, vocabulary)
+        s_most, s_total = _online(s_most, s_total, logits)
+        best_start = tl.where(logits > best, start, best_start)
+        best = tl.maximum(best, logits)
+        logits_sum += tl.where(logits > _MASKED, logits, 0.0)
+        allowed += tl.where(logits > _MASKED, 1.0, 0.0)
+        if POINT is not None:
+            teacher_logits = _load(teacher_row, start + lanes, vocabulary)
+            q_most, q_total = _online(q_most, q_total, _common(logits, teacher_logits, inverse_temperature))
+            p_most, p_total = _online(p_most, p_total, teacher_logits * inverse_temperature)
+    s_total, q_total, p_total = tl.log(s_total), tl.log(q_total), tl.log(p_total)
+    top = tl.min(tl.where(best == s_most, best_start + lanes, vocabulary), 0)
+    even = 1 / tl.sum(allowed, 0)
+    label_logit = tl.load(row + label).to(tl.float32)
+    label_logit = tl.where(label_logit == float("-inf"), _MASKED, label_logit)
+    ce = -(1 - smoothing) * _log_softmax(label_logit, s_most, s_total)
+    ce -= smoothing * (tl.sum(logits_sum, 0) * even - s_most - s_total)
+
+    # pass 2
+    kd, h_sum = 0.0, 0.0
+    if POINT is not None:
+        parameter = tl.load(parameters_ptr + number * parameters_stride)
+        values, hs = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            logits = _load(row, start + lanes, vocabulary)
+            teacher_logits = _load(teacher_row, start + lanes, vocabulary)
+            log_p = _log_softmax(teacher_logits * inverse_temperature, p_most, p_total)
+            log_q = _log_softmax(_common(logits, teacher_logits, inverse_temperature), q_most, q_total)
+            value, h = POINT(log_p, log_q, tl.exp(log_p), tl.exp(log_q), parameter)
+            values += tl.where(teacher_logits > _MASKED, value, 0.0)
+            hs += tl.where(teacher_logits > _MASKED, h, 0.0)
+        kd, h_sum = tl.maximum(tl.sum(values, 0), 0.0), tl.sum(hs, 0)
+    tl.store(sums, kd)
+    tl.store(sums + 1, ce)
+    tl.store(sums + 2, (top == label).to(tl.float32))
+    tl.store(sums + 3, 1.0)
+
+    # pass 3
+    if WRITES:
+        # what has nearly all of q is left out and gets minus the sum of the others, as in the eager divergences
+        settled = -1
+        top_logit = tl.load(row + top).to(tl.float32)
+        if POINT is not None:
+            top_teacher = tl.load(teacher_row + top).to(tl.float32)
+            log_q = _log_softmax(top_logit * inverse_temperature, q_most, q_total)
+            settled = tl.where((tl.exp(log_q) > _NEARLY_ALL) & (top_teacher > float("-inf")), top, -1)
+        others = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + lanes
+            logits = _load(row, columns, vocabulary)
+            gradient = ce_factor * _ce_gradient(logits, columns, label, s_most, s_total, smoothing, even)
+            if POINT is not None:
+                teacher_logits = _load(teacher_row, columns, vocabulary)
+                log_p = _log_softmax(teacher_logits * inverse_temperature, p_most, p_total)
+                log_q = _log_softmax(_common(logits, teacher_logits, inverse_temperature), q_most, q_total)
+                q = tl.exp(log_q)
+                value, h = POINT(log_p, log_q, tl.exp(log_p), q, parameter)
+                kd_gradient = tl.where(teacher_logits > _MASKED, h - q * h_sum, 0.0)
+                others += tl.where(columns == settled, 0.0, kd_gradient)
+                gradient += kd_factor * kd_gradient
+            gradient = _before_head(gradient, logits, inverse_softcap, scale, SOFTCAPS)
+            tl.store(row + columns, gradient.to(logits_ptr.dtype.element_ty),
+                     mask=(columns < vocabulary) & (columns != settled))
+        if settled >= 0:
+            gradient = ce_factor * _ce_gradient(top_logit, top, label, s_most, s_total, smoothing, even)
+            gradient -= kd_factor * tl.sum(others, 0)
+            gradient = _before_head(gradient, top_logit, inverse_softcap, scale, SOFTCAPS)
+            tl.store(row + top, gradient.to(logits_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _ce_gradient(logits, columns, label, most, log_total, smoothing, even):
+    """q - target distribution, for entries that are not masked."""
+    q = tl.exp(_log_softmax(logits, most, log_total))
+    return q - tl.where(columns == label, 1 - smoothing, 0.0) - smoothing * even
+
+
+@triton.jit
+def _before_head(gradient, logits, inverse_softcap, scale, SOFTCAPS: tl.constexpr):
+    """The gradient for hidden W^T + bias from that for the head's logits; 0 where they are masked."""
+    if SOFTCAPS:
+        capped = logits * inverse_softcap
+        gradient *= 1 - capped * capped
+    return tl.where(logits > _MASKED, gradient * scale, 0.0)
+
+
+# ---- what is launched
+
+def _published(parameter: str) -> Callable[[Tensor, Tensor, RowTask], Tensor]:
+    """A divergence's parameter, the same for all rows."""
+    return lambda logits, teacher_logits, task: _number(logits, task.divergence.params[parameter])
+
+
+def _number(logits: Tensor, value: float) -> Tensor:
+    return logits.new_full((1,), value, dtype=torch.float32).expand(len(logits))
+
+
+def _no_number(logits: Tensor, teacher_logits: Tensor, task: RowTask) -> Tensor:
+    return _number(logits, 0.0)
+
+
+def _adaptive_weight(logits: Tensor, teacher_logits: Tensor, task: RowTask) -> Tensor:
+    """Which entries are the teacher's head is no point function: the weight is selected beforehand."""
+    left_out = logits.isneginf() | teacher_logits.isneginf()
+    log_q, log_p = (torch.log_softmax(side.float().masked_fill_(left_out, MASKED_LOGIT) / task.temperature, -1)
+                    for side in (logits, teacher_logits))
+    return adaptive_kl_weight(log_p, log_q, task.divergence.params["alpha"])
+
+
+@dataclass(frozen=True)
+class Point:
+    """A divergence in the kernel: its point function, and what gives its number for each row, (n,) float32."""
+
+    function: triton.JITFunction
+    numbers: Callable[[Tensor, Tensor, RowTask], Tensor] = _no_number
+
+
+POINTS = {
+    "forward_kl": Point(forward_kl),
+    "reverse_kl": Point(reverse_kl),
+    "js_divergence": Point(js_divergence),
+    "tvd": Point(tvd),
+    "skewed_forward_kl": Point(skewed_forward_kl, _published("skew_lambda")),
+    "skewed_reverse_kl": Point(skewed_reverse_kl, _published("skew_lambda")),
+    "adaptive_kl": Point(adaptive_kl, _adaptive_weight),
+    "ToDi": Point(todi, _published("beta")),
+}
+
+
+def fused_rows(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, task: RowTask) -> Tensor:
+    """The row function (`todi.criterions.rows.RowFunction`) of a divergence in `POINTS`, for logits in `DTYPES`."""
+    if task.masked is not None:
+        for side in filter(torch.is_tensor, (logits, teacher_logits)):
+            side.masked_fill_(task.masked, -torch.inf)
+    point = None if teacher_logits is None else POINTS[task.divergence.name]
+    numbers = logits if point is None else point.numbers(logits, teacher_logits, task)
+    teacher = logits if point is None else teacher_logits
+    rows = logits.new_empty(len(logits), 4, dtype=torch.float32)
+    rows_kernel[(len(logits),)](
+        logits, teacher, labels, numbers, rows,
+        logits.stride(0), teacher.stride(0), numbers.stride(0), task.vocabulary,
+        1 / task.temperature, 1 - task.kd_rate, task.kd_rate / task.temperature, task.label_smoothing,
+        1 / (task.softcap or 1.0), task.scale,
+        POINT=point and point.function, SOFTCAPS=task.softcap is not None, WRITES=task.wants_gradients, BLOCK=BLOCK,
+        num_warps=WARPS)
+    kd, ce, correct, tokens = rows.sum(0)
+    return torch.stack([(1 - task.kd_rate) * ce + task.kd_rate * kd, kd, ce, correct, tokens])
