@@ -20,8 +20,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 GPUS = {80: "A100", 90: "H100", 100: "B200", 120: "RTX 50"}
-POINTERS = {"labels_ptr": "*i64", "parameters_ptr": "*fp32", "sums_ptr": "*fp32"}
-INTEGERS = ("logits_stride", "teacher_stride", "parameters_stride", "vocabulary")
+POINTERS = {"labels_ptr": "*i64", "sums_ptr": "*fp32"}
+INTEGERS = ("logits_stride", "teacher_stride", "vocabulary")
+ZERO_BITS = {"bf16": 16, "fp16": 13, "fp32": 0}
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ VARIANTS = [Variant(None), *map(Variant, POINTS), Variant("ToDi", "fp16"), Varia
 def compiled(variant: Variant, gpu: int) -> tuple[int, int, int]:
     """Registers of a thread, bytes that it spills, bits of its widest load. Args: gpu: compute capability, e.g. 90."""
     names = rows_kernel.arg_names
-    constants = {"POINT": variant.name and POINTS[variant.name].function, "SOFTCAPS": False, "WRITES": True,
-                 "BLOCK": BLOCK, "parameters_stride": 0}
+    point = POINTS.get(variant.name)
+    constants = {"POINT": point and point.function, "SELECTS": bool(point and point.selects),
+                 "ZERO_BITS": ZERO_BITS[variant.dtype], "SOFTCAPS": False, "WRITES": True, "BLOCK": BLOCK}
     logits = f"*{variant.dtype}"
     kinds = POINTERS | dict.fromkeys(("logits_ptr", "teacher_ptr"), logits) | dict.fromkeys(INTEGERS, "i32")
     signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in names}

@@ -66,7 +66,8 @@ def task_of(case: Case) -> RowTask:
 
 
 def compared(case: Case) -> dict[str, float]:
-    """Largest differences of the sums, relative to these, and of the gradients; and whether all are exactly zero."""
+    """Largest differences from the twin in float64: of the sums, relative to these, and of the gradients; and whether
+    all are exactly zero. In float32 the twin rounds more often than the kernel does."""
     from todi.criterions.triton_rows import fused_rows
 
     generator, task, shape = torch.Generator().manual_seed(0), task_of(case), (case.rows, case.vocabulary)
@@ -78,21 +79,21 @@ def compared(case: Case) -> dict[str, float]:
     labels[0] = student[0].argmax()
     labels[case.rows - case.unlabelled:] = IGNORE_INDEX
     student[labels == IGNORE_INDEX], teacher[labels == IGNORE_INDEX] = torch.nan, torch.inf
-    twin = student.float()  # the twin's gradients must not be rounded a second time
-    teachers = [None] * 2 if case.name is None else [teacher.clone(), teacher]
-    sums, wanted = fused_rows(student, teachers[0], labels, task), eager_rows(twin, teachers[1], labels, task)
+    twin, twin_teacher = student.double(), None if case.name is None else teacher.double()
+    sums = fused_rows(student, None if case.name is None else teacher, labels, task)
+    wanted = eager_rows(twin, twin_teacher, labels, dataclasses.replace(task, dtype=torch.float64))
     difference = {"sums": ((sums - wanted).abs() / wanted.abs().clamp_min(1e-6)).max().item(),
                   "zero": not sums.any() and not student.any()}
     if case.wants_gradients:
-        difference["gradients"] = (student.float() - twin).abs().max().item()
+        difference["gradients"] = (student - twin).abs().max().item()
         difference["largest"] = twin.abs().max().item()
     return difference
 
 
 def wrong_rows(logits, teacher_logits, labels, task):
-    """A row function whose gradients are a hundredth too large."""
+    """A row function whose gradients are a twentieth too large."""
     sums = eager_rows(logits, teacher_logits, labels, task)
-    logits.mul_(1.01)
+    logits.mul_(1.05)
     return sums
 
 

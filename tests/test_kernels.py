@@ -17,8 +17,8 @@ from todi.settings import KERNELS
 from torch.testing import assert_close
 
 ROOT = Path(__file__).parents[1]
-# of the fused kernel to its twin: fp32 sums of thousands of terms in another order, and exponentials of other makers
-SUMS, GRADIENTS = 2e-6, 2e-7
+# of the fused kernel to its twin; where rows are peaked, log p - log q is so large that its last digit counts
+SUMS, GRADIENTS, PEAKED = 2e-6, 2e-7, 2e-6
 # the interpreter cuts digits off where a GPU rounds: a whole unit of the last place
 LAST_PLACE = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 
@@ -41,7 +41,7 @@ def test_interpreted_kernel_is_its_twin(interpreted, name):
     assert found["sums"] <= SUMS
     if case.wants_gradients:
         rounding = 0 if case.dtype == "fp32" else LAST_PLACE[case.dtype] * found["largest"]
-        assert found["gradients"] <= GRADIENTS + rounding
+        assert found["gradients"] <= (PEAKED if case.spread / case.temperature > 4 else GRADIENTS) + rounding
     assert found["zero"] == (case.unlabelled == case.rows)
 
 

@@ -27,10 +27,10 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def reverse_kl_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """h = q (log q - log p), whose sum is the value."""
-    q, ratio = log_q.exp(), log_q - log_p
-    value = (q * ratio).sum(-1)
-    return value, ratio.sub_(value[:, None]).mul_(q)
+    """h = q (log q - log p - value), whose sum is 0 but for rounding."""
+    q = log_q.exp()
+    value = torch.linalg.vecdot(q, log_q - log_p)
+    return value, through_softmax(_log_ratio(log_q, log_p, value).mul_(q), q)
 
 
 @divergence("reverse_kl", closed_form=reverse_kl_gradient)
@@ -110,7 +110,7 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> Te
 @torch.no_grad()
 def adaptive_kl_weight(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     """w, (N,): the share of the teacher's head in sum |p - q|; 1/2 where p = q."""
-    p, order = log_p.exp().sort(-1, stable=True)
+    p, order = log_p.exp().sort(dim=-1, stable=True)
     gap = (p - log_q.exp().gather(-1, order)).abs()
     head = (gap * (p.cumsum(-1) > alpha)).sum(-1)
     total = gap.sum(-1)
@@ -118,11 +118,11 @@ def adaptive_kl_weight(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
 
 
 def adaptive_kl_gradient(log_p: Tensor, log_q: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
-    """h = (1 - w) q (log q - log p) - w p."""
+    """h = (1 - w) q (log q - log p - reverse KL) - w p."""
     weight = adaptive_kl_weight(log_p, log_q, alpha)
     p, q, ratio = log_p.exp(), log_q.exp(), log_q - log_p
     forward, reverse = -torch.linalg.vecdot(p, ratio), torch.linalg.vecdot(q, ratio)
-    h = ratio.mul_(q).mul_(1 - weight[:, None]).addcmul_(weight[:, None], p, value=-1)
+    h = _log_ratio(log_q, log_p, reverse).mul_(q).mul_(1 - weight[:, None]).sub_(p.mul_(weight[:, None]))
     return weight * forward + (1 - weight) * reverse, through_softmax(h, q)
 
 
@@ -168,6 +168,14 @@ def todi(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
     weight = todi_weight(log_p, log_q.detach(), beta=beta)
     ratio = log_p - log_q
     return ((weight * log_p.exp() - (1 - weight) * log_q.exp()) * ratio).sum(-1)
+
+
+def _log_ratio(log_q: Tensor, log_p: Tensor, mean: Tensor) -> Tensor:
+    """log q - log p less its mean (N,), which is large where a student is sure of what its teacher rules out.
+
+    Subtracted from log q - log p, it would leave only the digits that this large number has below zero.
+    """
+    return log_q - (log_p + mean[:, None])
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:

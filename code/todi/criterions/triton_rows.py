@@ -6,7 +6,6 @@ A divergence is a point function: value and h of an entry, of log p, log q, p, q
 float32 behind the loads. Import this module only where it is used: Triton is there on GPUs alone.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from todi.criterions.definitions import MASKED_LOGIT, NEARLY_ALL
-from todi.criterions.divergences import SMALL_SHARE, adaptive_kl_weight
+from todi.criterions.divergences import SMALL_SHARE
 from todi.criterions.rows import IGNORE_INDEX, RowTask
 
-DTYPES = torch.bfloat16, torch.float16, torch.float32
+# Of the logits; and how many of the lowest bits are 0 when they are float32.
+DTYPES = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 # A thread must own what it loads, or another could overwrite it before: at least 8 entries for each of the threads.
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 1024, 4
 
 _MASKED = tl.constexpr(MASKED_LOGIT)
 _NEARLY_ALL = tl.constexpr(NEARLY_ALL)
@@ -130,10 +130,10 @@ def _common(logits, teacher_logits, inverse_temperature):
 
 
 @triton.jit
-def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, parameters_ptr, sums_ptr,
-                logits_stride, teacher_stride, parameters_stride, vocabulary,
+def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, teacher_stride, vocabulary, parameter,
                 inverse_temperature, ce_factor, kd_factor, smoothing, inverse_softcap, scale,
-                POINT: tl.constexpr, SOFTCAPS: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr):
+                POINT: tl.constexpr, SELECTS: tl.constexpr, ZERO_BITS: tl.constexpr, SOFTCAPS: tl.constexpr,
+                WRITES: tl.constexpr, BLOCK: tl.constexpr):
     """kd, ce, whether correct, 1 of the row; the gradient over its logits. POINT is None for cross-entropy alone."""
     number = tl.program_id(0).to(tl.int64)
     row, teacher_row = logits_ptr + number * logits_stride, teacher_ptr + number * teacher_stride
@@ -150,7 +150,8 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, parameters_ptr, sums_ptr,
         return
 
     # pass 1: s, q and p are the student at 1, the student and the teacher at the temperature
-    s_most, q_most, p_most = _MASKED, _MASKED, _MASKED
+    s_most, q_most = tl.full((), _MASKED, tl.float32), tl.full((), _MASKED, tl.float32)
+    p_most = tl.full((), _MASKED, tl.float32)
     s_total, q_total, p_total = 0.0, 0.0, 0.0
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_start = tl.zeros((BLOCK,), tl.int32)
@@ -178,7 +179,9 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, parameters_ptr, sums_ptr,
     # pass 2
     kd, h_sum = 0.0, 0.0
     if POINT is not None:
-        parameter = tl.load(parameters_ptr + number * parameters_stride)
+        if SELECTS:
+            parameter = _head_share(row, teacher_row, vocabulary, inverse_temperature, q_most, q_total, p_most, p_total,
+                                    parameter, ZERO_BITS, BLOCK)
         values, hs = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             logits = _load(row, start + lanes, vocabulary)
@@ -201,8 +204,8 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, parameters_ptr, sums_ptr,
         top_logit = tl.load(row + top).to(tl.float32)
         if POINT is not None:
             top_teacher = tl.load(teacher_row + top).to(tl.float32)
-            log_q = _log_softmax(top_logit * inverse_temperature, q_most, q_total)
-            settled = tl.where((tl.exp(log_q) > _NEARLY_ALL) & (top_teacher > float("-inf")), top, -1)
+            top_log_q = _log_softmax(top_logit * inverse_temperature, q_most, q_total)
+            settled = tl.where((tl.exp(top_log_q) > _NEARLY_ALL) & (top_teacher > float("-inf")), top, -1)
         others = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             columns = start + lanes
@@ -228,6 +231,51 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, parameters_ptr, sums_ptr,
 
 
 @triton.jit
+def _order(x):
+    """Unsigned integers in the order of the numbers x."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _mass_below(teacher_row, vocabulary, inverse_temperature, p_most, p_total, bound, BLOCK: tl.constexpr):
+    """Probability of the teacher's entries that come before `bound` in `_order`."""
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        logits = _load(teacher_row, start + tl.arange(0, BLOCK), vocabulary)
+        p = tl.exp(_log_softmax(logits * inverse_temperature, p_most, p_total))
+        mass += tl.where(_order(logits) < bound, p, 0.0)
+    return tl.sum(mass, 0)
+
+
+@triton.jit
+def _head_share(row, teacher_row, vocabulary, inverse_temperature, q_most, q_total, p_most, p_total, alpha,
+                ZERO_BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """adaptive_kl's weight. Where the head begins is found bit by bit, from the highest, instead of by sorting."""
+    begin, below, bit = tl.zeros((), tl.uint32), 0.0, tl.full((), 1 << 31, tl.uint32)
+    for _ in range(32 - ZERO_BITS):
+        mass = _mass_below(teacher_row, vocabulary, inverse_temperature, p_most, p_total, begin | bit, BLOCK)
+        begin, below = tl.where(mass <= alpha, begin | bit, begin), tl.where(mass <= alpha, mass, below)
+        bit = bit >> 1
+    heads, gaps, seen = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), 0
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        teacher_logits = _load(teacher_row, columns, vocabulary)
+        logits = _common(_load(row, columns, vocabulary), teacher_logits, inverse_temperature)
+        p = tl.exp(_log_softmax(teacher_logits * inverse_temperature, p_most, p_total))
+        gap = tl.abs(p - tl.exp(_log_softmax(logits, q_most, q_total)))
+        # of equal ones, the first belong to the tail as far as they fit in
+        equal = (_order(teacher_logits) == begin).to(tl.int32)
+        rank = seen + tl.cumsum(equal, 0)
+        head = (_order(teacher_logits) > begin) | ((equal == 1) & (below + rank * p > alpha))
+        heads += tl.where(head, gap, 0.0)
+        gaps += gap
+        seen += tl.sum(equal, 0)
+    total = tl.sum(gaps, 0)
+    return tl.where(total > 0, tl.sum(heads, 0) / total, 0.5)
+
+
+@triton.jit
 def _ce_gradient(logits, columns, label, most, log_total, smoothing, even):
     """q - target distribution, for entries that are not masked."""
     q = tl.exp(_log_softmax(logits, most, log_total))
@@ -245,33 +293,19 @@ def _before_head(gradient, logits, inverse_softcap, scale, SOFTCAPS: tl.constexp
 
 # ---- what is launched
 
-def _published(parameter: str) -> Callable[[Tensor, Tensor, RowTask], Tensor]:
-    """A divergence's parameter, the same for all rows."""
-    return lambda logits, teacher_logits, task: _number(logits, task.divergence.params[parameter])
-
-
-def _number(logits: Tensor, value: float) -> Tensor:
-    return logits.new_full((1,), value, dtype=torch.float32).expand(len(logits))
-
-
-def _no_number(logits: Tensor, teacher_logits: Tensor, task: RowTask) -> Tensor:
-    return _number(logits, 0.0)
-
-
-def _adaptive_weight(logits: Tensor, teacher_logits: Tensor, task: RowTask) -> Tensor:
-    """Which entries are the teacher's head is no point function: the weight is selected beforehand."""
-    left_out = logits.isneginf() | teacher_logits.isneginf()
-    log_q, log_p = (torch.log_softmax(side.float().masked_fill_(left_out, MASKED_LOGIT) / task.temperature, -1)
-                    for side in (logits, teacher_logits))
-    return adaptive_kl_weight(log_p, log_q, task.divergence.params["alpha"])
-
-
 @dataclass(frozen=True)
 class Point:
-    """A divergence in the kernel: its point function, and what gives its number for each row, (n,) float32."""
+    """A divergence in the kernel.
+
+    Attributes:
+        function: value and h of an entry.
+        parameter: the divergence's, by name; None without one.
+        selects: whether the function's number is not the parameter but follows from it for each row.
+    """
 
     function: triton.JITFunction
-    numbers: Callable[[Tensor, Tensor, RowTask], Tensor] = _no_number
+    parameter: str | None = None
+    selects: bool = False
 
 
 POINTS = {
@@ -279,10 +313,10 @@ POINTS = {
     "reverse_kl": Point(reverse_kl),
     "js_divergence": Point(js_divergence),
     "tvd": Point(tvd),
-    "skewed_forward_kl": Point(skewed_forward_kl, _published("skew_lambda")),
-    "skewed_reverse_kl": Point(skewed_reverse_kl, _published("skew_lambda")),
-    "adaptive_kl": Point(adaptive_kl, _adaptive_weight),
-    "ToDi": Point(todi, _published("beta")),
+    "skewed_forward_kl": Point(skewed_forward_kl, "skew_lambda"),
+    "skewed_reverse_kl": Point(skewed_reverse_kl, "skew_lambda"),
+    "adaptive_kl": Point(adaptive_kl, "alpha", selects=True),
+    "ToDi": Point(todi, "beta"),
 }
 
 
@@ -292,15 +326,14 @@ def fused_rows(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, ta
         for side in filter(torch.is_tensor, (logits, teacher_logits)):
             side.masked_fill_(task.masked, -torch.inf)
     point = None if teacher_logits is None else POINTS[task.divergence.name]
-    numbers = logits if point is None else point.numbers(logits, teacher_logits, task)
+    parameter = task.divergence.params[point.parameter] if point and point.parameter else 0.0
     teacher = logits if point is None else teacher_logits
     rows = logits.new_empty(len(logits), 4, dtype=torch.float32)
     rows_kernel[(len(logits),)](
-        logits, teacher, labels, numbers, rows,
-        logits.stride(0), teacher.stride(0), numbers.stride(0), task.vocabulary,
+        logits, teacher, labels, rows, logits.stride(0), teacher.stride(0), task.vocabulary, parameter,
         1 / task.temperature, 1 - task.kd_rate, task.kd_rate / task.temperature, task.label_smoothing,
         1 / (task.softcap or 1.0), task.scale,
-        POINT=point and point.function, SOFTCAPS=task.softcap is not None, WRITES=task.wants_gradients, BLOCK=BLOCK,
-        num_warps=WARPS)
+        POINT=point and point.function, SELECTS=bool(point and point.selects), ZERO_BITS=DTYPES[teacher.dtype],
+        SOFTCAPS=task.softcap is not None, WRITES=task.wants_gradients, BLOCK=BLOCK, num_warps=WARPS)
     kd, ce, correct, tokens = rows.sum(0)
     return torch.stack([(1 - task.kd_rate) * ce + task.kd_rate * kd, kd, ce, correct, tokens])
