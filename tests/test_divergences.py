@@ -16,6 +16,7 @@ from todi.criterions import (
 )
 from todi.criterions import LinearHead as Head
 from todi.criterions.definitions import log_probabilities, markdown_table
+from todi.criterions.divergences import adaptive_kl_weight
 from torch.testing import assert_close
 
 NAMES = list(DIVERGENCES)
@@ -368,3 +369,17 @@ def test_diagnose_without_an_entry_weight_and_without_a_loss():
     assert report["forward_share"] == report["reverse_share"] == 0.5 == pytest.approx(report["weight_under_p"])
     assert report["top1_agreement"] == 1 and report["forward_kl"] == 0
     assert diagnosis({}) == {}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adaptive_kl_weight_is_that_of_a_stable_sort(alpha, dtype):
+    """Many probabilities are equal here, as those of 16-bit logits are: their order decides what is in the tail."""
+    student, teacher = (logits(200, 97, seed=seed, spread=2).round().to(dtype) for seed in (0, 1))
+    log_p, log_q = log_probabilities(student, teacher, 1.0)
+    p, order = log_p.exp().sort(dim=-1, stable=True)
+    gap = (p - log_q.exp().gather(-1, order)).abs()
+    head = gap * (p.cumsum(-1, dtype=torch.float64) > alpha)
+    assert 0 < len(set(p[0].tolist())) < 20
+    assert_close(adaptive_kl_weight(log_p, log_q, alpha), head.sum(-1) / gap.sum(-1))
+    assert (adaptive_kl_weight(log_q, log_q, alpha) == 0.5).all()

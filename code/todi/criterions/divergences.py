@@ -7,6 +7,7 @@ digits of float32 where p and q share no mass. `todi.criterions.definitions` has
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -41,10 +42,11 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def js_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """h = -q log(1 + p/q) / 2."""
-    p, q = log_p.exp(), log_q.exp()
-    log_m = _log_mixture(log_p, log_q, 0.5)
-    value = 0.5 * (p.mul_(log_p - log_m) + q * (log_q - log_m)).sum(-1)
-    return value, through_softmax(softplus(log_p - log_q).mul_(q).mul_(-0.5), q)
+    p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
+    over_larger = _log_mixture_over_larger(ratio, 0.5)
+    value = (torch.linalg.vecdot(p, ratio.clamp(max=0).sub_(over_larger))
+             - torch.linalg.vecdot(q, ratio.clamp(min=0).add_(over_larger)))
+    return value.mul_(0.5), through_softmax(softplus(ratio).mul_(q).mul_(-0.5), q)
 
 
 @divergence("js_divergence", closed_form=js_gradient)
@@ -56,10 +58,12 @@ def js_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def tvd_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """h = -q where p > q, 0 elsewhere, put through softmax by two sums of one sign, which lose no digits."""
-    q, under = log_q.exp(), log_p > log_q
-    value = 0.5 * (log_p.exp() - q).abs().sum(-1)
-    mass_under, mass_over = (q.masked_fill(mask, 0).sum(-1, keepdim=True) for mask in (~under, under))
-    return value, q.mul_(torch.where(under, -mass_over, mass_under))
+    q = log_q.exp()
+    value = 0.5 * (log_p.exp() - q).abs_().sum(-1)
+    under = (log_p > log_q).to(q.dtype).mul_(q)
+    over = q.sub_(under)  # one of the two is 0, the other q
+    mass_under, mass_over = (side.sum(-1, keepdim=True) for side in (under, over))
+    return value, over.mul_(mass_under).addcmul_(under, mass_over, value=-1)
 
 
 @divergence("tvd", closed_form=tvd_gradient)
@@ -74,9 +78,9 @@ SKEW = Parameter(0.1, least=1e-6, most=1 - 1e-6, help="lambda, the share of the 
 
 def skewed_forward_kl_gradient(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> tuple[Tensor, Tensor]:
     """With m = lambda p + (1 - lambda) q, h = -p (1 - lambda) q / m."""
-    p = log_p.exp()
-    value = (p * (log_p - _log_mixture(log_p, log_q, skew_lambda))).sum(-1)
-    share = (log_q - log_p).sub_(_logit(skew_lambda)).sigmoid_()  # (1 - lambda) q / m
+    p, ratio = log_p.exp(), log_p - log_q
+    value = torch.linalg.vecdot(p, ratio.clamp(max=0).sub_(_log_mixture_over_larger(ratio, skew_lambda)))
+    share = ratio.neg_().sub_(_logit(skew_lambda)).sigmoid_()  # (1 - lambda) q / m
     return value, through_softmax(p.mul_(share).neg_(), log_q.exp())
 
 
@@ -92,12 +96,13 @@ SMALL_SHARE = 0.02
 
 def skewed_reverse_kl_gradient(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> tuple[Tensor, Tensor]:
     """With m = (1 - lambda) p + lambda q and y = (1 - lambda) p / m, h = q (y + log(1 - y))."""
-    q = log_q.exp()
-    value = (q * (log_q - _log_mixture(log_p, log_q, 1 - skew_lambda))).sum(-1)
-    odds = (log_p - log_q).sub_(_logit(skew_lambda))  # log y / (1 - y)
+    q, ratio = log_q.exp(), log_p - log_q
+    value = -torch.linalg.vecdot(q, ratio.clamp(min=0).add_(_log_mixture_over_larger(ratio, 1 - skew_lambda)))
+    odds = ratio.sub_(_logit(skew_lambda))  # log y / (1 - y)
     share = odds.sigmoid()
-    series = share.square().mul_(-1).mul_(0.5 + share * (1 / 3 + share / 4))
-    h = torch.where(share < SMALL_SHARE, series, share - softplus(odds)).mul_(q)
+    series = (share / 4).add_(1 / 3).mul_(share).add_(0.5).mul_(share).mul_(share).neg_()
+    small = (share < SMALL_SHARE).to(share.dtype)
+    h = torch.lerp(share.sub_(softplus(odds)), series, small).mul_(q)
     return value, through_softmax(h, q)
 
 
@@ -109,12 +114,26 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> Te
 
 @torch.no_grad()
 def adaptive_kl_weight(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """w, (N,): the share of the teacher's head in sum |p - q|; 1/2 where p = q."""
-    p, order = log_p.exp().sort(dim=-1, stable=True)
-    gap = (p - log_q.exp().gather(-1, order)).abs()
-    head = (gap * (p.cumsum(-1) > alpha)).sum(-1)
-    total = gap.sum(-1)
-    return torch.where(total > 0, head / total.clamp_min(torch.finfo(total.dtype).tiny), 0.5)
+    """w, (N,): the share of the teacher's head in sum |p - q|; 1/2 where p = q.
+
+    Probabilities are sorted alone, without where they come from: the smallest of the head tells which the others are.
+    Of those that are equal to it, the first are in the tail as far as they fit in, as in a stable sort.
+    """
+    p = log_p.exp()
+    gap = (p - log_q.exp()).abs_()
+    ascending = _sorted(p)
+    in_tail = (ascending.cumsum(-1, dtype=torch.float64) <= alpha).sum(-1, keepdim=True)
+    smallest = ascending.gather(-1, in_tail.clamp(max=p.shape[-1] - 1))
+    equal_in_tail = in_tail - torch.searchsorted(ascending, smallest)
+    equal = p == smallest
+    head = (p > smallest).logical_or_(equal.logical_and_(equal.cumsum(-1, dtype=torch.int32) > equal_in_tail))
+    share, total = torch.linalg.vecdot(gap, head.to(gap.dtype)), gap.sum(-1)
+    return torch.where(total > 0, share / total.clamp_min(torch.finfo(total.dtype).tiny), 0.5)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Ascending along the last dimension. On a CPU NumPy is 20 times as fast as torch, which sorts indices along."""
+    return values.sort(-1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), -1))
 
 
 def adaptive_kl_gradient(log_p: Tensor, log_q: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
@@ -188,6 +207,15 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     smaller = torch.where(p_larger, ratio.new_full((), 1 - weight), ratio.new_full((), weight))
     return (torch.where(p_larger, log_p, log_q)
             + torch.log1p(smaller * torch.expm1(torch.where(p_larger, -ratio, ratio))))
+
+
+def _log_mixture_over_larger(ratio: Tensor, weight: float) -> Tensor:
+    """log(m / max(p, q)) for m = weight p + (1 - weight) q and ratio = log p/q; exactly 0 where that is 0.
+
+    log p/m is min(ratio, 0) less this, log q/m is min(-ratio, 0) less this. `_log_mixture` is for autograd, and slower.
+    """
+    smaller = (ratio > 0).to(ratio.dtype).mul_(1 - 2 * weight).add_(weight)  # the weight of the smaller of the two
+    return ratio.abs().neg_().expm1_().mul_(smaller).log1p_()
 
 
 def _logit(share: float) -> float:
