@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import triton
-from todi.criterions.triton_rows import BLOCK, POINTS, WARPS, rows_kernel
+from todi.criterions.triton_points import POINTS
+from todi.criterions.triton_rows import BLOCK, WARPS, rows_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -40,7 +41,11 @@ VARIANTS = [Variant(None), *map(Variant, POINTS), Variant("ToDi", "fp16"), Varia
 
 
 def compiled(variant: Variant, gpu: int) -> tuple[int, int, int]:
-    """Registers of a thread, bytes that it spills, bits of its widest load. Args: gpu: compute capability, e.g. 90."""
+    """Registers of a thread, bytes that it spills, bits of its widest load of logits.
+
+    Args:
+        gpu: compute capability, e.g. 90.
+    """
     names = rows_kernel.arg_names
     point = POINTS.get(variant.name)
     constants = {"POINT": point and point.function, "SELECTS": bool(point and point.selects),
@@ -54,7 +59,8 @@ def compiled(variant: Variant, gpu: int) -> tuple[int, int, int]:
                             target=GPUTarget("cuda", gpu, 32), options={"num_warps": WARPS})
     ptx = kernel.asm["ptx"]
     loads = re.findall(r"ld\.global[\w.:]*?\.(?:v(\d)\.)?b(\d+)", ptx)
-    return *_assembled(ptx, gpu), max(int(vector or 1) * int(bits) for vector, bits in loads)
+    widths = {int(vector or 1) * int(bits) for vector, bits in loads} - {64}  # which is the label
+    return *_assembled(ptx, gpu), max(widths)
 
 
 def _assembled(ptx: str, gpu: int) -> tuple[int, int]:

@@ -49,8 +49,8 @@ CASES = {
     "adaptive_kl-0.2": Case("adaptive_kl", {"alpha": 0.2}),
     "cross-entropy": Case(None, kd_rate=0), "cross-entropy-smoothed": Case(None, kd_rate=0, label_smoothing=0.1),
     "odd": Case(vocabulary=37), "one-row": Case(rows=1), "one-block": Case(vocabulary=4096),
-    "no-label": Case(unlabelled=3), "some-labels": Case(unlabelled=2), "temperature-1": Case(temperature=1.0),
-    "temperature-0.7": Case(temperature=0.7), "divergence-alone": Case(kd_rate=1.0),
+    "no-label": Case(unlabelled=3), "some-labels": Case(unlabelled=2), "temperature-1": Case(temperature=1.0, spread=2),
+    "temperature-0.7": Case(temperature=0.7, spread=2), "divergence-alone": Case(kd_rate=1.0),
     "head": Case(softcap=30.0, scale=0.3, label_smoothing=0.1), "masked": Case(masked=100, label_smoothing=0.1),
     "masked-head": Case(masked=100, softcap=30.0, holes=0.5), "no-gradient": Case(wants_gradients=False),
 }

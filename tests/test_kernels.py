@@ -121,7 +121,7 @@ def test_what_the_kernel_is_not_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which stands in for a GPU
     assert kernels._why_no_triton(torch.float32, task_of(Case())) is None
     assert kernels._why_no_triton(torch.float64, task_of(Case())) == "it has no kernel for torch.float64"
-    monkeypatch.setattr("todi.criterions.triton_rows.POINTS", {})
+    monkeypatch.setattr("todi.criterions.triton_points.POINTS", {})
     assert kernels._why_no_triton(torch.float32, task_of(Case())) == "it has no kernel for the divergence ToDi"
     assert kernels._why_no_triton(torch.float32, task_of(Case(None))) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

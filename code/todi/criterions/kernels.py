@@ -94,11 +94,11 @@ def _why_no_triton(dtype: torch.dtype, task: RowTask) -> str | None:
         return f"the device is no GPU but {task.device}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    from todi.criterions import triton_rows
+    from todi.criterions import triton_points, triton_rows
 
     if dtype not in triton_rows.DTYPES:
         return f"it has no kernel for {dtype}"
-    if task.divergence is not None and task.divergence.name not in triton_rows.POINTS:
+    if task.divergence is not None and task.divergence.name not in triton_points.POINTS:
         return f"it has no kernel for the divergence {task.divergence.name}"
     return None
 

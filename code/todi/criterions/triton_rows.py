@@ -2,11 +2,9 @@
 
 Pass 1 makes the log-sum-exps, pass 2 the divergence and the sum of h = d value / d log q, pass 3 the gradient, written
 over the student's logits. Each pass reads both models' logits, so that an entry of two bytes costs 14 bytes of traffic.
-A divergence is a point function: value and h of an entry, of log p, log q, p, q and a number of the row. Everything is
-float32 behind the loads. Import this module only where it is used: Triton is there on GPUs alone.
+A divergence is a point function (`todi.criterions.triton_points`). Everything is float32 behind the loads. Import this
+module only where it is used: Triton is there on GPUs alone.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from todi.criterions.definitions import MASKED_LOGIT, NEARLY_ALL
-from todi.criterions.divergences import SMALL_SHARE
 from todi.criterions.rows import IGNORE_INDEX, RowTask
+from todi.criterions.triton_points import POINTS
 
 # Of the logits; and how many of the lowest bits are 0 when they are float32.
 DTYPES = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
@@ -24,85 +22,8 @@ BLOCK, WARPS = 1024, 4
 
 _MASKED = tl.constexpr(MASKED_LOGIT)
 _NEARLY_ALL = tl.constexpr(NEARLY_ALL)
-_SMALL_SHARE = tl.constexpr(SMALL_SHARE)
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 
-
-# ---- point functions: todi.criterions.divergences, entry by entry
-
-@triton.jit
-def forward_kl(log_p, log_q, p, q, parameter):
-    return p * (log_p - log_q), -p
-
-
-@triton.jit
-def reverse_kl(log_p, log_q, p, q, parameter):
-    value = q * (log_q - log_p)
-    return value, value
-
-
-@triton.jit
-def adaptive_kl(log_p, log_q, p, q, parameter):
-    forward, reverse = p * (log_p - log_q), q * (log_q - log_p)
-    return parameter * forward + (1 - parameter) * reverse, (1 - parameter) * reverse - parameter * p
-
-
-@triton.jit
-def todi(log_p, log_q, p, q, parameter):
-    ratio = log_p - log_q
-    weight = tl.sigmoid(parameter * ratio)
-    forward, reverse = weight * p, (1 - weight) * q
-    return (forward - reverse) * ratio, reverse - forward - reverse * ratio
-
-
-@triton.jit
-def js_divergence(log_p, log_q, p, q, parameter):
-    log_m = _log_mixture(log_p, log_q, 0.5)
-    return 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)), -0.5 * q * _softplus(log_p - log_q)
-
-
-@triton.jit
-def tvd(log_p, log_q, p, q, parameter):
-    return 0.5 * tl.abs(p - q), tl.where(log_p > log_q, -q, 0.0)
-
-
-@triton.jit
-def skewed_forward_kl(log_p, log_q, p, q, parameter):
-    share = tl.sigmoid(log_q - log_p - _logit(parameter))
-    return p * (log_p - _log_mixture(log_p, log_q, parameter)), -p * share
-
-
-@triton.jit
-def skewed_reverse_kl(log_p, log_q, p, q, parameter):
-    odds = log_p - log_q - _logit(parameter)
-    share = tl.sigmoid(odds)
-    series = -share * share * (0.5 + share * (1 / 3 + share / 4))
-    h = q * tl.where(share < _SMALL_SHARE, series, share - _softplus(odds))
-    return q * (log_q - _log_mixture(log_p, log_q, 1 - parameter)), h
-
-
-@triton.jit
-def _log_mixture(log_p, log_q, weight):
-    """log(weight p + (1 - weight) q); exactly log p where p = q."""
-    smaller = tl.where(log_p > log_q, 1 - weight, weight)
-    return tl.maximum(log_p, log_q) + tl.log(1 + smaller * (tl.exp(-tl.abs(log_p - log_q)) - 1))
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), all digits of it where x is far below zero."""
-    small = tl.exp(-tl.abs(x))
-    rounded = 1 + small
-    log1p = tl.where(rounded == 1, small, tl.log(rounded) * (small / (rounded - 1)))  # W. Kahan's
-    return tl.maximum(x, 0.0) + log1p
-
-
-@triton.jit
-def _logit(share):
-    return tl.log(share) - tl.log(1 - share)
-
-
-# ---- the kernel
 
 @triton.jit
 def _load(row, columns, vocabulary):
@@ -289,35 +210,6 @@ def _before_head(gradient, logits, inverse_softcap, scale, SOFTCAPS: tl.constexp
         capped = logits * inverse_softcap
         gradient *= 1 - capped * capped
     return tl.where(logits > _MASKED, gradient * scale, 0.0)
-
-
-# ---- what is launched
-
-@dataclass(frozen=True)
-class Point:
-    """A divergence in the kernel.
-
-    Attributes:
-        function: value and h of an entry.
-        parameter: the divergence's, by name; None without one.
-        selects: whether the function's number is not the parameter but follows from it for each row.
-    """
-
-    function: triton.JITFunction
-    parameter: str | None = None
-    selects: bool = False
-
-
-POINTS = {
-    "forward_kl": Point(forward_kl),
-    "reverse_kl": Point(reverse_kl),
-    "js_divergence": Point(js_divergence),
-    "tvd": Point(tvd),
-    "skewed_forward_kl": Point(skewed_forward_kl, "skew_lambda"),
-    "skewed_reverse_kl": Point(skewed_reverse_kl, "skew_lambda"),
-    "adaptive_kl": Point(adaptive_kl, "alpha", selects=True),
-    "ToDi": Point(todi, "beta"),
-}
 
 
 def fused_rows(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, task: RowTask) -> Tensor:
