@@ -19,10 +19,12 @@ CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 RESUME = ("auto", "force", "never")
+ALLOCATORS = ("auto", "glibc", "system")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
 KERNELS = ("auto", "triton", "compile", "eager")
 CACHE_MODES = ("auto", "on", "off")
+PACKING = ("auto", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
 SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
 NO_ADAPTER = "none"
@@ -103,6 +105,12 @@ def _rouge_tokenizer() -> Any:
 
 def _precision() -> Any:
     return option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
+
+
+def _allocator() -> Any:
+    return option("auto", "on a CPU, whether memory that is freed is kept for the next step: glibc keeps it; auto does "
+                          "so too, by tcmalloc where a launcher finds it; system gives it back", choices=ALLOCATORS,
+                  may_change=True)
 
 
 def _trust_remote_code() -> Any:
@@ -280,11 +288,19 @@ class OptimConfig:
     batch_size: int = option(4, "samples of a micro-batch, per device", least=1, may_change=True)
     gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device", least=1,
                                               env="GRAD_ACC", may_change=True)
+    packing: str = option("auto", "lay the samples of a micro-batch one after the other, without padding: auto (where "
+                                  "the models can) or off", choices=PACKING)
+    max_tokens: int | None = option(None, "tokens of a packed micro-batch at most, per device; as many as --batch-size "
+                                          "of the longest samples when not given", least=1, may_change=True)
     num_epochs: int = option(20, "passes over the training data", least=1, env="EPOCH")
     max_steps: int | None = option(None, "stop after so many optimizer steps", least=1)
     global_batch_size: int | None = option(None, "samples of an optimizer step over all devices, in place of "
                                                  "--gradient-accumulation-steps; these times --batch-size times the "
                                                  "devices when not given", least=1)
+
+    def tokens(self, longest: int) -> int:
+        """Of a micro-batch at most, where samples have up to `longest`."""
+        return self.max_tokens or self.batch_size * longest
 
     def accumulation(self, devices: int) -> int:
         """Micro-batches of an optimizer step on each device."""
@@ -306,6 +322,8 @@ class RunConfig:
     keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", least=1,
                                           env="SAVE_BEST_N_CKPTS", may_change=True)
     precision: str = _precision()
+    tf32: bool = option(True, "on a GPU: round the factors of fp32 products to TF32, which is several times faster")
+    allocator: str = _allocator()
     zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3)
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
                                           flag="--deepspeed_config", may_change=True)
@@ -322,6 +340,10 @@ class RunConfig:
                                    pattern=(r"\d+m?", "a number of steps (500) or of minutes (30m)"))
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
                                 least=1, may_change=True)
+    mfu: bool = option(True, "report which share of the device's peak is used; a CPU's is probed for a second",
+                       may_change=True)
+    profile: int = option(0, "trace so many steps, after the first two, into trace.json of the run's folder", least=0,
+                          may_change=True)
     report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
@@ -402,6 +424,7 @@ class EvalConfig:
     no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
     rouge_tokenizer: str = _rouge_tokenizer()
     precision: str = _precision()
+    allocator: str = _allocator()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
@@ -450,6 +473,7 @@ class CacheConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     precision: str = _precision()
+    allocator: str = _allocator()
     teacher_cache_dtype: str = _teacher_cache_dtype()
     trust_remote_code: bool = _trust_remote_code()
     plugins: tuple[str, ...] = _plugins()

@@ -19,25 +19,32 @@ import torch
 from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
-from todi.data.plans import StepShape, build_source
+from todi.data.batches import Collate, collate
+from todi.data.plans import PackedShape, StepShape
+from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding
 from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import check_head
+from todi.models.backbone import backbone_and_head, check_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import load_model
+from todi.models.packing import takes_packed, use_packing
 from todi.options import parse
+from todi.runtime.allocator import settle_allocator
 from todi.runtime.cadence import Cadence
-from todi.runtime.device import choose_device, dtype_of
+from todi.runtime.device import Precision, choose_device, dtype_of, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
+from todi.runtime.peaks import peak_of
 from todi.runtime.signals import Interrupted
-from todi.settings import ObjectiveConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
+from todi.runtime.stopwatch import Stopwatch, clock_of
+from todi.runtime.trace import StepTrace
+from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
 from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
 from todi.teacher.source import TeacherSource
@@ -48,6 +55,7 @@ from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
+from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.train_inputs import (
@@ -68,8 +76,11 @@ def main() -> None:
     config = parse(TrainConfig, prog="python -m todi.train")
     world = world_from_environment()
     set_up_logging(world.is_main)
+    device = choose_device(world.local_rank)
+    logger.info("memory: %s", settle_allocator(config.run.allocator, device))
+    settle_tf32(config.run.tf32, device)
     try:
-        train(config, world, choose_device(world.local_rank))
+        train(config, world, device)
     except Interrupted as stop:
         sys.exit(128 + stop.number)
 
@@ -88,15 +99,15 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
                                data.max_prompt_length)
     shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
                       optim.step_samples(world.size))
-    source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
-    max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
+    steps_per_epoch = shape.steps(len(examples))
+    max_steps = min(optim.num_epochs * steps_per_epoch, optim.max_steps or 2**62)
     specs = build_teacher_specs(config, inputs, examples)
     torch.manual_seed(config.run.seed)
     terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
     run = caches = None
     if world.is_main:
         mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
-        run, caches = _decide(config, inputs, specs, mode, max_steps / source.steps_per_epoch, world, device)
+        run, caches = _decide(config, inputs, specs, mode, max_steps / steps_per_epoch, world, device)
     dev = build_dev_set(config, inputs, world)
     if config.run.check_only:
         if nodes := nodes_from_environment():
@@ -111,18 +122,25 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
             return
-        epochs = -(-max_steps // source.steps_per_epoch)
+        epochs = -(-max_steps // steps_per_epoch)
         _log_decisions(inputs, shape, len(examples), max_steps, epochs, world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
+        meter = build_meter(config.run, inputs.student.precision, folder, world, device)
         # before the student is there: a pass that fills a cache needs room for the teacher
         teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), world, device)
-        engine = build_engine(config, inputs, terms, max_steps, world, device)
-        step = TrainStep(engine, build_criterion(config.objective), teacher, inputs.student.tokenizer.pad_token_id,
-                         world)
+        for backbone, head in teacher.parts if teacher else ():
+            meter.add_cost(forward_cost(backbone, head))
+        engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
+        shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
+                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed))
+        source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
+        step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
+        dev = dataclasses.replace(dev, collate=batch)
         trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
-                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world)
+                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world, meter)
         stack.enter_context(closing(trainer.monitors))
+        stack.enter_context(closing(meter))
         try:
             trainer.train()
         except Interrupted as stop:
@@ -149,6 +167,19 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
     return run, caches
 
 
+def choose_layout(config: OptimConfig, shape: StepShape, examples: Sequence[Example], pad_id: int,
+                  can_pack: bool) -> tuple[StepShape, Collate]:
+    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can."""
+    packed = can_pack and config.packing != "off"
+    if packed:
+        tokens = config.tokens(max(len(example.ids) for example in examples) - 1)
+        shape = PackedShape(**vars(shape), max_tokens=tokens)
+        logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
+    else:
+        logger.info("micro-batches are padded: %d samples each", shape.batch_size)
+    return shape, partial(collate, pad_id=pad_id, packed=packed)
+
+
 def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,
                  world: World) -> Callable[[Score, Path], None]:
     """What writes the student that has a score into a folder."""
@@ -165,6 +196,16 @@ def build_monitors(config: TrainConfig, folder: RunFolder) -> Monitors:
         return Monitors()
     run = RunInfo(folder.path, str(folder.path), dataclasses.asdict(config))
     return Monitors({"metrics.jsonl": folder.metrics}, config.run.report_to, run)
+
+
+def build_meter(config: RunConfig, precision: Precision, folder: RunFolder, world: World,
+                device: torch.device) -> SpeedMeter:
+    """What measures the run's speed; on the first rank it also writes the trace that the settings ask for."""
+    peak = peak_of(device, precision.dtype, config.tf32) if config.mfu else None
+    if peak:
+        logger.info("peak of the device: %.0f GFLOP/s in %s (%s)", peak.flops / 1e9, precision.name, peak.source)
+    trace = StepTrace(folder.path / "trace.json", config.profile, device) if config.profile and world.is_main else None
+    return SpeedMeter(Stopwatch(clock_of(device)), peak, world, device, trace)
 
 
 def build_pace(config: RunConfig, max_steps: int) -> Pace:
@@ -184,6 +225,7 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
                  add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
                           config.peft_lora_targets))
     check_head(model, inputs.path)
+    use_packing(model, inputs.path)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
                 sum(p.numel() for p in model.parameters()) / 1e6, trained / 1e6, inputs.precision.name, attention)
@@ -219,12 +261,13 @@ def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
                                  config.loss_chunk_size, named_numbers(config.loss_terms), config.kernels)
 
 
-def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, world: World,
-                 device: torch.device) -> deepspeed.DeepSpeedEngine:
+def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, meter: Meter,
+                 world: World, device: torch.device) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around the student, its optimizer and its schedule."""
     optim = config.optim
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
-    student = Student(build_student(config.student, inputs.student, device), terms)
+    student = Student(build_student(config.student, inputs.student, device), terms, meter)
+    meter.add_cost(training_cost(*backbone_and_head(student.model)))
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
                                 weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],
@@ -245,7 +288,8 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world, config.run.rouge_tokenizer)
+        config.run.eval_batch_size, config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
+        config.run.rouge_tokenizer)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:
@@ -258,8 +302,10 @@ def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any])
 def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
                    device: torch.device) -> None:
     precision = inputs.student.precision
-    logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,
-                precision.reason, inputs.deepspeed_config["zero_optimization"]["stage"])
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    logger.info("device: %s x %d; precision: %s (%s)%s; ZeRO stage %d", device.type, world.size, precision.name,
+                precision.reason, ", fp32 products in TF32" if tf32 else "",
+                inputs.deepspeed_config["zero_optimization"]["stage"])
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs", samples,
                 shape.samples, shape.batch_size, shape.accumulation, world.size, steps, epochs)
 

@@ -1,6 +1,6 @@
 """A causal language model in two parts: the backbone makes hidden states, the linear head makes logits of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
@@ -57,26 +57,26 @@ def check_head(model: nn.Module, name: str) -> None:
                          "its head is of a kind that is not supported")
 
 
-def labelled_rows(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+def labelled_rows(backbone: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     """Last hidden states of some positions of a batch.
 
     Args:
-        input_ids, attention_mask: (B, T).
+        inputs: that the backbone is called with; `input_ids` (B, T) is one.
         rows: (N,) positions in the flattened (B * T) batch.
 
     Returns:
         (N, H), after the final norm.
     """
-    return labelled_layers(backbone, input_ids, attention_mask, rows, ())[0]
+    return labelled_layers(backbone, inputs, rows, ())[0]
 
 
-def labelled_layers(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor,
+def labelled_layers(backbone: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor,
                     layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
     """What `labelled_rows` returns, and the outputs (N, H) of some layers, by their number, counted from 1.
 
     The last layer's is taken after the final norm.
     """
     wanted = {"output_hidden_states": True} if layers else {}
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **wanted)
+    output = backbone(**inputs, use_cache=False, **wanted)
     return (output.last_hidden_state.flatten(0, 1)[rows],
             {layer: output.hidden_states[layer].flatten(0, 1)[rows] for layer in layers})

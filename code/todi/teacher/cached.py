@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from todi.criterions import HeadRows
+from todi.criterions import HeadRows, LinearHead
 from todi.data.batches import Batch
 from todi.teacher.cache_files import CacheStore
 
@@ -15,6 +15,8 @@ class CachedTeacher:
     Raises:
         CorruptCache: head, indices or the length of a shard are not what was written.
     """
+
+    takes_packed = True  # it looks at no token
 
     def __init__(self, store: CacheStore, device: torch.device):
         self.store = store
@@ -29,3 +31,7 @@ class CachedTeacher:
 
     def expect(self, samples: Sequence[int]) -> None:
         self.store.expect(samples)
+
+    @property
+    def parts(self) -> list[tuple[None, LinearHead]]:
+        return [(None, self.head)]

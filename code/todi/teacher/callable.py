@@ -22,6 +22,8 @@ class CallableTeacher:
         vocabulary: so many entries V must at least have: those that the student's tokenizer makes use of.
     """
 
+    takes_packed = False  # a function is promised one sample a row
+
     def __init__(self, function: Function, name: str, vocabulary: int):
         self.function = function
         self.name = name
@@ -43,6 +45,10 @@ class CallableTeacher:
 
     def expect(self, samples: Sequence[int]) -> None:
         """There is nothing to fetch."""
+
+    @property
+    def parts(self) -> tuple[()]:
+        return ()
 
 
 def load_function(place: str) -> Function:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from todi.criterions import MeanRows
+from torch import nn
+
+from todi.criterions import LinearHead, MeanRows
 from todi.data.batches import Batch
 from todi.teacher.source import TeacherSource
 
@@ -17,6 +19,7 @@ class MeanTeacher:
     def __init__(self, sources: Sequence[TeacherSource], weights: Sequence[float] = ()):
         self.sources = sources
         self.weights = weights or [1.0] * len(sources)
+        self.takes_packed = all(source.takes_packed for source in sources)
 
     def rows(self, batch: Batch) -> MeanRows:
         return MeanRows([source.rows(batch) for source in self.sources], self.weights)
@@ -24,3 +27,7 @@ class MeanTeacher:
     def expect(self, samples: Sequence[int]) -> None:
         for source in self.sources:
             source.expect(samples)
+
+    @property
+    def parts(self) -> list[tuple[nn.Module | None, LinearHead]]:
+        return [part for source in self.sources for part in source.parts]
