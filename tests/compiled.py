@@ -22,22 +22,33 @@ from triton.compiler import ASTSource
 
 GPUS = {80: "A100", 90: "H100", 100: "B200", 120: "RTX 50"}
 POINTERS = {"labels_ptr": "*i64", "sums_ptr": "*fp32"}
-INTEGERS = ("logits_stride", "teacher_stride", "vocabulary")
+INTEGERS = ("logits_stride", "teacher_stride", "vocabulary", "readable")
 ZERO_BITS = {"bf16": 16, "fp16": 13, "fp32": 0}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel that can be launched. Attributes: name: of the divergence, None for cross-entropy alone; aligned:
-    whether rows start at multiples of 16 numbers, as those of an odd vocabulary do not."""
+    """A kernel that can be launched.
+
+    Attributes:
+        name: of the divergence, None for cross-entropy alone.
+        odd: whether the vocabulary is no multiple of 16.
+        aligned: whether rows start at multiples of 16 numbers.
+    """
 
     name: str | None
     dtype: str = "bf16"
+    odd: bool = False
     aligned: bool = True
+
+    @property
+    def words(self) -> str:
+        """Of its logits."""
+        return self.dtype + self.odd * ", odd vocabulary" + (not self.aligned) * ", not aligned"
 
 
 VARIANTS = [Variant(None), *map(Variant, POINTS), Variant("ToDi", "fp16"), Variant("ToDi", "fp32"),
-            Variant("ToDi", aligned=False)]
+            Variant("ToDi", odd=True), Variant("ToDi", odd=True, aligned=False)]
 
 
 def compiled(variant: Variant, gpu: int) -> tuple[int, int, int]:
@@ -53,8 +64,10 @@ def compiled(variant: Variant, gpu: int) -> tuple[int, int, int]:
     logits = f"*{variant.dtype}"
     kinds = POINTERS | dict.fromkeys(("logits_ptr", "teacher_ptr"), logits) | dict.fromkeys(INTEGERS, "i32")
     signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in names}
-    divisible = [name for name, kind in signature.items() if kind[0] == "*" or (variant.aligned and name in INTEGERS)]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if name not in constants}
+    odd = {"vocabulary"} if variant.odd else set()
+    divisible = [name for name, kind in signature.items()
+                 if kind[0] == "*" or (name in INTEGERS and variant.aligned and name not in odd)]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     kernel = triton.compile(ASTSource(rows_kernel, signature, constants, attributes),
                             target=GPUTarget("cuda", gpu, 32), options={"num_warps": WARPS})
     ptx = kernel.asm["ptx"]
@@ -83,8 +96,7 @@ def table() -> Iterator[str]:
     yield "| --- " * (2 + len(GPUS)) + "|"
     for variant in VARIANTS:
         cells = [" / ".join(map(str, next(results))) for _ in GPUS]
-        rows = variant.dtype if variant.aligned else f"{variant.dtype}, odd vocabulary"
-        yield f"| {variant.name or 'cross-entropy'} | {rows} | {' | '.join(cells)} |"
+        yield f"| {variant.name or 'cross-entropy'} | {variant.words} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from todi.criterions.definitions import build_divergence
 from todi.criterions.kernels import disagreement
 from todi.criterions.rows import IGNORE_INDEX, RowTask, eager_rows
+from torch.nn import functional
 
 EIGHT = ("forward_kl", "reverse_kl", "js_divergence", "tvd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl",
          "ToDi")
@@ -20,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Case:
     """Rows of random logits. Attributes: unlabelled: rows without a label; holes: share of the teacher's entries that
-    are -inf; masked: entries that no model gives."""
+    are -inf; masked: entries that no model gives; padding: numbers between the rows, which are NaN."""
 
     name: str | None = "ToDi"
     params: dict[str, float] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Case:
     unlabelled: int = 0
     holes: float = 0
     masked: int = 0
+    padding: int = 0
     wants_gradients: bool = True
 
 
@@ -52,7 +54,9 @@ CASES = {
     "no-label": Case(unlabelled=3), "some-labels": Case(unlabelled=2), "temperature-1": Case(temperature=1.0, spread=2),
     "temperature-0.7": Case(temperature=0.7, spread=2), "divergence-alone": Case(kd_rate=1.0),
     "head": Case(softcap=30.0, scale=0.3, label_smoothing=0.1), "masked": Case(masked=100, label_smoothing=0.1),
-    "masked-head": Case(masked=100, softcap=30.0, holes=0.5), "no-gradient": Case(wants_gradients=False),
+    "masked-head": Case(masked=100, softcap=30.0, holes=0.5), "padded": Case(padding=63),
+    "padded-smoothed": Case("adaptive_kl", padding=15, label_smoothing=0.1),
+    "no-gradient": Case(wants_gradients=False),
 }
 
 
@@ -80,6 +84,8 @@ def compared(case: Case) -> dict[str, float]:
     labels[case.rows - case.unlabelled:] = IGNORE_INDEX
     student[labels == IGNORE_INDEX], teacher[labels == IGNORE_INDEX] = torch.nan, torch.inf
     twin, twin_teacher = student.double(), None if case.name is None else teacher.double()
+    student, teacher = (functional.pad(side, (0, case.padding), value=torch.nan)[:, :case.vocabulary]
+                        for side in (student, teacher))
     sums = fused_rows(student, None if case.name is None else teacher, labels, task)
     wanted = eager_rows(twin, twin_teacher, labels, dataclasses.replace(task, dtype=torch.float64))
     difference = {"sums": ((sums - wanted).abs() / wanted.abs().clamp_min(1e-6)).max().item(),

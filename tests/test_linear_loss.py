@@ -391,3 +391,15 @@ def test_criterion_hands_everything_on():
     alone = ours(case, None)._asdict()
     del alone["kd"]
     assert_close(dict(DistillationCriterion()(case.hidden, head, case.labels, None)), alone)
+
+
+@pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 2.0, "scale": 0.3, "teacher_vocabulary": 7}], ids=str)
+def test_rows_that_start_at_multiples_of_64(monkeypatch, head):
+    """As on a GPU: the same numbers, laid out otherwise."""
+    case = make_case(**head)
+    wanted = ours(case, chunk_size=3)
+    gradient = gradients(wanted.loss, case)
+    monkeypatch.setattr("todi.criterions.linear_head._ALIGNED_DEVICES", {"cpu"})
+    assert LinearHead(case.weight.detach()).rows(case.hidden.detach()).stride() == (64, 1)
+    found = ours(case, chunk_size=3)
+    assert_close((tuple(found), gradients(found.loss, case)), (tuple(wanted), gradient))

@@ -209,7 +209,7 @@ def _chunk(hidden: Tensor, head: LinearHead, rows: slice, job: _Job, grads: _Gra
     """The five sums of one chunk; its gradients go to `grads`."""
     labels, task = job.labels[rows], job.task
     hidden = _labelled(hidden[rows], labels)
-    logits, teacher_logits = head(hidden), None
+    logits, teacher_logits = head.rows(hidden), None
     if job.teacher is not None:  # its rows without a label may hold anything: the row function drops them
         teacher_logits = job.teacher.logits(rows, task.vocabulary, task.temperature)
     sums = job.rows(logits, teacher_logits, labels, task)

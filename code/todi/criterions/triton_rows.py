@@ -26,10 +26,14 @@ _IGNORE = tl.constexpr(IGNORE_INDEX)
 
 
 @triton.jit
-def _load(row, columns, vocabulary):
-    """Logits in float32; what is outside the vocabulary is masked, as -inf is. NaN stays NaN."""
-    logits = tl.load(row + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
-    return tl.where(logits == float("-inf"), _MASKED, logits)
+def _load(row, columns, vocabulary, readable):
+    """Logits in float32; what is outside the vocabulary is masked, as -inf is. NaN stays NaN.
+
+    Memory that may be read beyond the vocabulary makes wide loads of odd vocabularies: a mask that changes at multiples
+    of 16 only.
+    """
+    logits = tl.load(row + columns, mask=columns < readable, other=float("-inf")).to(tl.float32)
+    return tl.where((logits == float("-inf")) | (columns >= vocabulary), _MASKED, logits)
 
 
 @triton.jit
@@ -51,8 +55,8 @@ def _common(logits, teacher_logits, inverse_temperature):
 
 
 @triton.jit
-def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, teacher_stride, vocabulary, parameter,
-                inverse_temperature, ce_factor, kd_factor, smoothing, inverse_softcap, scale,
+def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, teacher_stride, vocabulary, readable,
+                parameter, inverse_temperature, ce_factor, kd_factor, smoothing, inverse_softcap, scale,
                 POINT: tl.constexpr, SELECTS: tl.constexpr, ZERO_BITS: tl.constexpr, SOFTCAPS: tl.constexpr,
                 WRITES: tl.constexpr, BLOCK: tl.constexpr):
     """kd, ce, whether correct, 1 of the row; the gradient over its logits. POINT is None for cross-entropy alone."""
@@ -65,7 +69,7 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, te
         for start in range(0, vocabulary, BLOCK):
             if WRITES:
                 zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
-                tl.store(row + start + lanes, zeros, mask=start + lanes < vocabulary)
+                tl.store(row + start + lanes, zeros, mask=start + lanes < readable)
         for column in tl.static_range(4):
             tl.store(sums + column, 0.0)
         return
@@ -79,14 +83,14 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, te
     logits_sum = tl.zeros((BLOCK,), tl.float32)
     allowed = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        logits = _load(row, start + lanes, vocabulary)
+        logits = _load(row, start + lanes, vocabulary, readable)
         s_most, s_total = _online(s_most, s_total, logits)
         best_start = tl.where(logits > best, start, best_start)
         best = tl.maximum(best, logits)
         logits_sum += tl.where(logits > _MASKED, logits, 0.0)
         allowed += tl.where(logits > _MASKED, 1.0, 0.0)
         if POINT is not None:
-            teacher_logits = _load(teacher_row, start + lanes, vocabulary)
+            teacher_logits = _load(teacher_row, start + lanes, vocabulary, readable)
             q_most, q_total = _online(q_most, q_total, _common(logits, teacher_logits, inverse_temperature))
             p_most, p_total = _online(p_most, p_total, teacher_logits * inverse_temperature)
     s_total, q_total, p_total = tl.log(s_total), tl.log(q_total), tl.log(p_total)
@@ -101,12 +105,12 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, te
     kd, h_sum = 0.0, 0.0
     if POINT is not None:
         if SELECTS:
-            parameter = _head_share(row, teacher_row, vocabulary, inverse_temperature, q_most, q_total, p_most, p_total,
-                                    parameter, ZERO_BITS, BLOCK)
+            parameter = _head_share(row, teacher_row, vocabulary, readable, inverse_temperature, q_most, q_total,
+                                    p_most, p_total, parameter, ZERO_BITS, BLOCK)
         values, hs = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
-            logits = _load(row, start + lanes, vocabulary)
-            teacher_logits = _load(teacher_row, start + lanes, vocabulary)
+            logits = _load(row, start + lanes, vocabulary, readable)
+            teacher_logits = _load(teacher_row, start + lanes, vocabulary, readable)
             log_p = _log_softmax(teacher_logits * inverse_temperature, p_most, p_total)
             log_q = _log_softmax(_common(logits, teacher_logits, inverse_temperature), q_most, q_total)
             value, h = POINT(log_p, log_q, tl.exp(log_p), tl.exp(log_q), parameter)
@@ -130,10 +134,10 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, te
         others = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             columns = start + lanes
-            logits = _load(row, columns, vocabulary)
+            logits = _load(row, columns, vocabulary, readable)
             gradient = ce_factor * _ce_gradient(logits, columns, label, s_most, s_total, smoothing, even)
             if POINT is not None:
-                teacher_logits = _load(teacher_row, columns, vocabulary)
+                teacher_logits = _load(teacher_row, columns, vocabulary, readable)
                 log_p = _log_softmax(teacher_logits * inverse_temperature, p_most, p_total)
                 log_q = _log_softmax(_common(logits, teacher_logits, inverse_temperature), q_most, q_total)
                 q = tl.exp(log_q)
@@ -143,7 +147,7 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, te
                 gradient += kd_factor * kd_gradient
             gradient = _before_head(gradient, logits, inverse_softcap, scale, SOFTCAPS)
             tl.store(row + columns, gradient.to(logits_ptr.dtype.element_ty),
-                     mask=(columns < vocabulary) & (columns != settled))
+                     mask=(columns < readable) & (columns != settled))
         if settled >= 0:
             gradient = ce_factor * _ce_gradient(top_logit, top, label, s_most, s_total, smoothing, even)
             gradient -= kd_factor * tl.sum(others, 0)
@@ -159,30 +163,30 @@ def _order(x):
 
 
 @triton.jit
-def _mass_below(teacher_row, vocabulary, inverse_temperature, p_most, p_total, bound, BLOCK: tl.constexpr):
+def _mass_below(teacher_row, vocabulary, readable, inverse_temperature, p_most, p_total, bound, BLOCK: tl.constexpr):
     """Probability of the teacher's entries that come before `bound` in `_order`."""
     mass = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        logits = _load(teacher_row, start + tl.arange(0, BLOCK), vocabulary)
+        logits = _load(teacher_row, start + tl.arange(0, BLOCK), vocabulary, readable)
         p = tl.exp(_log_softmax(logits * inverse_temperature, p_most, p_total))
         mass += tl.where(_order(logits) < bound, p, 0.0)
     return tl.sum(mass, 0)
 
 
 @triton.jit
-def _head_share(row, teacher_row, vocabulary, inverse_temperature, q_most, q_total, p_most, p_total, alpha,
+def _head_share(row, teacher_row, vocabulary, readable, inverse_temperature, q_most, q_total, p_most, p_total, alpha,
                 ZERO_BITS: tl.constexpr, BLOCK: tl.constexpr):
     """adaptive_kl's weight. Where the head begins is found bit by bit, from the highest, instead of by sorting."""
     begin, below, bit = tl.zeros((), tl.uint32), 0.0, tl.full((), 1 << 31, tl.uint32)
     for _ in range(32 - ZERO_BITS):
-        mass = _mass_below(teacher_row, vocabulary, inverse_temperature, p_most, p_total, begin | bit, BLOCK)
+        mass = _mass_below(teacher_row, vocabulary, readable, inverse_temperature, p_most, p_total, begin | bit, BLOCK)
         begin, below = tl.where(mass <= alpha, begin | bit, begin), tl.where(mass <= alpha, mass, below)
         bit = bit >> 1
     heads, gaps, seen = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), 0
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        teacher_logits = _load(teacher_row, columns, vocabulary)
-        logits = _common(_load(row, columns, vocabulary), teacher_logits, inverse_temperature)
+        teacher_logits = _load(teacher_row, columns, vocabulary, readable)
+        logits = _common(_load(row, columns, vocabulary, readable), teacher_logits, inverse_temperature)
         p = tl.exp(_log_softmax(teacher_logits * inverse_temperature, p_most, p_total))
         gap = tl.abs(p - tl.exp(_log_softmax(logits, q_most, q_total)))
         # of equal ones, the first belong to the tail as far as they fit in
@@ -220,9 +224,11 @@ def fused_rows(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, ta
     point = None if teacher_logits is None else POINTS[task.divergence.name]
     parameter = task.divergence.params[point.parameter] if point and point.parameter else 0.0
     teacher = logits if point is None else teacher_logits
+    aligned = -(-task.vocabulary // 16) * 16
+    readable = aligned if min(logits.stride(0), teacher.stride(0)) >= aligned else task.vocabulary
     rows = logits.new_empty(len(logits), 4, dtype=torch.float32)
     rows_kernel[(len(logits),)](
-        logits, teacher, labels, rows, logits.stride(0), teacher.stride(0), task.vocabulary, parameter,
+        logits, teacher, labels, rows, logits.stride(0), teacher.stride(0), task.vocabulary, readable, parameter,
         1 / task.temperature, 1 - task.kd_rate, task.kd_rate / task.temperature, task.label_smoothing,
         1 / (task.softcap or 1.0), task.scale,
         POINT=point and point.function, SELECTS=bool(point and point.selects), ZERO_BITS=DTYPES[teacher.dtype],
