@@ -222,15 +222,15 @@ def fused_rows(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, ta
         for side in filter(torch.is_tensor, (logits, teacher_logits)):
             side.masked_fill_(task.masked, -torch.inf)
     point = None if teacher_logits is None else POINTS[task.divergence.name]
-    parameter = task.divergence.params[point.parameter] if point and point.parameter else 0.0
+    parameter = float(task.divergence.params[point.parameter]) if point and point.parameter else 0.0
     teacher = logits if point is None else teacher_logits
     aligned = -(-task.vocabulary // 16) * 16
     readable = aligned if min(logits.stride(0), teacher.stride(0)) >= aligned else task.vocabulary
     rows = logits.new_empty(len(logits), 4, dtype=torch.float32)
     rows_kernel[(len(logits),)](
         logits, teacher, labels, rows, logits.stride(0), teacher.stride(0), task.vocabulary, readable, parameter,
-        1 / task.temperature, 1 - task.kd_rate, task.kd_rate / task.temperature, task.label_smoothing,
-        1 / (task.softcap or 1.0), task.scale,
+        1 / task.temperature, 1.0 - task.kd_rate, task.kd_rate / task.temperature, float(task.label_smoothing),
+        1 / (task.softcap or 1.0), float(task.scale),
         POINT=point and point.function, SELECTS=bool(point and point.selects), ZERO_BITS=DTYPES[teacher.dtype],
         SOFTCAPS=task.softcap is not None, WRITES=task.wants_gradients, BLOCK=BLOCK, num_warps=WARPS)
     kd, ce, correct, tokens = rows.sum(0)
