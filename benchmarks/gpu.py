@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 from loss import Case, CudaMemory, HostMemory, Inputs, best_seconds, in_fresh_process, ours
+from todi.criterions import DIVERGENCES, build_divergence
+from todi.criterions.kernels import disagreement
+from todi.criterions.rows import RowTask
 from train import ROOT, SEED, Workspace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
@@ -64,6 +67,19 @@ def random_model(config: PretrainedConfig, tokenizer: Path, folder: Path) -> str
 
 
 # ---- the loss
+
+def kernel_rows() -> Iterator[Row]:
+    """How the fused kernel's numbers differ from those of its eager twin on this GPU, by more than rounding."""
+    from todi.criterions.triton_rows import DTYPES, fused_rows
+
+    for name in (None, *DIVERGENCES):
+        task = RowTask(name and build_divergence(name), temperature=2.0, kd_rate=0.5 if name else 0.0,
+                       label_smoothing=0.1, softcap=30.0, scale=0.5, vocabulary=0, masked=None, sparse=name is not None,
+                       dtype=torch.float32, device=torch.device("cuda"), wants_gradients=True)
+        for dtype in DTYPES:
+            yield (f"fused kernel, {name or 'cross-entropy'}, {dtype}", "as its twin",
+                   disagreement(fused_rows, dtype, task) or "as its twin")
+
 
 def loss_rows(device: str, tiny: bool) -> Iterator[Row]:
     """Value and gradients in bf16 at the vocabulary of Llama 3."""
@@ -166,7 +182,7 @@ def main() -> None:
     records = random.Random(SEED).choices(args.data.read_text().splitlines(), k=16 if args.tiny else args.samples)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"| on {name}, torch {torch.__version__} | aim | measured |\n| --- | --- | --- |", flush=True)
-    for row in loss_rows(args.device, args.tiny):
+    for row in (*(kernel_rows() if args.device == "cuda" else ()), *loss_rows(args.device, args.tiny)):
         print(f"| {' | '.join(row)} |", flush=True)
     for pair in pairs(args.tiny):
         with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from todi.criterions import (
     distillation_loss,
     linear_distillation_loss,
 )
-from todi.criterions import linear as linear_module
+from todi.criterions import rows as row_module
 from todi.data.batches import collate
 from todi.errors import InputError
 from todi.options import parse
@@ -38,7 +38,7 @@ ALL = slice(None)
 @pytest.fixture(autouse=True)
 def blocks_of_two_rows(monkeypatch):
     """The vocabularies here are so small that a chunk would be one block."""
-    monkeypatch.setitem(linear_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
+    monkeypatch.setitem(row_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -22,6 +22,7 @@ RESUME = ("auto", "force", "never")
 ALLOCATORS = ("auto", "glibc", "system")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
+KERNELS = ("auto", "triton", "compile", "eager")
 CACHE_MODES = ("auto", "on", "off")
 PACKING = ("auto", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
@@ -251,6 +252,8 @@ class ObjectiveConfig:
                                             pattern=(r"\d+:\d+", "student:teacher, two numbers of layers"))
     loss_chunk_size: int | None = option(None, "rows of the vocabulary projection at a time; chosen when not given",
                                          least=1, may_change=True)
+    kernels: str = option("auto", "what computes the loss between its matrix products (docs/performance.md)",
+                          choices=KERNELS, may_change=True)
 
     @property
     def distils(self) -> bool:

@@ -260,10 +260,10 @@ def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
     """The training criterion that the settings name."""
     if not config.distils:
         return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size,
-                                     terms=named_numbers(config.loss_terms))
+                                     terms=named_numbers(config.loss_terms), kernels=config.kernels)
     divergence = build_divergence(config.kd_objective, **named_numbers(config.kd_params))
     return DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
-                                 config.loss_chunk_size, named_numbers(config.loss_terms))
+                                 config.loss_chunk_size, named_numbers(config.loss_terms), config.kernels)
 
 
 def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, meter: Meter,
