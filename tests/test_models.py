@@ -15,7 +15,7 @@ from tiny import ARCHITECTURES, tiny_gguf, tiny_model, tiny_multimodal_model, ti
 from todi.errors import InputError
 from todi.models import fetch
 from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import backbone_and_head, check_head
+from todi.models.backbone import backbone_and_head
 from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
@@ -26,6 +26,7 @@ from todi.models.loading import (
     load_model,
     load_tokenizer,
 )
+from todi.models.probe import check_model
 from todi.models.prune import keep_layers
 from todi.models.tokenizers import tokenizer_difference
 from tokenizers import Tokenizer
@@ -52,15 +53,15 @@ class TestHead:
     def test_soft_capping_is_read_from_the_config(self, tmp_path):
         model = load_model(str(tiny_model(tmp_path, "gemma3_text")), torch.float32, CPU)
         model.config.final_logit_softcapping = 2.0
-        check_head(model, "capped")
+        check_model(model, "capped")
         assert backbone_and_head(model)[1].softcap == 2.0
 
     def test_an_unknown_kind_of_head_is_refused(self, tmp_path):
         model = load_model(str(tiny_model(tmp_path, "llama")), torch.float32, CPU)
-        check_head(model, "plain")
+        check_model(model, "plain")
         model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.square())
         with pytest.raises(InputError, match="squared: logits computed from its hidden states differ"):
-            check_head(model, "squared")
+            check_model(model, "squared")
 
 
 class TestFamilies:
@@ -138,7 +139,7 @@ class TestLoading:
         ids = torch.arange(3, 40)[None]
         original = AutoModelForCausalLM.from_pretrained(whole).eval()
         torch.testing.assert_close(model(ids).logits, original(input_ids=ids).logits)
-        check_head(model, "whole")
+        check_model(model, "whole")
         model.save_pretrained(tmp_path / "text")
         again = load_model(str(tmp_path / "text"), torch.float32, CPU)
         torch.testing.assert_close(again(ids).logits, model(ids).logits)

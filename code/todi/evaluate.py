@@ -33,10 +33,10 @@ from todi.evaluation.results import (
 )
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.set_files import Done, SetStore
-from todi.generation.decoding import stop_ids
+from todi.generation.decoding import check_decoding, stop_ids
 from todi.models.adapters import merge_adapter
-from todi.models.backbone import check_head
 from todi.models.loading import checksum_or_commit, load_model
+from todi.models.probe import check_model
 from todi.options import parse
 from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
@@ -141,7 +141,9 @@ def build_model(inputs: EvalInputs, config: EvalConfig, world: World, device: to
     model = load_model(inputs.model_path, inputs.precision.dtype, device, config.trust_remote_code)
     if config.peft_path:
         model = merge_adapter(model, config.peft_path)
-    check_head(model, inputs.model_path)
+    check_model(model, inputs.model_path)
+    if config.num_beams == 1:
+        check_decoding(model, inputs.model_path, inputs.tokenizer.pad_token_id)
     logger.info("model: %s%s, attention: %s", inputs.model_path,
                 f" with adapter {config.peft_path}" if config.peft_path else "", model.config._attn_implementation)
     return model

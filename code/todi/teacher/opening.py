@@ -10,8 +10,8 @@ from torch import nn
 
 from todi.errors import InputError, StorageError
 from todi.models.adapters import merge_adapter
-from todi.models.backbone import check_head
 from todi.models.loading import load_model
+from todi.models.probe import check_model
 from todi.runtime.device import name_of
 from todi.runtime.distributed import World
 from todi.settings import CACHE_MODES, recorded
@@ -157,7 +157,7 @@ def load_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
     model = load_model(path, spec.precision.dtype, device, spec.trust_remote_code)
     if adapter:
         model = merge_adapter(model, adapter)
-    check_head(model, path)
+    check_model(model, path)
     logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", path,
                 f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,
                 spec.precision.name, model.config._attn_implementation)
