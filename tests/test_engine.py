@@ -8,8 +8,9 @@ import pytest
 import torch
 from todi.errors import InputError, StorageError
 from todi.runtime.device import Precision, choose_device, choose_precision
-from todi.training.checkpoints import BestCheckpoints, Score
+from todi.training.checkpoints import BestCheckpoints
 from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule
+from todi.training.scores import Score
 from todi.training.state import Position
 
 nan, inf = math.nan, math.inf

@@ -225,7 +225,11 @@ class TestModels:
     @pytest.mark.parametrize(("names", "best"), [
         (["epoch1_step3_loss2.5", "epoch2_step6_loss12.1", "epoch3_step9_loss2.1"], 2),
         (["epoch1_step3_loss2.5", "epoch2_step6_lossnan"], 0),
-        (["epoch1_step3_loss2.5_rougel7.0", "epoch2_step6_loss2.6_rougel7.0"], 1),  # as ever
+        (["epoch1_step3_loss2.5_rougel7.0", "epoch2_step6_loss2.6_rougel7.0"], 0),  # in the order of a run itself
+        (["epoch1_step9_loss2.5_rougel7.0", "epoch2_step10_loss2.5_rougel7.0"], 1),
+        (["epoch1_step3_loss2.5_rougelnan", "epoch2_step6_loss2.6_rougel0.0"], 1),
+        (["epoch1_step3_loss2.5_rougelnan", "epoch2_step6_lossnan_rougelnan"], 0),
+        (["epoch1_step3_loss0.5", "epoch2_step6_loss2.6_rougel1.0"], 1),
     ])
     def test_which_is_best(self, tmp_path, names, best):
         make_run(tmp_path / "run", 1000, *names)

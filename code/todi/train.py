@@ -42,12 +42,13 @@ from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
 from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
-from todi.training.checkpoints import Score, save_model
+from todi.training.checkpoints import save_model
 from todi.training.dev import DevSet
 from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
+from todi.training.scores import Score
 from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.train_inputs import (
@@ -247,7 +248,8 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world, config.run.rouge_tokenizer)
+        config.run.eval_batch_size, config.run.seed, world, config.run.rouge_tokenizer,
+        config.run.eval_gen_repeat_times)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:
