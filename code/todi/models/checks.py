@@ -32,6 +32,13 @@ def check_architecture(config: PretrainedConfig, name: str, trained: bool = Fals
                              "without it")
 
 
+def check_checkpointing(config: PretrainedConfig, name: str, trust_remote_code: bool = False) -> None:
+    """Whether activations of such a model can be recomputed. Raises InputError where they cannot."""
+    kind = type(empty_model(config, trust_remote_code))
+    if not kind.supports_gradient_checkpointing:
+        raise InputError(f"--gradient-checkpointing: a {kind.__name__}, as {name} is, cannot recompute activations")
+
+
 def check_positions(config: PretrainedConfig, max_length: int, name: str) -> None:
     """Whether a model has positions for texts of `max_length` tokens. Raises InputError when it has not."""
     most = getattr(config, "max_position_embeddings", None)

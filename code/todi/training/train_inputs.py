@@ -18,7 +18,7 @@ from todi.data.records import Record, load_sets
 from todi.data.template_date import TemplateDate
 from todi.errors import InputError, collecting
 from todi.models.adapters import check_adapter, check_lora
-from todi.models.checks import check_architecture, check_positions, check_vocabulary
+from todi.models.checks import check_architecture, check_checkpointing, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import check_weights, checksum_or_commit, load_config, load_tokenizer
 from todi.models.tokenizers import start_ids, tokenizer_difference
@@ -106,6 +106,8 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
         with collecting(problems):
             student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
                                  precision, config.data.max_length, config.student.trust_remote_code, trained=True)
+            if config.student.gradient_checkpointing:
+                check_checkpointing(student.config, student.path, config.student.trust_remote_code)
             if config.student.peft and not config.student.peft_path:
                 check_lora(student.config, student.family, config.student.peft_lora_targets, student.path,
                            config.student.trust_remote_code)

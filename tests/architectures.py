@@ -1,0 +1,60 @@
+"""Tiny random models of every architecture that transformers has a causal language model for.
+
+    config = tiny_config("mixtral")     # raises what transformers raises where no such model can be made
+"""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ARCHITECTURES
+
+VOCABULARY = 300
+
+_SIZES = {
+    VOCABULARY: "vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input",
+    512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions original_max_position_embeddings",
+    32: "hidden_size d_model n_embd dim embedding_size embedding_dim emb_dim word_embed_proj_dim backbone_hidden_size "
+        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size lru_width "
+        "expert_ffn_hidden_size moe_shared_expert_intermediate_size input_embedding_size output_embedding_size "
+        "mamba_d_ssm dim_model_base",
+    64: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff dim_ff ffn_hidden_size "
+        "intermediate_size_mlp prefix_dense_intermediate_size dense_intermediate_size block_ff_dim d_inner "
+        "feed_forward_size attention_hidden_size",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
+       "num_decoder_attention_heads num_encoder_attention_heads attention_heads linear_num_value_heads mamba_num_heads "
+       "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads swa_num_attention_heads",
+    2: "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk moe_k top_k_experts "
+       "swa_num_key_value_heads num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
+       "num_decoder_layers num_encoder_layers num_blocks",
+    8: "head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim "
+       "linear_head_dim swa_head_dim attention_head_size mamba_head_dim mamba_d_head mamba_d_state ssm_state_size "
+       "state_size d_head dim_head",
+    16: "sliding_window sliding_window_size local_attention attention_window_size window_size q_lora_rank kv_lora_rank "
+        "attention_chunk_size hidden_size_per_layer_input",
+    1: "n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts",
+}
+_SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
+
+
+def tiny_config(model_type: str, **special: Any) -> PretrainedConfig:
+    """A configuration with small sizes and no dropout, and whatever else its class asks for by itself."""
+    return _shrunk(CONFIG_MAPPING[model_type], **_SPECIAL.get(model_type, {}) | special)
+
+
+def _shrunk(kind: type[PretrainedConfig], **special: Any) -> PretrainedConfig:
+    settings: dict[str, Any] = {}
+    for name, value in kind().to_dict().items():
+        if name in _SIZE_OF and isinstance(value, int):
+            settings[name] = min(_SIZE_OF[name], value) if value > 0 else value
+        elif isinstance(value, float) and "drop" in name:
+            settings[name] = 0.0
+        elif name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
+            settings[name] = 0
+    for name, sub in kind.sub_configs.items():
+        if isinstance(sub, type) and name in settings | kind().to_dict():
+            settings[name] = _shrunk(sub).to_dict()
+    return kind(**settings | special)
+
+
+# What a class does not derive from the sizes above.
+_SPECIAL: dict[str, dict[str, Any]] = {}
