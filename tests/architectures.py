@@ -31,7 +31,7 @@ _SIZES = {
        "linear_head_dim swa_head_dim attention_head_size mamba_head_dim mamba_d_head mamba_d_state ssm_state_size "
        "state_size d_head dim_head",
     16: "sliding_window sliding_window_size local_attention attention_window_size window_size q_lora_rank kv_lora_rank "
-        "attention_chunk_size hidden_size_per_layer_input",
+        "attention_chunk_size hidden_size_per_layer_input chunk_size mamba_chunk_size block_size keep_window_size",
     1: "n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts",
 }
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
@@ -57,5 +57,20 @@ def _shrunk(kind: type[PretrainedConfig], **special: Any) -> PretrainedConfig:
     return kind(**settings | special)
 
 
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 # What a class does not derive from the sizes above.
-_SPECIAL: dict[str, dict[str, Any]] = {}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1], **_MAMBA},
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "adapter_rank": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA, "lm_head_multiplier": 0.5},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention"], "n_groups": 2, "mamba_num_heads": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], **_MAMBA},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.5},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True},
+    "bert": {"is_decoder": True},
+}
