@@ -42,7 +42,7 @@ def check_checkpointing(config: PretrainedConfig, name: str, trust_remote_code: 
 def check_positions(config: PretrainedConfig, max_length: int, name: str) -> None:
     """Whether a model has positions for texts of `max_length` tokens. Raises InputError when it has not."""
     most = getattr(config, "max_position_embeddings", None)
-    if most is not None and max_length > most:
+    if most is not None and 0 < most < max_length:  # XLNet's -1 is no limit
         raise InputError(f"--max-length is {max_length}, but {name} has {most} positions")
 
 
