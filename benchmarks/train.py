@@ -13,6 +13,7 @@ Peak memory is resident in the process, each variant in one of its own.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -85,13 +86,13 @@ def padded(examples: list[Example], samples: range, pad_id: int) -> Batch:
     fills = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE_INDEX}
     tensors = {name: torch.nn.functional.pad(getattr(batch, name), (0, missing), value=value)
                for name, value in fills.items()}
-    return Batch(**tensors, rows=batch.rows, sample_ids=batch.sample_ids)
+    return dataclasses.replace(batch, **tensors)
 
 
 def hidden_and_weight(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T, H) last hidden states and (V, H) head weight, whose product the plain loss begins with."""
     backbone, head = backbone_and_head(model)
-    hidden = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    hidden = backbone(**batch.inputs, use_cache=False)
     return hidden.last_hidden_state, head.weight
 
 

@@ -21,7 +21,7 @@ _SIZES = {
     32: "hidden_size d_model n_embd dim embedding_size embedding_dim emb_dim word_embed_proj_dim backbone_hidden_size "
         "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size lru_width "
         "expert_ffn_hidden_size moe_shared_expert_intermediate_size input_embedding_size output_embedding_size "
-        "mamba_d_ssm dim_model_base attention_hidden_size",
+        "mamba_d_ssm dim_model_base",
     64: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff dim_ff ffn_hidden_size "
         "intermediate_size_mlp prefix_dense_intermediate_size dense_intermediate_size block_ff_dim d_inner "
         "feed_forward_size",
@@ -69,7 +69,7 @@ _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chun
 _SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1], **_MAMBA},
-    "zamba": {"attention_hidden_size": 64, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "adapter_rank": 8},
     "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA, "lm_head_multiplier": 0.5},
     "nemotron_h": {"layers_block_type": ["mamba", "attention"], "n_groups": 2, "mamba_num_heads": 8},
@@ -95,6 +95,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},
     "xmod": {"default_language": "en_XX"},
+    "rwkv": {"attention_hidden_size": 32},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "bert": {"is_decoder": True},
 }

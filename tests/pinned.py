@@ -27,7 +27,7 @@ def start_all(workshop: Workshop) -> "dict[str, Future[Run]]":
     models = {role: workshop.model(f"pinned-{role}", family="gpt2", hidden=hidden, seed=seed, resid_pdrop=0.1)
               for role, hidden, seed in (("teacher", 48, 1), ("student", 32, 2))}
     common = {"MODEL_PATH": models["student"], "TEACHER_MODEL_PATH": models["teacher"], "EPOCH": 7, "MAX_STEPS": 20,
-              "LR": 3e-3, "EVAL_GEN": 0}
+              "LR": 3e-3, "EVAL_GEN": 0, "PACKING": "off"}
     return {name: workshop.train(launcher, f"pinned-{name}", **common | settings)
             for name, (launcher, settings) in RUNS.items()}
 

@@ -1,10 +1,12 @@
 """Tiny teachers and what they say: what the tests of the teacher cache stand on."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
 from launching import Workshop
+from todi.data.batches import collate
 from todi.data.records import load_records
 from todi.data.tokenize import encode_examples
 from todi.models.adapters import add_lora
@@ -38,12 +40,13 @@ def teacher_spec_of(workshop: Workshop, family: str = "gpt2", adapter: Path | No
     return dataclasses.replace(spec, **changes)
 
 
-def filled_by(spec: TeacherSpec, folder: Path, batch_tokens: int) -> CachedTeacher:
+def filled_by(spec: TeacherSpec, folder: Path, batch_tokens: int, packed: bool = False) -> CachedTeacher:
     """The teacher source of a new cache whose batches have so many tokens."""
     folder.mkdir()
     live = LiveTeacher(load_teacher(spec, CPU))
     store = CacheStore.create(folder, spec.fingerprint, spec.made_from, spec.layout, live.head)
-    fill(store, live, spec.examples, spec.tokenizer.pad_token_id, ALONE, CPU, batch_tokens)
+    batch = partial(collate, pad_id=spec.tokenizer.pad_token_id, packed=packed)
+    fill(store, live, spec.examples, batch, ALONE, CPU, batch_tokens)
     return CachedTeacher(CacheStore(folder), CPU)
 
 

@@ -18,6 +18,7 @@ from todi.generation.decoding import Decoding, check_decoding, generate
 from todi.models.checks import check_architecture
 from todi.models.families import FAMILIES, Family, family_of
 from todi.models.loading import load_config, load_model, load_tokenizer
+from todi.models.packing import takes_packed, use_packing
 from todi.models.probe import check_model
 from todi.models.prune import keep_layers
 from todi.models.tokenizers import start_ids
@@ -50,6 +51,7 @@ def load(folder: Path) -> torch.nn.Module:
     read_model(str(folder), "auto", None, FP32, 64, False, trained=True)
     model = load_model(str(folder), torch.float32, CPU)
     check_model(model, str(folder), trained=True)
+    use_packing(model, str(folder))
     check_decoding(model, str(folder), pad_id=0)
     return model.eval()
 
@@ -67,13 +69,14 @@ def check_loss(model: torch.nn.Module) -> None:
         ids = torch.tensor([example.ids])
         logits = model(input_ids=ids).logits[0, example.prompt_length - 1:-1]
         expected = expected + torch.nn.functional.cross_entropy(logits, ids[0, example.prompt_length:], reduction="sum")
-    sums, _ = Student(model)(collate(texts(), pad_id=0), DistillationCriterion())
-    assert sums["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ours, theirs = (torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-                    for loss in (sums["loss"], expected))
-    error = sum((our - their).square().sum() for our, their in zip(ours, theirs, strict=True))
-    assert error.sqrt() < 1e-3 * sum(their.square().sum() for their in theirs).sqrt()
+    theirs = torch.autograd.grad(expected, trained, allow_unused=True, materialize_grads=True)
+    for packed in (False, True) if takes_packed(model) else (False,):
+        sums, _ = Student(model)(collate(texts(), pad_id=0, packed=packed), DistillationCriterion())
+        assert sums["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+        ours = torch.autograd.grad(sums["loss"], trained, allow_unused=True, materialize_grads=True)
+        error = sum((our - their).square().sum() for our, their in zip(ours, theirs, strict=True))
+        assert error.sqrt() < 1e-3 * sum(their.square().sum() for their in theirs).sqrt()
 
 
 def check_texts(model: torch.nn.Module) -> None:

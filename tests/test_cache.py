@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from teachers import ALONE, CPU, SPECIAL, filled_by, flip, make_adapter, teacher
 from tiny import ARCHITECTURES
 from todi.criterions import DistillationCriterion, build_divergence
 from todi.data.batches import collate
-from todi.data.plans import DatasetSource, StepShape
+from todi.data.plans import StepShape
+from todi.data.sample_sources import DatasetSource
 from todi.errors import InputError, StorageError
 from todi.models.loading import load_model
 from todi.runtime.device import Precision
@@ -92,6 +94,13 @@ class TestExactness:
         assert torch.equal(cached.rows(batch).hidden, live.rows(batch).hidden)
         assert cached.head.weight.dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("family", ARCHITECTURES)
+    def test_packed_and_padded_passes_store_the_same(self, workshop, tmp_path, family):
+        spec = teacher_spec_of(workshop, family)
+        padded, packed = (filled_by(spec, tmp_path / f"{packed}", 100, packed) for packed in (False, True))
+        batch = collate(spec.examples, 0)
+        torch.testing.assert_close(packed.rows(batch).hidden, padded.rows(batch).hidden, rtol=1e-6, atol=2e-6)
+
     def test_any_batch_of_any_rank(self, spec, filled):
         cached, live = open_teacher(spec, filled, ALONE, CPU), LiveTeacher(load_teacher(spec, CPU))
         for rank in range(3):
@@ -129,7 +138,7 @@ class TestFilling:
             assert waits.wait(10)
             live = LiveTeacher(load_teacher(spec, CPU))
             store = CacheStore.create(folder, spec.fingerprint, spec.made_from, spec.layout, live.head)
-            fill(store, live, spec.examples, 0, ALONE, CPU)
+            fill(store, live, spec.examples, partial(collate, pad_id=0), ALONE, CPU)
         second.join(10)
         assert not second.is_alive()
         assert not loaded

@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 from todi.criterions.linear import IGNORE_INDEX
 from todi.data.batches import collate
-from todi.data.plans import (
-    DatasetSource,
-    MixedSource,
-    SampleSource,
-    StepPlan,
-    StepShape,
-    build_source,
-    epoch_counts,
-)
+from todi.data.plans import StepPlan, StepShape
 from todi.data.records import load_records
+from todi.data.sample_sources import DatasetSource, MixedSource, SampleSource, build_source, epoch_counts
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.errors import InputError
 from todi.generation.decoding import Response, to_texts

@@ -14,6 +14,7 @@ from todi.data.tokenize import Example
 from todi.models.adapters import add_lora, merge_adapter
 from todi.models.families import FAMILIES
 from todi.models.loading import load_model, load_tokenizer
+from todi.models.packing import use_packing
 from todi.runtime.checksums import file_checksum
 from todi.teacher.live import LiveTeacher
 from todi.training.student import Student
@@ -71,18 +72,26 @@ class TestLoss:
         student = tiny_model(tmp_path / "student", vocab=304, layers=3, seed=2, **shape)
         return tuple(load_model(str(path), torch.float32, CPU) for path in (student, teacher))
 
+    @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
     @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-    def test_value_and_gradients(self, models, case, lora):
+    def test_value_and_gradients(self, models, case, lora, packed, checkpointing):
         student, teacher = models
+        if checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.train()
         if lora:
             torch.manual_seed(0)
             student = add_lora(student, FAMILIES[case.split(",")[0]], rank=4, alpha=8, dropout=0.0)
             for name, parameter in student.named_parameters():
                 if "lora_B" in name:  # zero at first, and then A has no gradient
                     torch.nn.init.normal_(parameter, std=0.1)
-        batch = random_batch()
+        if packed:
+            assert use_packing(student, "student")
+            assert use_packing(teacher, "teacher")
+        batch, laid_out = random_batch(), random_batch(packed)
         criterion = DistillationCriterion(build_divergence("ToDi"), TEMPERATURE, KD_RATE, chunk_size=3)
-        sums, _ = Student(student)(batch, criterion, LiveTeacher(teacher).rows(batch))
+        sums, _ = Student(student)(laid_out, criterion, LiveTeacher(teacher).rows(laid_out))
         expected = loss_from_logits(logits_of(student, batch), logits_of(teacher, batch).detach(), batch.row_labels)
         assert sums["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -103,12 +112,12 @@ class TestLoss:
         assert sums["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.1)
 
 
-def random_batch() -> Batch:
+def random_batch(packed: bool = False) -> Batch:
     """Two texts of different lengths, longer than Gemma's window in the tests."""
     generator = torch.Generator().manual_seed(3)
     examples = [Example(tuple(torch.randint(3, 300, (length,), generator=generator).tolist()), prompt_length=9)
                 for length in (37, 24)]
-    return collate(examples, pad_id=0)
+    return collate(examples, 0, packed)
 
 
 def logits_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

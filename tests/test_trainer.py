@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from todi.data.plans import DatasetSource, StepShape
+from todi.data.plans import StepShape
+from todi.data.sample_sources import DatasetSource
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.training.monitors import Monitors

@@ -25,7 +25,7 @@ from todi.options import parse
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, world_from_environment
 from todi.runtime.logs import set_up_logging
-from todi.settings import StudentConfig, TrainConfig
+from todi.settings import OptimConfig, StudentConfig, TrainConfig
 from todi.training.memory import (
     Memory,
     Shape,
@@ -95,7 +95,9 @@ def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example
 def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, examples: Sequence[Example], world: World,
                     device: torch.device, cached: Sequence[bool] = ()) -> Memory:
     """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
-    optim, rows = config.optim, config.optim.batch_size * max(example.response_tokens for example in examples)
+    optim = config.optim
+    samples = _samples(optim, max(len(example.ids) for example in examples) - 1)
+    rows = samples * max(example.response_tokens for example in examples)
     trust = config.student.trust_remote_code
     teacher = sum(_teacher_bytes(model, rows, from_cache, trust)
                   for model, from_cache in zip_longest(inputs.teachers, cached, fillvalue=False))
@@ -117,6 +119,11 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
     return peak(state, forward=forward, accumulates=optim.accumulation(world.size) > 1, teacher=teacher, base=0)
 
 
+def _samples(optim: OptimConfig, longest: int) -> int:
+    """Of `longest` tokens, so many as a micro-batch may have; a packed one has more, shorter ones in their place."""
+    return -(-optim.tokens(longest) // longest)
+
+
 def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_code: bool) -> int:
     """Of a teacher's weights, or its head where the rest is cached, and of its hidden states of a micro-batch."""
     model = empty_model(inputs.config, trust_remote_code)
@@ -125,7 +132,7 @@ def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_co
 
 
 def _student_shape(config: TrainConfig, inputs: TrainInputs, length: int, device: torch.device) -> Shape:
-    shape = _model_shape(config.student, inputs.student, config.optim.batch_size, length, device)
+    shape = _model_shape(config.student, inputs.student, _samples(config.optim, length), length, device)
     with torch.device("meta"):
         terms = build_loss_terms(config.objective, inputs.student, inputs.teachers).values()
     weights = sum(parameter.numel() for term in terms for parameter in term.parameters())
@@ -146,7 +153,7 @@ def _about_memory(memory: Memory, config: TrainConfig, stage: int, available: in
                   length: int) -> tuple[list[str], list[str]]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in vars(memory).items() if size)
     facts = [f"memory: about {memory.total / _GIB:.2f} GiB on each device when fullest ({parts}) at "
-             f"{config.optim.batch_size} x {length} tokens; {available / _GIB:.2f} GiB are free"]
+             f"{_samples(config.optim, length)} x {length} tokens; {available / _GIB:.2f} GiB are free"]
     if memory.total <= available:
         return facts, []
     remedies = [f"a smaller --batch-size than {config.optim.batch_size} with more --gradient-accumulation-steps"

@@ -22,6 +22,7 @@ RESUME = ("auto", "force", "never")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
 CACHE_MODES = ("auto", "on", "off")
+PACKING = ("auto", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
 SET_NAME = r"(?!\.{1,2}(/|\Z))[^/]+(/(?!\.{1,2}(/|\Z))[^/]+)*"
 NO_ADAPTER = "none"
@@ -277,11 +278,19 @@ class OptimConfig:
     batch_size: int = option(4, "samples of a micro-batch, per device", least=1, may_change=True)
     gradient_accumulation_steps: int = option(2, "micro-batches of an optimizer step, per device", least=1,
                                               env="GRAD_ACC", may_change=True)
+    packing: str = option("auto", "lay the samples of a micro-batch one after the other, without padding: auto (where "
+                                  "the models can) or off", choices=PACKING)
+    max_tokens: int | None = option(None, "tokens of a packed micro-batch at most, per device; as many as --batch-size "
+                                          "of the longest samples when not given", least=1, may_change=True)
     num_epochs: int = option(20, "passes over the training data", least=1, env="EPOCH")
     max_steps: int | None = option(None, "stop after so many optimizer steps", least=1)
     global_batch_size: int | None = option(None, "samples of an optimizer step over all devices, in place of "
                                                  "--gradient-accumulation-steps; these times --batch-size times the "
                                                  "devices when not given", least=1)
+
+    def tokens(self, longest: int) -> int:
+        """Of a micro-batch at most, where samples have up to `longest`."""
+        return self.max_tokens or self.batch_size * longest
 
     def accumulation(self, devices: int) -> int:
         """Micro-batches of an optimizer step on each device."""

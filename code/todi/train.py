@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
-from todi.data.plans import StepShape, build_source
+from todi.data.batches import Collate, collate
+from todi.data.plans import PackedShape, StepShape
+from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
@@ -29,6 +31,7 @@ from todi.models.adapters import add_lora, load_adapter
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import load_model
+from todi.models.packing import takes_packed, use_packing
 from todi.models.probe import check_model
 from todi.options import parse
 from todi.runtime.cadence import Cadence
@@ -37,7 +40,7 @@ from todi.runtime.distributed import World, process_group, world_from_environmen
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
 from todi.runtime.signals import Interrupted
-from todi.settings import ObjectiveConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
+from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
 from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
 from todi.teacher.source import TeacherSource
@@ -89,15 +92,15 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
                                data.max_prompt_length)
     shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
                       optim.step_samples(world.size))
-    source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
-    max_steps = min(optim.num_epochs * source.steps_per_epoch, optim.max_steps or 2**62)
+    steps_per_epoch = shape.steps(len(examples))
+    max_steps = min(optim.num_epochs * steps_per_epoch, optim.max_steps or 2**62)
     specs = build_teacher_specs(config, inputs, examples)
     torch.manual_seed(config.run.seed)
     terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
     run = caches = None
     if world.is_main:
         mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
-        run, caches = _decide(config, inputs, specs, mode, max_steps / source.steps_per_epoch, world, device)
+        run, caches = _decide(config, inputs, specs, mode, max_steps / steps_per_epoch, world, device)
     dev = build_dev_set(config, inputs, world)
     if config.run.check_only:
         if nodes := nodes_from_environment():
@@ -112,15 +115,18 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
             return
-        epochs = -(-max_steps // source.steps_per_epoch)
+        epochs = -(-max_steps // steps_per_epoch)
         _log_decisions(inputs, shape, len(examples), max_steps, epochs, world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
         # before the student is there: a pass that fills a cache needs room for the teacher
         teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), world, device)
         engine = build_engine(config, inputs, terms, max_steps, world, device)
-        step = TrainStep(engine, build_criterion(config.objective), teacher, inputs.student.tokenizer.pad_token_id,
-                         world)
+        shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
+                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed))
+        source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
+        step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world)
+        dev = dataclasses.replace(dev, collate=batch)
         trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
                           folder, build_monitors(config, folder), build_pace(config.run, max_steps), world)
         stack.enter_context(closing(trainer.monitors))
@@ -148,6 +154,19 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
     if config.run.resume != "never":
         check_same_run(folder, run, force=config.run.resume == "force")
     return run, caches
+
+
+def choose_layout(config: OptimConfig, shape: StepShape, examples: Sequence[Example], pad_id: int,
+                  can_pack: bool) -> tuple[StepShape, Collate]:
+    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can."""
+    packed = can_pack and config.packing != "off"
+    if packed:
+        tokens = config.tokens(max(len(example.ids) for example in examples) - 1)
+        shape = PackedShape(**vars(shape), max_tokens=tokens)
+        logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
+    else:
+        logger.info("micro-batches are padded: %d samples each", shape.batch_size)
+    return shape, partial(collate, pad_id=pad_id, packed=packed)
 
 
 def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,
@@ -185,6 +204,7 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
                  add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
                           config.peft_lora_targets))
     check_model(model, inputs.path, trained=True)
+    use_packing(model, inputs.path)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
                 sum(p.numel() for p in model.parameters()) / 1e6, trained / 1e6, inputs.precision.name, attention)
@@ -248,8 +268,8 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world, config.run.rouge_tokenizer,
-        config.run.eval_gen_repeat_times)
+        config.run.eval_batch_size, config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
+        config.run.rouge_tokenizer, config.run.eval_gen_repeat_times)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:

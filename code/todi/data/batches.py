@@ -1,6 +1,6 @@
 """The tensors of a micro-batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -8,33 +8,50 @@ from torch import Tensor
 
 from todi.criterions.linear import IGNORE_INDEX
 from todi.data.tokenize import Example
+from todi.models.packing import sample_bounds
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B samples, padded on the right to its longest, T.
+    """A micro-batch of samples: S rows, padded on the right to the longest, T; or packed one after the other, in one.
 
     Attributes:
-        input_ids: (B, T).
-        attention_mask: (B, T), 1 for a token, 0 for padding.
-        labels: (B, T); `labels[b, t]` is the token that follows `input_ids[b, t]` where that is part of the
-            response (EOS included), else -100.
-        rows: (N,) positions of the labels in a flattened (B * T) batch; found here, on the CPU, since looking
+        input_ids: (S, T); packed (1, T).
+        attention_mask: (S, T), 1 for a token, 0 for padding; packed, the `sample_bounds`.
+        position_ids: packed (1, T), from 0 in each sample; else None.
+        labels: as `input_ids`; the token that follows there where that is part of the response (EOS included), else
+            -100.
+        rows: (N,) positions of the labels in the flattened `labels`; found here, on the CPU, since looking
             for them on a GPU would make it wait.
-        sample_ids: (B,) `Example.sample_id` of each sample, -1 for a filler without labels; always on the CPU,
+        sample_ids: (S,) `Example.sample_id` of each sample, -1 for a filler without labels; always on the CPU,
             where a teacher cache looks them up.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    position_ids: Tensor | None
     labels: Tensor
     rows: Tensor
     sample_ids: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, but for the sample ids."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return Batch(**moved | {"sample_ids": self.sample_ids})
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from where a GPU fetches it while it computes."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: tensor if tensor is None else change(tensor) for name, tensor in tensors.items()}
+        return Batch(**changed | {"sample_ids": self.sample_ids})
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.position_ids is None else inputs | {"position_ids": self.position_ids}
 
     @property
     def row_labels(self) -> Tensor:
@@ -42,21 +59,30 @@ class Batch:
         return self.labels.flatten()[self.rows]
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+Collate = Callable[[Sequence[Example]], Batch]
+
+
+def collate(examples: Sequence[Example], pad_id: int, packed: bool = False) -> Batch:
     """The batch of some samples. The last token of a sample is only ever a label, so T is one less than the longest.
 
     Without any it is one filler sample without labels, so that every rank can run the same number of micro-batches.
     """
     examples = examples or [Example(ids=(pad_id, pad_id), prompt_length=2)]
-    length = max(len(example.ids) for example in examples) - 1
-    input_ids = torch.full((len(examples), length), pad_id)
-    labels = torch.full((len(examples), length), IGNORE_INDEX)
-    mask = torch.zeros((len(examples), length), dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
-        input_ids[row, :len(ids) - 1] = ids[:-1]
-        mask[row, :len(ids) - 1] = 1
-        start = example.prompt_length - 1
-        labels[row, start:len(ids) - 1] = ids[start + 1:]
+    ids = [torch.tensor(example.ids[:-1]) for example in examples]
+    labels = [_labels(example) for example in examples]
+    lengths = [len(part) for part in ids]
+    if packed:
+        input_ids, mask, labels = torch.cat(ids)[None], sample_bounds(lengths), torch.cat(labels)[None]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    else:
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids, labels = pad(ids, True, pad_id), pad(labels, True, IGNORE_INDEX)
+        mask, positions = pad([torch.ones_like(part) for part in ids], True), None
     rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
-    return Batch(input_ids, mask, labels, rows, torch.tensor([example.sample_id for example in examples]))
+    return Batch(input_ids, mask, positions, labels, rows, torch.tensor([example.sample_id for example in examples]))
+
+
+def _labels(example: Example) -> Tensor:
+    labels = torch.tensor(example.ids[1:])
+    labels[:example.prompt_length - 1] = IGNORE_INDEX
+    return labels

@@ -1,13 +1,8 @@
-"""Which samples make an optimizer step: where they come from, and how a step is cut over micro-batches and ranks."""
+"""How an optimizer step is cut over micro-batches and ranks."""
 
-import itertools
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Protocol
-
-import torch
 
 from todi.data.tokenize import Example
 
@@ -28,8 +23,35 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What samples cost, in any unit.
+
+    Attributes:
+        token: for each token.
+        row: for each labelled one.
+        pair: for each pair of a token and one that it attends to.
+    """
+
+    token: int = 1
+    row: int = 0
+    pair: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.token + other.token, self.row + other.row, self.pair + other.pair)
+
+    def of(self, examples: Sequence[Example]) -> int:
+        """Of a batch of samples. The last token of a sample is only ever a label; a token attends to all before it."""
+        lengths = [len(example.ids) - 1 for example in examples]
+        rows = sum(example.response_tokens for example in examples)
+        return (self.token * sum(lengths) + self.row * rows
+                + self.pair * sum(length * (length + 1) // 2 for length in lengths))
+
+
+@dataclass(frozen=True)
 class StepShape:
     """How a step is cut, on every rank alike and without communication.
+
+    Here its micro-batches have equal numbers of samples, of like length, for padding makes each as long as its longest.
 
     Attributes:
         batch_size: most samples of a micro-batch.
@@ -48,11 +70,12 @@ class StepShape:
         """Of a full step, over all ranks."""
         return self.wanted or self.batch_size * self.accumulation * self.world
 
-    def cut(self, examples: Sequence[Example]) -> StepPlan:
-        """This rank's part of the step that trains on `examples`.
+    def steps(self, samples: int) -> int:
+        """That an epoch of `samples` has; the last takes what is left."""
+        return -(-samples // self.samples)
 
-        Samples of like length share a micro-batch, and the ranks work on like lengths at the same time.
-        """
+    def cut(self, examples: Sequence[Example]) -> StepPlan:
+        """This rank's part of the step that trains on `examples`."""
         by_length = sorted(examples, key=lambda example: len(example.ids))
         parts = self.accumulation * self.world
         cuts = [len(examples) * part // parts for part in range(parts + 1)]
@@ -63,154 +86,52 @@ class StepShape:
             tokens=sum(example.response_tokens for example in examples))
 
 
-class SampleSource(Protocol):
-    """Where the samples of each step come from. Every rank has one and asks it the same questions.
-
-    An epoch's samples and their order follow from the epoch's number and from what `state_dict` holds, so that a
-    resumed run goes on exactly.
-    """
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
-        """The steps of epoch number `epoch`, counted from 1, from `first_step`, counted from 0, on."""
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """Hears of the means over each interval of the log and of each evaluation; for schedules that adapt."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the number of the step: JSON values, the same on every rank."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
-
-
-class EpochSource(SampleSource):
-    """A source without state: which samples an epoch has, in what order, follows from its number alone.
-
-    A subclass says so; the steps are cut here, and the last step of an epoch takes what is left.
-    """
-
-    shape: StepShape
-
-    @property
-    @abstractmethod
-    def samples_per_epoch(self) -> int: ...
-
-    @abstractmethod
-    def order(self, epoch: int) -> list[Example]:
-        """The `samples_per_epoch` samples of epoch number `epoch`, counted from 1, in the order they come in."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.samples_per_epoch // self.shape.samples)
-
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
-        examples, size = self.order(epoch), self.shape.samples
-        for step in range(first_step, self.steps_per_epoch):
-            yield self.shape.cut(examples[step * size:(step + 1) * size])
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """Nothing here adapts."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to take up."""
-
-
 @dataclass(frozen=True)
-class DatasetSource(EpochSource):
-    """One set of samples, each once in an epoch."""
-
-    examples: Sequence[Example]
-    shape: StepShape
-    seed: int
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return len(self.examples)
-
-    def order(self, epoch: int) -> list[Example]:
-        return [self.examples[i] for i in shuffled(len(self.examples), self.seed, epoch)]
-
-
-@dataclass(frozen=True)
-class MixedSource(EpochSource):
-    """Several sets of samples, each with a fixed number of samples an epoch.
-
-    A set is a stream of passes over it, each shuffled anew, and an epoch goes on in it where the one before stopped:
-    a sample comes again only after every other of its set has come. The first set alone, drawn from as often as it
-    has samples, is a `DatasetSource`.
+class PackedShape(StepShape):
+    """A step whose micro-batches have no padding: every rank has the same cost, in as few of them as hold the tokens.
 
     Attributes:
-        counts: how many samples of each set an epoch has, as `epoch_counts` gives them.
+        max_tokens: most tokens of a micro-batch; a longer sample has one to itself.
+        cost: that the ranks share evenly.
     """
 
-    sets: Sequence[Sequence[Example]]
-    counts: Sequence[int]
-    shape: StepShape
-    seed: int
+    max_tokens: int = 2048
+    cost: Cost = Cost()
 
-    @property
-    def samples_per_epoch(self) -> int:
-        return sum(self.counts)
+    def cut(self, examples: Sequence[Example]) -> StepPlan:
+        """This rank's part of the step that trains on `examples`; each rank has as many micro-batches."""
+        costs = [self.cost.of([example]) for example in examples]
+        ranks = [[examples[i] for i in share] for share in balanced(costs, self.world)]
+        parts = max(1, *(-(-_tokens(share, self.max_tokens) // self.max_tokens) for share in ranks))
+        while not all(self._fit(micro) for share in ranks for micro in _micro_batches(share, parts)):
+            parts += 1
+        return StepPlan(
+            micro_batches=tuple(_micro_batches(ranks[self.rank], parts)),
+            samples=len(examples),
+            tokens=sum(example.response_tokens for example in examples))
 
-    def order(self, epoch: int) -> list[Example]:
-        drawn = [self._drawn(number, epoch) for number in range(len(self.sets))]
-        numbers = [number for number, count in enumerate(self.counts) for _ in range(count)]
-        places = shuffled(len(numbers), self.seed, epoch, stream=len(self.sets))
-        return [next(drawn[numbers[place]]) for place in places]
-
-    def _drawn(self, number: int, epoch: int) -> Iterator[Example]:
-        """What an epoch draws from set number `number`."""
-        examples, count = self.sets[number], self.counts[number]
-        passes, start = divmod((epoch - 1) * count, len(examples))
-        stream = (examples[i] for later in itertools.count(passes + 1)
-                  for i in shuffled(len(examples), self.seed, later, stream=number))
-        return itertools.islice(stream, start, start + count)
+    def _fit(self, examples: Sequence[Example]) -> bool:
+        return len(examples) < 2 or _tokens(examples) <= self.max_tokens
 
 
-def build_source(examples: Sequence[Example], sizes: Sequence[int], shares: Sequence[float], shape: StepShape,
-                 seed: int) -> SampleSource:
-    """The source of one set, or of several mixed by their shares.
-
-    Args:
-        examples: of all sets, one after the other.
-        sizes: how many of them each set has.
-        shares: as in `epoch_counts`.
-    """
-    if len(sizes) == 1:
-        return DatasetSource(examples, shape, seed)
-    ends = list(itertools.accumulate(sizes))
-    sets = [examples[end - size:end] for end, size in zip(ends, sizes, strict=True)]
-    return MixedSource(sets, epoch_counts(sizes, shares), shape, seed)
+def balanced(costs: Sequence[int], shares: int) -> list[list[int]]:
+    """Numbers 0 to len(costs) - 1 in `shares` of nearly equal cost: the dearest first, each to the cheapest share yet
+    (Graham, 1969, longest processing time)."""
+    heap = [(0, share) for share in range(shares)]
+    found: list[list[int]] = [[] for _ in heap]
+    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        cost, share = heap[0]
+        found[share].append(number)
+        heapq.heapreplace(heap, (cost + costs[number], share))
+    return found
 
 
-def epoch_counts(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
-    """How many samples of each set an epoch has, which has as many as all sets together.
-
-    Args:
-        sizes: of the sets.
-        shares: of each set, in any unit; the largest remainders are rounded up, the first of equal ones. Without any,
-            every sample comes once.
-    """
-    if not shares:
-        return list(sizes)
-    exact = [Fraction(str(share)) for share in shares]  # 0.1 is a tenth, as it was written
-    wanted = [sum(sizes) * share / sum(exact) for share in exact]
-    counts = [int(count) for count in wanted]
-    by_remainder = sorted(range(len(counts)), key=lambda number: counts[number] - wanted[number])
-    for number in by_remainder[:sum(sizes) - sum(counts)]:
-        counts[number] += 1
-    return counts
+def _micro_batches(examples: Sequence[Example], parts: int) -> list[tuple[Example, ...]]:
+    """`examples` in `parts` of nearly as many tokens; the largest first, as on every other rank."""
+    shares = balanced([len(example.ids) - 1 for example in examples], parts)
+    return sorted((tuple(examples[i] for i in share) for share in shares), key=_tokens, reverse=True)
 
 
-def shuffled(count: int, seed: int, epoch: int, stream: int = 0) -> list[int]:
-    """0 to count - 1 in an order that follows from seed, epoch and the number of a stream of such orders."""
-    # The generator takes 32 bits of a seed. There multiples of the golden ratio lie far apart, so that no two epochs
-    # of two streams share one.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + stream * 0x9E37_79B9)
-    return torch.randperm(count, generator=generator).tolist()
+def _tokens(examples: Sequence[Example], most: int = 2**62) -> int:
+    """Of all examples, each with at most `most`."""
+    return sum(min(len(example.ids) - 1, most) for example in examples)

@@ -17,6 +17,7 @@ from todi.evaluation.set_files import Row
 from todi.generation.decoding import Decoding, Response, generate, to_texts
 from todi.generation.sampling import stream_key
 from todi.models.backbone import backbone_and_head, labelled_rows
+from todi.models.packing import packing
 from todi.runtime.distributed import World
 
 _LOSS_BATCH = 8  # whole samples at a time; more of them bring more padding, and work enough is in these
@@ -78,12 +79,13 @@ class Writer:
         order = sorted(examples, key=lambda example: len(example.ids))
         size = min(self.batch_size, _LOSS_BATCH) * self.world.size
         sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(order), size):
-            mine = order[start:start + size][self.world.rank::self.world.size]
-            batch = collate(mine, self.tokenizer.pad_token_id).to(self.model.device)
-            hidden = labelled_rows(backbone, batch.input_ids, batch.attention_mask, batch.rows)
-            found = DistillationCriterion()(hidden, head, batch.row_labels, None)
-            sums += torch.stack([found["ce"], found["tokens"]]).cpu()
+        with packing(self.model, "the model") as packed:
+            for start in range(0, len(order), size):
+                mine = order[start:start + size][self.world.rank::self.world.size]
+                batch = collate(mine, self.tokenizer.pad_token_id, packed).to(self.model.device)
+                hidden = labelled_rows(backbone, batch.inputs, batch.rows)
+                found = DistillationCriterion()(hidden, head, batch.row_labels, None)
+                sums += torch.stack([found["ce"], found["tokens"]]).cpu()
         parts = self.world.gather(sums.tolist())
         ce, tokens = (sum(values) for values in zip(*parts, strict=True))
         return ce / max(tokens, 1)

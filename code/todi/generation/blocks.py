@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from todi.generation.continuation import Forward, left_padded
 from todi.models.families import FAMILIES
+from todi.models.packing import ATTENTION as PACKED
 
 _ATTENTION = "todi_blocks"
 _ROWS = 32  # of a block; more have more padding, fewer cost more calls
@@ -28,7 +29,7 @@ _NOT_HERE = ("softcap", "position_bias", "s_aux")  # what some architectures' at
 def can_use_blocks(model: PreTrainedModel) -> bool:
     """Whether `model` can decode in blocks: on a CPU, with sdpa, and of an architecture that the tests go through."""
     known = {FAMILIES[name].architecture for name in FAMILIES}
-    return (model.device.type == "cpu" and model.config._attn_implementation in ("sdpa", _ATTENTION)
+    return (model.device.type == "cpu" and model.config._attn_implementation in ("sdpa", PACKED, _ATTENTION)
             and model.config.model_type in known)
 
 

@@ -1,6 +1,6 @@
 """A causal language model in two parts: the backbone makes hidden states, the linear head makes logits of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -31,33 +31,34 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
         raise InputError(f"{type(model).__name__} has no linear language-model head")
     scale = _first(config, _MULTIPLIERS) or 1.0 / (_first(config, _DIVISORS) or 1.0)
     head = LinearHead(projection.weight, getattr(projection, "bias", None), softcap=_first(config, _CAPS), scale=scale)
-    return model.base_model, head
+    backbone = model.base_model
+    return getattr(model, "model", model) if backbone is model else backbone, head  # Llama 4's goes by another name
 
 
 def _first(config: PretrainedConfig, names: Sequence[str]) -> float | None:
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
-def labelled_rows(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+def labelled_rows(backbone: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     """Last hidden states of some positions of a batch.
 
     Args:
-        input_ids, attention_mask: (B, T).
+        inputs: that the backbone is called with; `input_ids` (B, T) is one.
         rows: (N,) positions in the flattened (B * T) batch.
 
     Returns:
         (N, H), after the final norm.
     """
-    return labelled_layers(backbone, input_ids, attention_mask, rows, ())[0]
+    return labelled_layers(backbone, inputs, rows, ())[0]
 
 
-def labelled_layers(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor,
+def labelled_layers(backbone: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor,
                     layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
     """What `labelled_rows` returns, and the outputs (N, H) of some layers, by their number, counted from 1.
 
     The last layer's is taken after the final norm.
     """
     wanted = {"output_hidden_states": True} if layers else {}
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **wanted)
+    output = backbone(**inputs, use_cache=False, **wanted)
     return (output.last_hidden_state.flatten(0, 1)[rows],
             {layer: output.hidden_states[layer].flatten(0, 1)[rows] for layer in layers})

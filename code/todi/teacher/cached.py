@@ -16,6 +16,8 @@ class CachedTeacher:
         CorruptCache: head, indices or the length of a shard are not what was written.
     """
 
+    takes_packed = True  # it looks at no token
+
     def __init__(self, store: CacheStore, device: torch.device):
         self.store = store
         self.device = device

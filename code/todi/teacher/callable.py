@@ -22,6 +22,8 @@ class CallableTeacher:
         vocabulary: so many entries V must at least have: those that the student's tokenizer makes use of.
     """
 
+    takes_packed = False  # a function is promised one sample a row
+
     def __init__(self, function: Function, name: str, vocabulary: int):
         self.function = function
         self.name = name

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from todi.data.batches import collate
+from todi.data.batches import Collate
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.runtime.storage import writing
@@ -52,7 +52,7 @@ def filling_alone(folder: Path, world: World) -> Iterator[None]:
             os.close(descriptor)
 
 
-def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], pad_id: int, world: World,
+def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], collate: Collate, world: World,
          device: torch.device, batch_tokens: int | None = None) -> None:
     """Runs the teacher over the samples of every shard that is not there; each rank writes its own shards.
 
@@ -67,7 +67,7 @@ def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], p
     for start in range(0, len(missing), world.size):
         for number in missing[start:start + world.size][world.rank::world.size]:
             samples = store.shards[number]
-            hidden = hidden_states(teacher, examples, samples, pad_id, device, batch_tokens)
+            hidden = hidden_states(teacher, examples, samples, collate, device, batch_tokens)
             store.write(number, hidden, [examples[sample].response_tokens for sample in samples])
         world.barrier()
         done, seconds = min(start + world.size, len(missing)), time.perf_counter() - started
@@ -75,12 +75,12 @@ def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], p
                     seconds / 60 / done * (len(missing) - done))
 
 
-def hidden_states(teacher: LiveTeacher, examples: Sequence[Example], samples: Sequence[int], pad_id: int,
+def hidden_states(teacher: LiveTeacher, examples: Sequence[Example], samples: Sequence[int], collate: Collate,
                   device: torch.device, batch_tokens: int) -> Tensor:
     """(N, H) rows of `samples`, one after the other, on the CPU."""
     rows: dict[int, Tensor] = {}
     for batch in batches(examples, samples, batch_tokens):
-        rows |= batch_rows(teacher, examples, batch, pad_id, device)
+        rows |= batch_rows(teacher, examples, batch, collate, device)
     return torch.cat([rows[sample] for sample in samples])
 
 
@@ -95,10 +95,10 @@ def batches(examples: Sequence[Example], samples: Sequence[int], batch_tokens: i
     yield batch
 
 
-def batch_rows(teacher: LiveTeacher, examples: Sequence[Example], samples: Sequence[int], pad_id: int,
+def batch_rows(teacher: LiveTeacher, examples: Sequence[Example], samples: Sequence[int], collate: Collate,
                device: torch.device) -> dict[int, Tensor]:
     """The (rows, H) hidden states of each sample of one batch, on the CPU."""
-    hidden = teacher.rows(collate([examples[sample] for sample in samples], pad_id).to(device)).hidden.cpu()
+    hidden = teacher.rows(collate([examples[sample] for sample in samples]).to(device)).hidden.cpu()
     return dict(zip(samples, hidden.split([examples[sample].response_tokens for sample in samples]), strict=True))
 
 

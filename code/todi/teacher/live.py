@@ -8,6 +8,7 @@ from torch import nn
 from todi.criterions import HeadRows
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_layers
+from todi.models.packing import takes_packed
 
 
 class LiveTeacher:
@@ -20,10 +21,11 @@ class LiveTeacher:
     def __init__(self, model: nn.Module, layers: Sequence[int] = ()):
         self.backbone, self.head = backbone_and_head(model.eval().requires_grad_(False))
         self.layers = layers
+        self.takes_packed = takes_packed(model)
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> HeadRows:
-        hidden, layers = labelled_layers(self.backbone, batch.input_ids, batch.attention_mask, batch.rows, self.layers)
+        hidden, layers = labelled_layers(self.backbone, batch.inputs, batch.rows, self.layers)
         return HeadRows(hidden, self.head, layers)
 
     def expect(self, samples: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ class MeanTeacher:
     def __init__(self, sources: Sequence[TeacherSource], weights: Sequence[float] = ()):
         self.sources = sources
         self.weights = weights or [1.0] * len(sources)
+        self.takes_packed = all(source.takes_packed for source in sources)
 
     def rows(self, batch: Batch) -> MeanRows:
         return MeanRows([source.rows(batch) for source in self.sources], self.weights)

@@ -3,14 +3,17 @@
 import gc
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from todi.data.batches import collate
 from todi.errors import InputError, StorageError
 from todi.models.adapters import merge_adapter
 from todi.models.loading import load_model
+from todi.models.packing import use_packing
 from todi.models.probe import check_model
 from todi.runtime.device import name_of
 from todi.runtime.distributed import World
@@ -144,7 +147,8 @@ def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.devi
         world.barrier()
         logger.info("filling the teacher cache %s: %d of %d shards, %.3g GB in all", folder, len(store.missing()),
                     len(store.shards), spec.layout.bytes / 1e9)
-        fill(store, teacher, spec.examples, spec.tokenizer.pad_token_id, world, device)
+        fill(store, teacher, spec.examples,
+             partial(collate, pad_id=spec.tokenizer.pad_token_id, packed=teacher.takes_packed), world, device)
     del teacher
     gc.collect()
     if device.type == "cuda":
@@ -158,6 +162,7 @@ def load_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
     if adapter:
         model = merge_adapter(model, adapter)
     check_model(model, path)
+    use_packing(model, path)
     logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", path,
                 f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,
                 spec.precision.name, model.config._attn_implementation)

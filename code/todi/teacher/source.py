@@ -8,7 +8,13 @@ from todi.data.batches import Batch
 
 
 class TeacherSource(Protocol):
-    """Answers for the labelled rows of a batch of samples."""
+    """Answers for the labelled rows of a batch of samples.
+
+    Attributes:
+        takes_packed: whether batches may be packed.
+    """
+
+    takes_packed: bool
 
     def rows(self, batch: Batch) -> TeacherRows:
         """What the teacher says at `batch.rows`."""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import DistillationCriterion
-from todi.data.batches import collate
+from todi.data.batches import Collate
 from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.evaluation.rouge import rouge_l
@@ -43,6 +43,7 @@ class DevSet:
         prompts: token ids of each prompt, for ROUGE-L.
         decoding: None ranks checkpoints by the loss and generates nothing.
         batch_size: samples or prompts at a time, per device.
+        collate: makes the batch of some examples.
         seed: of the sampling.
         rouge_tokenizer: one of `ROUGE_TOKENIZERS`; auto chooses by the references of all records.
         samples: responses to each prompt.
@@ -56,6 +57,7 @@ class DevSet:
     batch_size: int
     seed: int
     world: World
+    collate: Collate
     rouge_tokenizer: str = AUTO_TOKENIZER
     samples: int = 1
 
@@ -76,7 +78,7 @@ class DevSet:
         order, sums = sorted(self.examples, key=lambda example: len(example.ids)), {}
         for start in range(0, len(order), self.batch_size * ranks):
             mine = order[start:start + self.batch_size * ranks][rank::ranks]
-            batch = collate(mine, self.tokenizer.pad_token_id).to(engine.device)
+            batch = self.collate(mine).to(engine.device)
             sums = add(sums, engine(batch, cross_entropy)[0])
         return means(sums, self.world)
 

@@ -61,6 +61,9 @@ def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], 
 def wrap(model: nn.Module, optimizer: torch.optim.AdamW, schedule: LambdaLR,
          config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine of a model; it does not clip for an optimizer that does so itself."""
+    # A step tells where it ends, for it may have any number of micro-batches. Told that it has one, DeepSpeed would not
+    # add up gradients that it offloads.
+    config = config | {"gradient_accumulation_steps": max(2, config["gradient_accumulation_steps"])}
     if isinstance(optimizer, ClippingAdamW):
         config = config | {"gradient_clipping": 0.0}
     return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import deepspeed
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from todi.criterions import DistillationCriterion, diagnosis
-from todi.data.batches import collate
+from todi.data.batches import Batch, Collate
 from todi.data.plans import StepPlan
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
@@ -43,16 +44,18 @@ class TrainStep:
     Args:
         engine: a DeepSpeed engine around a `Student`, with optimizer and schedule.
         teacher: None for SFT.
-        pad_id: token that fills a micro-batch up.
+        collate: makes the batch of the samples of a micro-batch.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, criterion: DistillationCriterion,
-                 teacher: TeacherSource | None, pad_id: int, world: World):
+                 teacher: TeacherSource | None, collate: Collate, world: World):
         self.engine = engine
         self.criterion = criterion
         self.teacher = teacher
-        self.pad_id = pad_id
+        self.collate = collate
         self.world = world
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: tuple[StepPlan, Future[list[Batch]]] | None = None
 
     @property
     def lr(self) -> float:
@@ -60,7 +63,8 @@ class TrainStep:
         return self.engine.optimizer.param_groups[0]["lr"]
 
     def expect(self, plan: StepPlan) -> None:
-        """Says what comes next, so that a teacher can fetch it meanwhile."""
+        """Says what comes next, so that its batches are made and a teacher can fetch it meanwhile."""
+        self._ahead = plan, self._pool.submit(self._make, plan)
         if self.teacher:
             self.teacher.expect([example.sample_id for examples in plan.micro_batches for example in examples])
 
@@ -69,8 +73,10 @@ class TrainStep:
         parts, report = [], Counter()
         # DeepSpeed averages gradients over ranks; a step's loss is divided by the tokens of all ranks instead.
         scale = self.world.size / plan.tokens
-        for examples in plan.micro_batches:
-            batch = collate(examples, self.pad_id).to(self.engine.device)
+        for number, (examples, batch) in enumerate(zip(plan.micro_batches, self._batches(plan), strict=True), start=1):
+            # Before each forward, since the number of micro-batches may differ from step to step.
+            self.engine.set_gradient_accumulation_boundary(number == len(plan.micro_batches))
+            batch = batch.to(self.engine.device)
             teacher = self.teacher.rows(batch) if self.teacher else None
             diagnosed = first_rows(examples, plan.samples) if with_diagnostics else ()
             sums, more = self.engine(batch, self.criterion, teacher, diagnosed)
@@ -84,6 +90,15 @@ class TrainStep:
             return StepResult(dict(zip(names, by_part.sum(0), strict=True)), None, diagnostics)
         finite = by_part[:, names.index("loss")].isfinite().tolist()
         return StepResult(dict.fromkeys(names, by_part.new_zeros(())), tuple(finite), diagnostics)
+
+    def _batches(self, plan: StepPlan) -> list[Batch]:
+        if self._ahead and self._ahead[0] is plan:
+            return self._ahead[1].result()
+        return self._make(plan)
+
+    def _make(self, plan: StepPlan) -> list[Batch]:
+        batches = [self.collate(examples) for examples in plan.micro_batches]
+        return [batch.pinned() for batch in batches] if self.engine.device.type == "cuda" else batches
 
     def _diagnosis(self, sums: Sums) -> dict[str, float]:
         total: Counter[str] = Counter()

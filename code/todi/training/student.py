@@ -29,7 +29,7 @@ class Student(nn.Module):
         backbone, head = backbone_and_head(self.model)
         terms = {name: self.terms[name] for name in criterion.terms}
         layers = sorted({layer for term in terms.values() for layer in term.student_layers})
-        hidden, outputs = labelled_layers(backbone, batch.input_ids, batch.attention_mask, batch.rows, layers)
+        hidden, outputs = labelled_layers(backbone, batch.inputs, batch.rows, layers)
         sums = dict(criterion(hidden, head, batch.row_labels, teacher))
         for name, term in terms.items():
             sums[name] = term(HeadRows(hidden, head, outputs), teacher, batch.row_labels)

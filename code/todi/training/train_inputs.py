@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import LossTerm, ModelShape, TermContext, build_divergence, build_terms
 from todi.data.chat import render_sets
-from todi.data.plans import epoch_counts
 from todi.data.records import Record, load_sets
+from todi.data.sample_sources import epoch_counts
 from todi.data.template_date import TemplateDate
 from todi.errors import InputError, collecting
 from todi.models.adapters import check_adapter, check_lora

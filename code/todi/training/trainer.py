@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from todi.data.plans import SampleSource, StepPlan
+from todi.data.plans import StepPlan
+from todi.data.sample_sources import SampleSource
 from todi.errors import RunError
 from todi.runtime.cadence import Cadence
 from todi.runtime.distributed import World
