@@ -111,7 +111,8 @@ def trains_or_is_refused(model_type: str, folder: Path, **special: object) -> st
     "cohere",  # a factor of logits
     "falcon_h1",  # multipliers and recurrent states
     "mixtral",  # experts
-    "gpt_neox", "bloom", "opt", "mamba",
+    "gpt_neox", "bloom", "opt",
+    "bart", "mamba",  # padding reaches what they write
 ])
 def test_trains_as_its_own_logits_say(tmp_path, model_type):
     assert trains_or_is_refused(model_type, tmp_path) == ""
@@ -179,7 +180,7 @@ class TestRefused:
             check_model(model, "tiny")
 
     def test_one_that_cannot_be_decoded_in_batches(self, monkeypatch, tmp_path, capsys):
-        folder = save("bart", tmp_path / "bart")  # its positions count padding too
+        folder = save("openai-gpt", tmp_path / "gpt")  # it has no cache
         model = load_model(str(folder), torch.float32, CPU)
         check_model(model, "tiny", trained=True)
         with pytest.raises(InputError, match=r"it continues a prompt otherwise than alone \(logits differ by"):
