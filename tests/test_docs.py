@@ -7,8 +7,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, Run, environment, write_data
+from todi.schedules import SCHEDULES
 from todi.settings import LAUNCHER_VARIABLES, page
+from todi.training.optimizer import build_schedule
+from transformers import get_polynomial_decay_schedule_with_warmup
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -168,3 +172,22 @@ def test_variables_are_there(file):
     commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL))
     given = set(re.findall(r"(?:^|\s)([A-Z][A-Z_]+)=", commands))
     assert given <= known
+
+
+def test_the_published_schedule(monkeypatch):
+    """What docs/published.md has for it is what the published code takes."""
+    code, = re.findall(r"^```python\n(.*?)^```", (DOCS / "published.md").read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
+    exec(code, {})
+
+    def rates(build) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
+        schedule, found = build(optimizer), []
+        for _ in range(41):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+    assert rates(lambda optimizer: build_schedule(optimizer, "polynomial", total_steps=40, warmup_steps=0, lr=5e-4,
+                                                  lr_min=1e-7)) == pytest.approx(
+        rates(lambda optimizer: get_polynomial_decay_schedule_with_warmup(optimizer, 0, 40, power=0.5)))

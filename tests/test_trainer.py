@@ -9,9 +9,9 @@ from todi.data.plans import StepShape
 from todi.data.sample_sources import DatasetSource
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
-from todi.training.checkpoints import Score
 from todi.training.monitors import Monitors
 from todi.training.run_folder import RunFolder
+from todi.training.scores import Score
 from todi.training.step import StepResult
 from todi.training.trainer import Pace, Trainer, TrainingError
 

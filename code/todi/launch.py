@@ -11,15 +11,14 @@ last word, after --save-dir. --print0 ends each word with a NUL, for `mapfile -d
 import argparse
 import difflib
 import hashlib
-import math
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from todi.errors import InputError, run_main
+from todi.models.families import other_name
 from todi.options import Option, declared, spell
 from todi.settings import (
     CROSS_ENTROPY,
@@ -30,6 +29,7 @@ from todi.settings import (
     TeacherConfig,
     TrainConfig,
 )
+from todi.training.scores import Kept
 
 Given = dict[str, list[str]]  # an option's name -> the words of its value
 
@@ -46,7 +46,6 @@ _LONGEST_NAME = 255  # bytes
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _ALIKE = 0.85
 _FOREIGN = {"NGPUS", "NODES"}  # batch systems set them
-_CHECKPOINT = re.compile(r"epoch\d+_step\d+_loss(?P<loss>[\d.]+|nan|inf)(_rougel(?P<rouge>[\d.]+))?")
 
 
 def main() -> None:
@@ -173,7 +172,7 @@ def find_models(variables: Mapping[str, str]) -> Given:
     family, name = variables.get("FAMILY"), variables.get("CKPT_NAME")
     found = {"model_type": [family]} if family else {}
     if family and name:
-        found["model_path"] = [f"model_hub/{family}/{name}"]
+        found["model_path"] = [_folder("model_hub", family, name)]
     family, name = variables.get("TEACHER_FAMILY", family), variables.get("TEACHER_NAME")
     peft = variables.get("TEACHER_PEFT", "full")
     if peft not in ("lora", "full"):
@@ -181,23 +180,25 @@ def find_models(variables: Mapping[str, str]) -> Given:
     if family:
         found["teacher_model_type"] = [family]
     if family and name and "TEACHER_CALLABLE" not in variables:
-        tuned = best_checkpoint(Path("outputs", family, name, "sft"))
-        found |= ({"teacher_model_path": [f"model_hub/{family}/{name}"], "teacher_peft_path": [tuned]}
+        tuned = best_checkpoint(Path(_folder("outputs", family, name), "sft"))
+        found |= ({"teacher_model_path": [_folder("model_hub", family, name)], "teacher_peft_path": [tuned]}
                   if peft == "lora" else {"teacher_model_path": [tuned]})
     return found
 
 
+def _folder(root: str, family: str, name: str) -> str:
+    """Of a model: by its name or, where only that is there, by its other one, of the published scripts or of ours."""
+    folders = [Path(root, family, one) for one in (name, other_name(family, name)) if one]
+    return str(next(filter(Path.is_dir, folders), folders[0]))
+
+
 def best_checkpoint(runs: Path) -> str:
     """The best checkpoint of the newest run in a folder of runs, or the folder itself where there is none yet."""
-    checkpoints = {path: match for path in runs.glob("*/epoch*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    checkpoints = {path: kept for path in runs.glob("*/epoch*") if (kept := Kept.named(path.name))}
     if not checkpoints:
         return str(runs)
     newest = max(checkpoints, key=_written).parent
-    # of those that a run keeps: the highest ROUGE-L or, without, the lowest loss
-    kept = [(match, str(path)) for path, match in checkpoints.items() if path.parent == newest]
-    by_rouge = [(float(match["rouge"]), path) for match, path in kept if match["rouge"]]
-    by_loss = [(math.inf if match["loss"] == "nan" else float(match["loss"]), path) for match, path in kept]
-    return max(by_rouge)[1] if by_rouge else min(by_loss)[1]
+    return str(max((path for path in checkpoints if path.parent == newest), key=lambda path: checkpoints[path].order))
 
 
 def _written(checkpoint: Path) -> float:

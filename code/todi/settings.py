@@ -331,6 +331,8 @@ class RunConfig:
     log_interval: int = option(10, "optimizer steps between lines of the log", least=1, may_change=True)
     eval_interval: int = option(1, "epochs between evaluations on dev", least=1)
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
+    eval_gen_repeat_times: int = option(1, "dev responses to a prompt, of whose ROUGE-L the mean counts (published: 3)",
+                                        least=1)
     rouge_tokenizer: str = _rouge_tokenizer()
     eval_batch_size: int = _eval_batch_size()
     resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "

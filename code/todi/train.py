@@ -26,13 +26,14 @@ from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
-from todi.generation.decoding import Decoding
+from todi.generation.decoding import Decoding, check_decoding
 from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import backbone_and_head, check_head
+from todi.models.backbone import backbone_and_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import load_model
 from todi.models.packing import takes_packed, use_packing
+from todi.models.probe import check_model
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator
 from todi.runtime.cadence import Cadence
@@ -49,13 +50,14 @@ from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
 from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
-from todi.training.checkpoints import Score, save_model
+from todi.training.checkpoints import save_model
 from todi.training.dev import DevSet
 from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
 from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
+from todi.training.scores import Score
 from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.train_inputs import (
@@ -229,7 +231,7 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
         model = (load_adapter(model, config.peft_path) if config.peft_path else
                  add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
                           config.peft_lora_targets))
-    check_head(model, inputs.path)
+    check_model(model, inputs.path, trained=True)
     use_packing(model, inputs.path)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
@@ -273,6 +275,8 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = Student(build_student(config.student, inputs.student, device), terms, meter)
     meter.add_cost(training_cost(*backbone_and_head(student.model)))
+    if config.run.eval_gen:
+        check_decoding(student.model, inputs.student.path, inputs.student.tokenizer.pad_token_id)
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
                                 weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],
@@ -294,7 +298,7 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
         config.run.eval_batch_size, config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
-        config.run.rouge_tokenizer)
+        config.run.rouge_tokenizer, config.run.eval_gen_repeat_times)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:

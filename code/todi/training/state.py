@@ -28,7 +28,7 @@ from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
-from todi.training.checkpoints import Kept
+from todi.training.scores import Kept
 
 logger = logging.getLogger(__name__)
 

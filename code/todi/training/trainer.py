@@ -17,11 +17,11 @@ from todi.runtime.distributed import World
 from todi.runtime.logs import peak_memory_gib
 from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
-from todi.training.checkpoints import Score
 from todi.training.dev import Judge
 from todi.training.monitors import Monitors
 from todi.training.run_folder import RunFolder
 from todi.training.speed import Meter, in_words
+from todi.training.scores import Score
 from todi.training.state import Position
 from todi.training.step import Sums, TrainStep, add, means
 
