@@ -203,7 +203,7 @@ class TestThePage:
 
 | variable | option | default | allowed | at resume | meaning |
 | --- | --- | --- | --- | --- | --- |
-| `LOUD` | `--loud` | `no` | yes or no |  | or not |
+| `LOUD` | `--loud` | `no` | yes or no | with force | or not |
 | `WORD` `OLD_WORD` | `--word` | `a` | a or b | may change | one of two |"""
         assert "| `--ids` | `1 2` | several, each at least 1 |" in markdown_tables(
             WholeConfig, ("option", "default", "allowed"))

@@ -103,7 +103,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
     with ExitStack() as stack:
-        stack.enter_context(process_group(world, device))
+        stack.enter_context(process_group(world, device, config.run.process_group_timeout))
         check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
         check_same_date(inputs.template_date, world)
         run, caches = world.gather((run, caches))[0]

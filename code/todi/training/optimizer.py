@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
@@ -63,7 +64,25 @@ def wrap(model: nn.Module, optimizer: torch.optim.AdamW, schedule: LambdaLR,
     """The DeepSpeed engine of a model; it does not clip for an optimizer that does so itself."""
     if isinstance(optimizer, ClippingAdamW):
         config = config | {"gradient_clipping": 0.0}
-    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    go_on_at_the_least_loss_scale(engine)
+    return engine
+
+
+def go_on_at_the_least_loss_scale(engine: deepspeed.DeepSpeedEngine) -> None:
+    """DeepSpeed would raise when an update is left out in fp16 and the loss scale cannot be lowered.
+
+    Such a step is one as any other whose gradients are not finite. A loaded state brings a loss scale of its own.
+    """
+    scale = getattr(engine.optimizer, "loss_scaler", None)
+    if isinstance(scale, DynamicLossScaler):
+        scale.raise_error_at_min_scale = False
+
+
+def lowers_loss_scale(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether an update that was left out, in fp16, may have been so for its loss scale, which can still be lowered."""
+    scale = getattr(engine.optimizer, "loss_scaler", None)
+    return isinstance(scale, DynamicLossScaler) and scale.cur_scale > scale.min_scale
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, total_steps: int, warmup_steps: int, lr: float,
