@@ -47,9 +47,9 @@ TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
     "transposed": lambda tensor: tensor.t().contiguous() if tensor.ndim == 2 else tensor[None],
     "shorter": lambda tensor: tensor[1:].clone(),
     "flat": lambda tensor: tensor.flatten(),
-    "not a number": lambda tensor: tensor * torch.nan,
-    "without end": lambda tensor: tensor / 0,
-    "large": lambda tensor: tensor * 1e30,
+    "not a number": lambda tensor: tensor.float() * torch.nan,
+    "without end": lambda tensor: tensor.float() / 0,
+    "large": lambda tensor: tensor.float() * 1e30,
     "zero": torch.zeros_like,
     **{str(dtype): lambda tensor, dtype=dtype: tensor.to(dtype)
        for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64, torch.bool,
@@ -63,7 +63,8 @@ NAMES: dict[str, Callable[[str], str]] = {
     "A is B": lambda name: name.replace("lora_A", "lora_C").replace("lora_B", "lora_A").replace("lora_C", "lora_B")}
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "cut off": lambda data: data[:len(data) * 2 // 3], "a byte short": lambda data: data[:-1],
-    "longer": lambda data: data + b"\0", "a flipped byte": lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+    "longer": lambda data: data + b"\0",
+    "a flipped byte": lambda data: data[:40] + bytes(byte ^ 1 for byte in data[40:41]) + data[41:],
     "zeros": lambda data: bytes(len(data)), "nothing": lambda data: b""}
 TENSOR = st.integers(0, 20)  # its place among the sorted names; beyond the last, all of them
 SET = st.tuples(st.just("set"), KEYS, VALUES)
@@ -177,6 +178,8 @@ def test_an_adapter_that_passes_the_check_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_that_passes_the_check_runs_in_ten_thousand_tries(tmp_path):
-    counts = try_adapters(tmp_path, 10_000, first=1)
-    assert counts["gone on with"] > 500 and counts["merged"] > 500, counts
+@pytest.mark.parametrize("first", range(1, 11))
+def test_an_adapter_that_passes_the_check_runs_in_ten_thousand_tries(first, tmp_path):
+    counts = try_adapters(tmp_path, 1000, first)
+    print("counts", counts)
+    assert counts["gone on with"] > 50 and counts["merged"] > 50

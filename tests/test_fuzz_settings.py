@@ -37,37 +37,48 @@ BOOLEANS = ["0", "1", "true", "False", "yes", "2", "x"]
 WORDS = [
     "x", "auto", "none", "{student}", "{teacher}", "{adapter}", "{data}", "{data}/train.jsonl", "{folder}", "{mine}",
     "{mine}:logits", "{mine}:bad", "{deepspeed}", "{student} {teacher}", "{data} {other}", "nowhere/at/all",
-    "/dev/null/x", "a/../b", ".", "..", "-x", "--lr", "a b", "it's", '"', "\udcff", "é", "x" * 300, "x/" * 3000, "a\nb",
-    "beta=0.5", "beta=x", "beta=1e400", "alpha=2", "skew_lambda=0.2", "hidden_states=0.1", "hidden_states=1e400", "1:1",
-    "9:9", "1:1 2:2", "30m", "0m", "9" * 30, "2026-01-31", "2026-02-31", "ToDi", "tvd", "adaptive_kl",
-    "skewed_forward_kl", "llama", "gpt2", "0.5 0.5", "1 2", "q_proj", "c_attn", "all-linear"]
+    "/dev/null/x", "a/../b", ".", "..", "-x", "--lr", "a b", "it's", '"', "\udcff", "\udce4ndere", "é", "x" * 300,
+    "x/" * 3000, "a\nb", "beta=0.5", "beta=x", "beta=1e400", "alpha=2", "skew_lambda=0.2", "hidden_states=0.1",
+    "hidden_states=1e400", "1:1", "9:9", "1:1 2:2", "30m", "0m", "9" * 30, "2026-01-31", "2026-02-31", "ToDi", "tvd",
+    "adaptive_kl", "skewed_forward_kl", "llama", "gpt2", "0.5 0.5", "1 2", "q_proj", "c_attn", "all-linear"]
 # Left as they are: what would take a terabyte or a year, what other machines answer for, and the check itself.
 STAY = {"REPORT_TO", "CHECK_ONLY", "NPROC", "NNODES"}
 NOT_LARGE = {"EPOCH", "LORA_RANK"}
+NOT_INTO = {"SAVE_DIR", "TEACHER_CACHE"}  # whatever is written there does not go into models and data
 
 
-def values(one: Option, variable: str) -> list[str]:
+# Where a try of a training begins.
+BEGINNINGS = [{}, {"CRITERION": "cross_entropy"}, {"PEFT": "lora"}, {"PEFT": "lora", "PEFT_PATH": "{adapter}"},
+              {"TEACHER_PEFT_PATH": "{adapter}", "TEACHER_MODEL_PATH": "{student}"}, {"DATA_DIR": "{data} {other}"},
+              {"TEACHER_MODEL_PATH": "{teacher} {student}"},
+              {"TEACHER_MODEL_PATH": "", "TEACHER_CALLABLE": "{mine}:logits"},
+              {"TEACHER_CACHE": "on"}, {"LOSS_TERMS": "hidden_states=0.1"}, {"DEEPSPEED_CONFIG": "{deepspeed}"},
+              {"ZERO_STAGE": "3"}, {"EVAL_GEN": "1"}, {"GRADIENT_CHECKPOINTING": "1"}, {"PRECISION": "bf16"}]
+
+
+def values(one: Option, variable: str) -> st.SearchStrategy[str]:
     """Typical, on the edge, out of range, and of another type."""
-    if one.type is bool:
-        return BOOLEANS
-    numbers = {int: WHOLE, float: NUMBERS}.get(one.type)
-    if numbers is None:
-        return [*(one.choices or ()), *WORDS]
-    numbers = [text for text in numbers if not (text == LARGE and variable in NOT_LARGE)]
-    return [*numbers, "0.5 0.5", "1 2", "1 x"] if one.many else numbers
+    typical = {int: ["1", "2", "3"], float: ["0.5", "0.1", "2"], bool: ["0", "1"]}.get(one.type) or one.choices
+    numbers = {int: WHOLE, float: NUMBERS, bool: BOOLEANS}.get(one.type, WORDS)
+    others = [text for text in numbers if not (text == LARGE and variable in NOT_LARGE)]
+    if variable in NOT_INTO:
+        others = [text for text in others if "{" not in text or "/" in text]
+    if one.many and one.type is not str:
+        others += ["0.5 0.5", "1 2", "1 x"]
+    return st.sampled_from(list(typical)) | st.sampled_from(others) if typical else st.sampled_from(others)
 
 
-def settings_of(config_type: type, usual: Mapping[str, str]) -> st.SearchStrategy[dict[str, str]]:
-    """Up to four variables: of the settings, of the launchers, of the published scripts, and misspelt ones."""
+def settings_of(config_type: type, beginnings: list[dict[str, str]]) -> st.SearchStrategy[dict[str, str]]:
+    """Up to three variables: of the settings, now and then of the launchers, of published scripts, or misspelt."""
     known = {variable: values(one, variable) for options in declared(config_type).values() for one in options
-             for variable in one.variables}
-    known |= {name: [*WORDS, *WHOLE] for name in {*LAUNCHER_VARIABLES, *PUBLISHED}}
-    known |= {name: [value for value in known[name] if "{" not in value or "/" in value]
-              for name in known.keys() & {"SAVE_DIR", "TEACHER_CACHE"}}  # nothing is written into models and data
-    known |= {name[:-1]: ["1", "x"] for name in known} | {name + "S": ["1", "x"] for name in known}
-    names = st.sampled_from(sorted(known.keys() - STAY))
-    return st.lists(names, min_size=1, max_size=4, unique=True).flatmap(
-        lambda chosen: st.fixed_dictionaries({name: st.sampled_from(known[name]) for name in chosen}))
+             for variable in one.variables if variable not in STAY}
+    further = {name: st.sampled_from([*WORDS, *WHOLE]) for name in {*LAUNCHER_VARIABLES, *PUBLISHED} - STAY}
+    further |= {name: st.sampled_from(["1", "x"]) for name in known for name in (name[:-1], name + "S")}
+    names = st.sampled_from([*sorted(known) * 12, *sorted(further)])
+    both = further | known
+    changes = st.lists(names, max_size=3, unique=True).flatmap(
+        lambda chosen: st.fixed_dictionaries({name: both[name] for name in chosen}))
+    return st.builds(lambda one, other: one | other, st.sampled_from(beginnings), changes)
 
 
 class Shop:
@@ -78,9 +89,10 @@ class Shop:
         self.there = {
             "student": workshop.model("fuzz-student", family="llama", seed=2),
             "teacher": workshop.model("fuzz-teacher", family="llama", hidden=48, seed=1), "data": workshop.data,
-            "other": folder / "other", "folder": folder, "adapter": folder / "adapter", "mine": folder / "mine.py",
-            "deepspeed": folder / "ds.json"}
-        shutil.copytree(workshop.data, folder / "other")
+            "other": folder / "\udce4ndere", "folder": folder, "adapter": folder / "adapter",
+            "mine": folder / "mine.py", "deepspeed": folder / "ds.json"}
+        for copy in (self.there["other"], folder / "sets" / "tiny", folder / "sets" / "\udce4ndere"):
+            shutil.copytree(workshop.data, copy)
         save_adapter(self.there["student"], folder / "adapter")
         self.there["mine"].write_text("import torch\nbad = 3\n"
                                       "logits = lambda batch: torch.zeros(len(batch.rows), 400)\n")
@@ -89,8 +101,8 @@ class Shop:
         self.training = self.usual | {
             "MODEL_PATH": "{student}", "TEACHER_MODEL_PATH": "{teacher}", "DATA_DIR": "{data}", "MAX_STEPS": "1",
             "EPOCH": "1", "EVAL_GEN": "0", "LORA_RANK": "4", "TEACHER_CACHE": "off", "SAVE_DIR": "{folder}/run"}
-        self.evaluation = self.usual | {"MODEL_PATH": "{student}", "SETS_DIR": str(workshop.data.parent),
-                                        "SETS": "tiny", "SEEDS": "1", "LIMIT": "2", "MAX_NEW_TOKENS": "4"}
+        self.evaluation = self.usual | {"MODEL_PATH": "{student}", "SETS_DIR": "{folder}/sets", "SETS": "tiny",
+                                        "SEEDS": "1", "LIMIT": "2", "MAX_NEW_TOKENS": "4"}
 
     def filled_in(self, variables: Mapping[str, str]) -> dict[str, str]:
         return {name: re.sub(r"{(\w+)}", lambda match: str(self.there[match[1]]), value)
@@ -137,13 +149,13 @@ def try_settings(workshop: Workshop, folder: Path, examples: int, first: int = 0
 
     @seed(first)
     @settings(relaxed, max_examples=examples * 3 // 4)
-    @given(settings_of(TrainConfig, shop.training))
+    @given(settings_of(TrainConfig, BEGINNINGS))
     def trainings(variables: dict[str, str]) -> None:
         shop.train(variables)
 
     @seed(first)
     @settings(relaxed, max_examples=examples // 4)
-    @given(settings_of(EvalConfig, shop.evaluation))
+    @given(settings_of(EvalConfig, [{}]))
     def evaluations(variables: dict[str, str]) -> None:
         shop.evaluate(variables)
 

@@ -234,7 +234,8 @@ def _read_config(path: str) -> LoraConfig:
         wrong = {one["loc"][0]: one["msg"] for one in error.errors()}
         raise InputError(f"{file}: {name}: {message}, got {json.dumps(given[name])}"
                          for name, message in wrong.items()) from None
-    return LoraConfig(task_type=given.get("task_type"), **settings.model_dump(exclude_none=True))
+    with refusing(str(file)):
+        return LoraConfig(task_type=given.get("task_type"), **settings.model_dump(exclude_none=True))
 
 
 def _weights_file(path: str) -> Path:
