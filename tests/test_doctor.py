@@ -163,6 +163,9 @@ class TestReport:
         assert lora[0].endswith("use a smaller --max-length")
 
     def test_offloading(self, settings, tmp_path, monkeypatch):
+        """Of a GPU, whose shapes are measured here without one."""
+        monkeypatch.setattr("todi.doctor.measure_shape", lambda model, samples, length, device, checkpointing:
+                            measure_shape(model, samples, length, CPU, checkpointing))
         monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: 0)
         file = tmp_path / "ds.json"
         file.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')

@@ -40,6 +40,7 @@ def build(precision: str, stage: int, clip_grad: float = 1.0, lr: float = 1e-2, 
                                    nn.Linear(32, 50))
     config = build_deepspeed_config(precision=Precision(precision, "test"), zero_stage=stage, batch_size=4,
                                     accumulation=2, clip_grad=clip_grad)
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}  # ZeRO-3 partitions tiny ones too
     optimizer = build_optimizer(model.to(DTYPES[precision]), lr=lr, betas=(0.9, 0.999), eps=1e-8,
                                 weight_decay=weight_decay, clip_grad=config["gradient_clipping"],
                                 stage=config["zero_optimization"]["stage"])
