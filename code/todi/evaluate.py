@@ -64,7 +64,7 @@ def main() -> None:
         if nodes := nodes_from_environment():
             agree(nodes, description)
         return
-    with process_group(world, device) if world.size > 1 else nullcontext():
+    with process_group(world, device, config.process_group_timeout) if world.size > 1 else nullcontext():
         check_ranks(world, description)
         evaluate(config, inputs, world, device)
 

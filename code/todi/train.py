@@ -56,8 +56,8 @@ from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
-from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.scores import Score
+from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.train_inputs import (
@@ -116,7 +116,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
     with ExitStack() as stack:
-        stack.enter_context(process_group(world, device))
+        stack.enter_context(process_group(world, device, config.run.process_group_timeout))
         check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
         check_same_date(inputs.template_date, world)
         run, caches = world.gather((run, caches))[0]

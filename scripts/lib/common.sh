@@ -24,20 +24,21 @@ export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
 
 # Sets CUDA_VISIBLE_DEVICES, NPROC and, without a GPU, DS_ACCELERATOR.
 choose_devices() {
-  local devices
+  local devices device='([0-9]+|GPU-[^,]+|MIG-[^,]+)'
   default NNODES 1
   [[ $NNODES == 1 ]] || default MASTER_PORT 29500
   if [[ -n ${GPUS[*]:-} ]]; then
     devices=$(tr -s '(), \t' ',' <<<"${GPUS[*]}")  # 0,1 or "0 1" or (0 1)
     devices=${devices#,} devices=${devices%,}
-    [[ ${devices,,} =~ ^(cpu|none)$ ]] && devices=
+    if [[ ${devices,,} =~ ^(cpu|none|-1)$ ]]; then devices=
+    elif [[ ! $devices =~ ^$device(,$device)*$ ]]; then die "GPUS must be numbers or names of devices, or cpu; got ${GPUS[*]}"; fi
   elif [[ -v CUDA_VISIBLE_DEVICES ]]; then
     devices=$(tr -d ' ' <<<"$CUDA_VISIBLE_DEVICES")
   elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     devices=$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)
   fi
   # CUDA sees what comes before the first that there cannot be: -1, NoDevFiles, nothing
-  devices=$(grep -oE '^([0-9]+|GPU-[^,]+|MIG-[^,]+)(,([0-9]+|GPU-[^,]+|MIG-[^,]+))*' <<<"${devices:-}" || true)
+  devices=$(grep -oE "^$device(,$device)*" <<<"${devices:-}" || true)
   export CUDA_VISIBLE_DEVICES=$devices
   if [[ -z $devices ]]; then
     export DS_ACCELERATOR=cpu

@@ -43,7 +43,7 @@ def log_file(path: Path) -> Iterator[None]:
         StorageError: it cannot be opened.
     """
     with writing(path):
-        file = _LogFile(path, encoding="utf-8")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(_FORMAT)
     ours = logging.getLogger("todi")
     for backlog in [handler for handler in ours.handlers if isinstance(handler, _Backlog)]:

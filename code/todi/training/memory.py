@@ -1,8 +1,10 @@
 """How much memory a training run will need on a device, from the shapes of its models alone."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +60,7 @@ class Memory:
     Attributes:
         base: libraries; on a CPU, what the process holds already.
         working: activations and the loss in the forward, or the copies that the optimizer's step makes; both on a CPU.
+        offloaded: in the computer's memory, and not on the device.
     """
 
     base: int
@@ -66,6 +69,7 @@ class Memory:
     gradients: int
     optimizer: int
     working: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -130,6 +134,24 @@ def training_state(shape: Shape, stage: int, ranks: int) -> State:
     step = shape.trained * _FP32 // mine
     weights = shape.parameters * shape.width // (ranks if stage == 3 else 1)
     return State(weights, gradients // (ranks if stage >= 2 else 1), optimizer, step)
+
+
+def offload(state: State, zero: Mapping[str, Any]) -> tuple[State, int]:
+    """What stays on a GPU where a DeepSpeed file offloads to the CPU, and the bytes that go there.
+
+    From ZeRO stage 2 on gradients follow the optimizer as they are made.
+
+    Args:
+        zero: the section zero_optimization.
+    """
+    optimizer, parameters = (zero.get(name, {}).get("device", "none") != "none"
+                             for name in ("offload_optimizer", "offload_param"))
+    moved = (state.optimizer + state.step) * optimizer + state.weights * parameters
+    if optimizer:
+        state = replace(state, gradients=state.gradients if zero["stage"] < 2 else 0, optimizer=0, step=0)
+    if parameters:
+        state = replace(state, weights=0)
+    return state, moved
 
 
 def peak(state: State, *, forward: int, accumulates: bool, teacher: int, base: int) -> Memory:

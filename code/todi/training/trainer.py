@@ -19,9 +19,10 @@ from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
 from todi.training.dev import Judge
 from todi.training.monitors import Monitors
+from todi.training.optimizer import lowers_loss_scale
 from todi.training.run_folder import RunFolder
-from todi.training.speed import Meter, in_words
 from todi.training.scores import Score
+from todi.training.speed import Meter, in_words
 from todi.training.state import Position
 from todi.training.step import Sums, TrainStep, add, means
 
@@ -140,7 +141,7 @@ class Trainer:
         micro_batches = [[example.sample_id for example in part] for part in plan.micro_batches]
         bad = [ids for ids, is_finite in zip(micro_batches, finite, strict=True) if not is_finite]
         everywhere = [ids for part in self.world.gather(bad) for ids in part]
-        if self.step.engine.fp16_enabled() and self.step.engine.dynamic_loss_scale() and not everywhere:
+        if lowers_loss_scale(self.step.engine) and not everywhere:
             return  # the loss scale was too high and is lowered: part of training in fp16
         self.at.skipped += 1
         self.bad_steps += 1
