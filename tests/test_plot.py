@@ -2,9 +2,7 @@
 
 import json
 
-import pytest
 from evaluating import run
-from matplotlib.figure import Figure
 from todi import plot
 
 
@@ -13,39 +11,32 @@ def curve(*losses, rouge=()):
             *({"kind": "dev", "step": step, "rouge_l": value} for step, value in enumerate(rouge, 1))]
 
 
-@pytest.fixture
-def draw(monkeypatch, tmp_path):
-    """Draws; returns the panels by title, without the empty ones."""
-    def panels(*what) -> dict:
-        figures: list[Figure] = []
-        monkeypatch.setattr(plot.plt, "close", figures.append)
-        plot.draw(what[0], tmp_path / "curves.png", *what[1:])
-        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-        return {axis.get_title(): axis for axis in figures[0].axes if axis.axison}
-    return panels
+def panels(*what) -> dict:
+    """By title, without the empty ones."""
+    return {axis.get_title(): axis for axis in plot.figure_of(*what).axes if axis.axison}
 
 
-def test_equal_curves_are_of_different_width(draw):
-    axis = draw({"a": curve(3, 2, 1), "b": curve(3, 2, 1)})["training loss"]
+def test_equal_curves_are_of_different_width():
+    axis = panels({"a": curve(3, 2, 1), "b": curve(3, 2, 1)})["training loss"]
     below, above = axis.get_lines()
     assert below.get_linewidth() > above.get_linewidth() + 1
     assert below.get_zorder() <= above.get_zorder()
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
 
 
-def test_single_points_have_a_row_each_with_the_number(draw):
-    axis = draw({"a": curve(3, 2, rouge=[7.5]), "b": curve(3, 2, rouge=[7.5])})["ROUGE-L (dev), step 1"]
+def test_single_points_have_a_row_each_with_the_number():
+    axis = panels({"a": curve(3, 2, rouge=[7.5]), "b": curve(3, 2, rouge=[7.5])})["ROUGE-L (dev), step 1"]
     points = [line.get_xydata().tolist() for line in axis.get_lines()]
     assert points == [[[7.5, 0]], [[7.5, 1]]]
     assert [text.get_text() for text in axis.texts] == ["7.50", "7.50"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
 
 
-def test_scores_have_their_run_s_colour_and_interval(draw):
+def test_scores_have_their_run_s_colour_and_interval():
     scores = {"other": {"rouge_l": 5.0, "rouge_l_interval": [4.0, 6.0]}, "a": {"rouge_l": 9.0}}
-    panels = draw({"a": curve(3, 2, 1)}, scores)
-    training, = panels["training loss"].get_lines()
-    interval, other, of_a = panels["ROUGE-L, with its 95 % interval"].get_lines()
+    found = panels({"a": curve(3, 2, 1)}, scores)
+    training, = found["training loss"].get_lines()
+    interval, other, of_a = found["ROUGE-L, with its 95 % interval"].get_lines()
     assert list(interval.get_xdata()) == [4.0, 6.0]
     assert of_a.get_color() == training.get_color() != other.get_color()
 

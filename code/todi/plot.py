@@ -12,13 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws files, needs no screen
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from todi.errors import InputError, run_main
 from todi.options import option, parse
@@ -78,22 +76,28 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], output: Path,
          scores: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Writes the picture of `figure_of`: png, pdf or svg."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure_of(runs, scores or {}).savefig(output, dpi=130)
+
+
+def figure_of(runs: Mapping[str, Sequence[Mapping[str, Any]]],
+              scores: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Figure:
     """A panel for each value that any of the runs has, over optimizer steps, and one for the scores.
 
     Args:
         runs: lines of metrics.jsonl by label.
-        output: the picture to write; png, pdf or svg.
         scores: by label, "rouge_l" and "rouge_l_interval" as results.json has them.
     """
-    scores = scores or {}
     colours = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys([*runs, *scores]))}
     curves = {title: {name: curve for name, lines in runs.items() if (curve := _curve(lines, *what))}
               for title, what in _PANELS.items()}  # an SFT run among distillations has no divergence
     shown = {title: by_run for title, by_run in curves.items() if by_run}
     panels = len(shown) + bool(scores)
     columns = min(panels, _COLUMNS)
-    figure, axes = plt.subplots(math.ceil(panels / columns), columns, squeeze=False, layout="constrained",
-                                figsize=(4.8 * columns, 3.6 * math.ceil(panels / columns)))
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")  # and no pyplot: it needs no screen
+    axes = figure.subplots(rows, columns, squeeze=False)
     places = iter(axes.flat)
     for (title, by_run), axis in zip(shown.items(), places, strict=False):
         if len(runs) > 1 and all(len(curve) == 1 for curve in by_run.values()):
@@ -111,9 +115,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], output: Path,
         axis.set(title=_SCORES)
     for axis in places:
         axis.set_axis_off()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], kind: str, value: str) -> Curve:
