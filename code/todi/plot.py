@@ -140,7 +140,8 @@ def _rows(axis: Axes, values: Mapping[str, tuple[float, Sequence[float] | None]]
         axis.annotate(f"{value:.2f}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize="small")
     axis.set_yticks(range(len(values)), values)
     axis.set_ylim(len(values) - 0.4, -0.7)  # the first on top
-    axis.set_xlim(left=-0.06 * axis.get_xlim()[1])  # from 0, with room for its number
+    end = max(max([value, *(interval or ())]) for value, interval in values.values()) or 1
+    axis.set_xlim(-0.06 * end, 1.12 * end)  # from 0, with room for the numbers
     axis.grid(axis="x", alpha=0.3)
 
 
