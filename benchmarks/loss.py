@@ -34,6 +34,7 @@ except ModuleNotFoundError:
 
 from todi.criterions import LinearHead, build_divergence, linear_distillation_loss
 from todi.criterions.linear import IGNORE_INDEX
+from todi.runtime.allocator import settle_allocator
 
 KD_RATE = 0.5
 MEGABYTE = 1 << 20
@@ -63,11 +64,11 @@ class Inputs:
     labels: Tensor
 
     @classmethod
-    def of(cls, case: Case, device: str) -> "Inputs":
+    def of(cls, case: Case, device: str, dtype: torch.dtype = torch.float32) -> "Inputs":
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device)
+            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
         # the heads' scale gives logits a standard deviation of 2, about that of a language model
         hidden, weight = draw(case.batch, case.length, case.hidden), draw(case.vocabulary, case.hidden)
@@ -98,11 +99,11 @@ def plain(inputs: Inputs) -> Tensor:
     return (1 - KD_RATE) * ce + KD_RATE * kd
 
 
-def ours(inputs: Inputs) -> Tensor:
+def ours(inputs: Inputs, objective: str = "ToDi") -> Tensor:
     rows = inputs.labels != IGNORE_INDEX
     return linear_distillation_loss(inputs.hidden[rows], LinearHead(inputs.weight), inputs.teacher_hidden[rows],
                                     LinearHead(inputs.teacher_weight), inputs.labels[rows],
-                                    divergence=build_divergence("ToDi"), kd_rate=KD_RATE).loss
+                                    divergence=build_divergence(objective), kd_rate=KD_RATE).loss
 
 
 LOSSES = {"plain": plain, "todi": ours}
@@ -117,6 +118,8 @@ def step(loss: str, inputs: Inputs) -> Tensor:
 
 def measure(loss: str, case: Case, device: str, calls: int) -> tuple[float, int]:
     """Best time in seconds and peak extra memory in bytes; run in a fresh process."""
+    if loss == "todi":
+        settle_allocator("auto", torch.device(device))  # as every command does
     step(loss, Inputs.of(Case(64, 8, 4, 2, 8), device))  # loads libraries, starts threads
     inputs = Inputs.of(case, device)
     memory = CudaMemory() if device == "cuda" else HostMemory()

@@ -15,7 +15,7 @@ from todi.training import memory
 SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / ".ci" / "run"]
 # What bash 3.2 does not know, or takes for an unset variable
 NEWER = re.compile(r"\b(mapfile|readarray|coproc|globstar|EPOCHSECONDS)\b|(declare|local|typeset) -[aglrux]*[An]\b"
-                   r"|\$\{\w+(\[[^]]*\])?(,|\^|@[A-Za-z]\})|\[\[ -v |&>>|\|&|wait -n|;;&|\$\{\w+: -|printf '%\(")
+                   r"|\$\{\w+(\[[^]]*\])?(,|\^|@[A-Za-z]\})|\[\[ -v |&>>|\|&|wait -n|;;&|\$\{\w+: -|@\(|printf '%\(")
 COMMANDS = ("bash", "dirname", "tr", "grep", "cat", "env", "getconf")
 
 
@@ -31,7 +31,7 @@ def test_a_script_is_for_bash_3_2(file):
     assert not [name for name in empty if re.search(rf'(?<!\+)"\$\{{{name}\[@\]}}"', text)]
 
 
-@pytest.mark.parametrize("code", ["mapfile -t a", "declare -A a", "x=${a,,}", "[[ -v a ]]", "local -n b=a", "x=${a@Q}"])
+@pytest.mark.parametrize("code", ["mapfile -t a", "declare -A a", "x=${a,,}", "[[ -v a ]]", "local -n b=a", "x=${a@Q}", "[[ $a == @(b|c) ]]"])
 def test_what_is_newer_is_seen(code):
     assert NEWER.search(code)
 

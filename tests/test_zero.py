@@ -1,9 +1,11 @@
 """What a ZeRO stage must not change: how a model trains, what is said of its gradients, and how it is resumed."""
 
 import logging
+from collections import Counter
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from todi.errors import InputError
 from todi.runtime.device import Precision
 from todi.runtime.distributed import world_from_environment
@@ -11,6 +13,7 @@ from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.state import Position, SavedState, StateStore
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGES = range(4)
@@ -116,3 +119,45 @@ def test_a_state_of_another_layout_is_not_taken_up(then, now, states):
     path = saved(states, build("fp32", then))
     with pytest.raises(InputError, match=r"was written with (no )?ZeRO.* now; start anew with --resume never"):
         states.load(path, build("fp32", now))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that look for infinities in a gradient, and those that wait for a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[operation.name()] += 1
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_gradients_are_checked_once(precision, stage):
+    """By their norm, which infinities do not escape."""
+    engine = build(precision, stage)
+    before = [parameter.clone() for parameter in engine.module.parameters()]
+    with Operations() as operations:
+        train(engine, 1)
+    assert operations.counts["aten::linalg_vector_norm"] and not operations.counts["aten::amax"]
+    assert engine.was_step_applied()
+    assert not all(torch.equal(now, then) for now, then in zip(engine.module.parameters(), before, strict=True))
+
+    before = [parameter.clone() for parameter in engine.module.parameters()]
+    for value in (1.0, float("inf")):
+        engine.backward(engine(torch.arange(4)).float().sum() * value, scale_wrt_gas=False)
+        engine.step()
+    assert not engine.was_step_applied() and engine.get_global_grad_norm() == float("inf")
+    assert all(torch.equal(now, then) for now, then in zip(engine.module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_timer_makes_a_gpu_wait(stage, monkeypatch):
+    engine = build("fp32", stage)
+    train(engine, 3)  # DeepSpeed's timer begins with the third
+    waits = []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *words: waits.append(1))
+    train(engine, 1)
+    assert not engine.tput_timer.started and not waits

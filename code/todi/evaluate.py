@@ -38,6 +38,7 @@ from todi.models.adapters import merge_adapter
 from todi.models.backbone import check_head
 from todi.models.loading import checksum_or_commit, load_model
 from todi.options import parse
+from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
@@ -54,6 +55,7 @@ def main() -> None:
     world = world_from_environment()
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
+    logger.info("memory: %s", settle_allocator(config.allocator, device))
     inputs = read_inputs(config, device)
     description = what_must_agree(vars(config), {name: questions_checksum(records)
                                                  for name, records in inputs.sets.items()}, world)

@@ -19,6 +19,7 @@ CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 RESUME = ("auto", "force", "never")
+ALLOCATORS = ("auto", "glibc", "system")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
 CACHE_MODES = ("auto", "on", "off")
@@ -103,6 +104,12 @@ def _rouge_tokenizer() -> Any:
 
 def _precision() -> Any:
     return option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
+
+
+def _allocator() -> Any:
+    return option("auto", "on a CPU, whether memory that is freed is kept for the next step: glibc keeps it; auto does "
+                          "so too, by tcmalloc where a launcher finds it; system gives it back", choices=ALLOCATORS,
+                  may_change=True)
 
 
 def _trust_remote_code() -> Any:
@@ -312,6 +319,8 @@ class RunConfig:
     keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", least=1,
                                           env="SAVE_BEST_N_CKPTS", may_change=True)
     precision: str = _precision()
+    tf32: bool = option(True, "on a GPU: round the factors of fp32 products to TF32, which is several times faster")
+    allocator: str = _allocator()
     zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3)
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
                                           flag="--deepspeed_config", may_change=True)
@@ -328,6 +337,10 @@ class RunConfig:
                                    pattern=(r"\d+m?", "a number of steps (500) or of minutes (30m)"))
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
                                 least=1, may_change=True)
+    mfu: bool = option(True, "report which share of the device's peak is used; a CPU's is probed for a second",
+                       may_change=True)
+    profile: int = option(0, "trace so many steps, after the first two, into trace.json of the run's folder", least=0,
+                          may_change=True)
     report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
@@ -408,6 +421,7 @@ class EvalConfig:
     no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
     rouge_tokenizer: str = _rouge_tokenizer()
     precision: str = _precision()
+    allocator: str = _allocator()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
@@ -456,6 +470,7 @@ class CacheConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     precision: str = _precision()
+    allocator: str = _allocator()
     teacher_cache_dtype: str = _teacher_cache_dtype()
     trust_remote_code: bool = _trust_remote_code()
     plugins: tuple[str, ...] = _plugins()

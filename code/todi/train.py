@@ -28,18 +28,22 @@ from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding
 from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import check_head
+from todi.models.backbone import backbone_and_head, check_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import load_model
 from todi.models.packing import takes_packed, use_packing
 from todi.options import parse
+from todi.runtime.allocator import settle_allocator
 from todi.runtime.cadence import Cadence
-from todi.runtime.device import choose_device, dtype_of
+from todi.runtime.device import Precision, choose_device, dtype_of, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
+from todi.runtime.peaks import peak_of
 from todi.runtime.signals import Interrupted
+from todi.runtime.stopwatch import Stopwatch, clock_of
+from todi.runtime.trace import StepTrace
 from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
 from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
@@ -51,6 +55,7 @@ from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
+from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.train_inputs import (
@@ -71,8 +76,11 @@ def main() -> None:
     config = parse(TrainConfig, prog="python -m todi.train")
     world = world_from_environment()
     set_up_logging(world.is_main)
+    device = choose_device(world.local_rank)
+    logger.info("memory: %s", settle_allocator(config.run.allocator, device))
+    settle_tf32(config.run.tf32, device)
     try:
-        train(config, world, choose_device(world.local_rank))
+        train(config, world, device)
     except Interrupted as stop:
         sys.exit(128 + stop.number)
 
@@ -118,17 +126,21 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         _log_decisions(inputs, shape, len(examples), max_steps, epochs, world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
+        meter = build_meter(config.run, inputs.student.precision, folder, world, device)
         # before the student is there: a pass that fills a cache needs room for the teacher
         teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), world, device)
-        engine = build_engine(config, inputs, terms, max_steps, world, device)
+        for backbone, head in teacher.parts if teacher else ():
+            meter.add_cost(forward_cost(backbone, head))
+        engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
         shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
                                      takes_packed(engine.module.model) and (not teacher or teacher.takes_packed))
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
-        step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world)
+        step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
         dev = dataclasses.replace(dev, collate=batch)
         trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
-                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world)
+                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world, meter)
         stack.enter_context(closing(trainer.monitors))
+        stack.enter_context(closing(meter))
         try:
             trainer.train()
         except Interrupted as stop:
@@ -186,6 +198,16 @@ def build_monitors(config: TrainConfig, folder: RunFolder) -> Monitors:
     return Monitors({"metrics.jsonl": folder.metrics}, config.run.report_to, run)
 
 
+def build_meter(config: RunConfig, precision: Precision, folder: RunFolder, world: World,
+                device: torch.device) -> SpeedMeter:
+    """What measures the run's speed; on the first rank it also writes the trace that the settings ask for."""
+    peak = peak_of(device, precision.dtype, config.tf32) if config.mfu else None
+    if peak:
+        logger.info("peak of the device: %.0f GFLOP/s in %s (%s)", peak.flops / 1e9, precision.name, peak.source)
+    trace = StepTrace(folder.path / "trace.json", config.profile, device) if config.profile and world.is_main else None
+    return SpeedMeter(Stopwatch(clock_of(device)), peak, world, device, trace)
+
+
 def build_pace(config: RunConfig, max_steps: int) -> Pace:
     """How long to train, and what happens how often."""
     return Pace(max_steps, config.log_interval, config.eval_interval, config.max_bad_steps,
@@ -239,12 +261,13 @@ def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
                                  config.loss_chunk_size, named_numbers(config.loss_terms))
 
 
-def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, world: World,
-                 device: torch.device) -> deepspeed.DeepSpeedEngine:
+def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, meter: Meter,
+                 world: World, device: torch.device) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around the student, its optimizer and its schedule."""
     optim = config.optim
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
-    student = Student(build_student(config.student, inputs.student, device), terms)
+    student = Student(build_student(config.student, inputs.student, device), terms, meter)
+    meter.add_cost(training_cost(*backbone_and_head(student.model)))
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
                                 weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],
@@ -279,8 +302,10 @@ def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any])
 def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
                    device: torch.device) -> None:
     precision = inputs.student.precision
-    logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,
-                precision.reason, inputs.deepspeed_config["zero_optimization"]["stage"])
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    logger.info("device: %s x %d; precision: %s (%s)%s; ZeRO stage %d", device.type, world.size, precision.name,
+                precision.reason, ", fp32 products in TF32" if tf32 else "",
+                inputs.deepspeed_config["zero_optimization"]["stage"])
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs", samples,
                 shape.samples, shape.batch_size, shape.accumulation, world.size, steps, epochs)
 

@@ -49,6 +49,16 @@ choose_devices() {
   default NPROC "$(tr ',' '\n' <<<"$devices" | grep -c .)"
 }
 
+# Loads tcmalloc before a process on a CPU, where it is installed: it keeps what a step frees, in less memory than glibc,
+# which does so otherwise (todi/runtime/allocator.py). What a user loads or sets stays.
+choose_allocator() {
+  local library chosen=' --allocator (glibc|system) '
+  [[ -z $CUDA_VISIBLE_DEVICES && -z ${LD_PRELOAD:-}${GLIBC_TUNABLES:-} ]] || return 0
+  [[ ! " ${options[*]} " =~ $chosen ]] || return 0
+  library=$(PATH=$PATH:/sbin ldconfig -p 2>/dev/null | grep -oE -m1 '/\S*/libtcmalloc(_minimal)?\.so\.[0-9]+$' || true)
+  [[ -z $library ]] || export LD_PRELOAD=$library
+}
+
 several_processes() { ((NPROC * NNODES > 1)); }
 
 # launch RUNNER MODULE OPTION...: runs it, one process by itself, several under torchrun, by RUNNER, which takes a
@@ -80,6 +90,7 @@ read_settings() {
   eval "options=($words)"  # they are quoted for a shell
   # torchrun would give each process a single thread
   if [[ -z $CUDA_VISIBLE_DEVICES ]]; then default OMP_NUM_THREADS "$(($(cores) > NPROC ? $(cores) / NPROC : 1))"; fi
+  choose_allocator
 }
 
 cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }  # macOS has no nproc

@@ -46,6 +46,10 @@ class CallableTeacher:
     def expect(self, samples: Sequence[int]) -> None:
         """There is nothing to fetch."""
 
+    @property
+    def parts(self) -> tuple[()]:
+        return ()
+
 
 def load_function(place: str) -> Function:
     """The function that `file.py:function` names. Raises InputError where there is none."""

@@ -23,6 +23,7 @@ from todi.training.checkpoints import Score
 from todi.training.dev import Judge
 from todi.training.monitors import Monitors
 from todi.training.run_folder import RunFolder
+from todi.training.speed import Meter, in_words
 from todi.training.state import Position
 from todi.training.step import Sums, TrainStep, add, means
 
@@ -62,10 +63,11 @@ class Trainer:
         export: writes the student that has this score into a folder.
         folder: where checkpoints, states and metrics go.
         monitors: to whom metrics are told.
+        meter: says how fast it goes.
     """
 
     def __init__(self, step: TrainStep, source: SampleSource, judge: Judge, export: Callable[[Score, Path], None],
-                 folder: RunFolder, monitors: Monitors, pace: Pace, world: World):
+                 folder: RunFolder, monitors: Monitors, pace: Pace, world: World, meter: Meter | None = None):
         self.step = step
         self.source = source
         self.judge = judge
@@ -74,6 +76,7 @@ class Trainer:
         self.monitors = monitors
         self.pace = pace
         self.world = world
+        self.meter = meter or Meter()
         self.at = Position()
         self.window: Sums = {}  # this rank's sums over the steps since the last line of the log
         self.bad_steps = 0  # in a row
@@ -113,7 +116,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         done = self.at.step - (epoch - 1) * self.source.steps_per_epoch
-        for plan, following in _with_following(self.source.steps(epoch, first_step=done)):
+        for plan, following in _with_following(self.meter.each("data", self.source.steps(epoch, first_step=done))):
             if self.at.step == self.pace.max_steps:
                 break
             if following:
@@ -121,7 +124,8 @@ class Trainer:
             self.at.step += 1
             logs = self.at.step == self.pace.max_steps or self.at.step % self.pace.log_interval == 0
             lr = self.step.lr  # the schedule moves on within the step
-            result = self.step(plan, with_diagnostics=logs)
+            with self.meter.step():
+                result = self.step(plan, with_diagnostics=logs)
             self.window = add(self.window, result.sums)
             if result.finite is None:
                 self.bad_steps = 0
@@ -183,15 +187,17 @@ class Trainer:
         engine, losses = self.step.engine, {name: value for name, value in mean.items() if name != "correct"}
         norm = engine.get_global_grad_norm()
         peak = self.world.max(torch.tensor(peak_memory_gib(engine.device), device=engine.device)).item()
+        speed = self.meter.report(self.progress.lap())
         values = {**losses, "accuracy": mean["correct"], "lr": lr,
                   "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
                   "samples_per_second": self.progress.samples_per_second(),
-                  "peak_memory_gib": peak, **diagnostics}
+                  **speed, "peak_memory_gib": peak, **diagnostics}
         self._tell("train", epoch, {"seconds": self.progress.seconds(), **values})
-        logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %.1f GiB, %s left",
+        logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %s%.1f GiB, %s left",
                     epoch, self.at.step, self.pace.max_steps,
                     " ".join(f"{name} {value:.4f}" for name, value in losses.items()), mean["correct"], lr,
-                    values["samples_per_second"], values["peak_memory_gib"], self.progress.left(self.at.step))
+                    values["samples_per_second"], in_words(speed), values["peak_memory_gib"],
+                    self.progress.left(self.at.step))
 
     def _evaluate_and_save(self, epoch: int) -> None:
         self.step.engine.eval()
