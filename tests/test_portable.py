@@ -31,7 +31,8 @@ def test_a_script_is_for_bash_3_2(file):
     assert not [name for name in empty if re.search(rf'(?<!\+)"\$\{{{name}\[@\]}}"', text)]
 
 
-@pytest.mark.parametrize("code", ["mapfile -t a", "declare -A a", "x=${a,,}", "[[ -v a ]]", "local -n b=a", "x=${a@Q}", "[[ $a == @(b|c) ]]"])
+@pytest.mark.parametrize("code", ["mapfile -t a", "declare -A a", "x=${a,,}", "[[ -v a ]]", "local -n b=a", "x=${a@Q}",
+                                  "[[ $a == @(b|c) ]]"])
 def test_what_is_newer_is_seen(code):
     assert NEWER.search(code)
 
