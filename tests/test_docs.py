@@ -292,8 +292,8 @@ def test_the_site_has_every_page():
     assert sorted(named) == sorted(file.name for file in DOCS.glob("*.md"))
 
 
-# A tree names files by their place in it (tests/test_house.py); a reader's own are nowhere.
-FILE = re.compile(r"(?<![\w./>$-])(?!my_|file\.py)(?:[\w.-]+/)*[\w-]+\.(?:py|sh|md|toml|lock)\b")
+# A tree names files by their place in it (tests/test_house.py); a reader's own and llama.cpp's are nowhere.
+FILE = re.compile(r"(?<![\w./>$-])(?!my_|convert_|file\.py)(?:[\w.-]+/)*[\w-]+\.(?:py|sh|md|toml|lock)\b")
 
 
 def names_of_files(text: str) -> set[str]:
