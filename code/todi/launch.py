@@ -1,11 +1,11 @@
 """Turns the launchers' variables into options, by the declarations in todi/settings.py.
 
     FAMILY=gpt2 CKPT_NAME=gpt2-base TEACHER_NAME=gpt2-xlarge KD_OBJ=ToDi python -m todi.launch train --lr 1e-3
-    SETS="dolly vicuna" python -m todi.launch evaluate --print0 --model-path CKPT
+    SETS="dolly vicuna" python -m todi.launch evaluate --model-path CKPT
 
-prints the options of todi.train or todi.evaluate: what the variables say and no option says, then the given options as
-they are. For a training it also finds the models by their names, and names the folder of the run; that is always the
-last word, after --save-dir. --print0 ends each word with a NUL, for `mapfile -d ''`.
+prints the options of todi.train or todi.evaluate, quoted for a shell: what the variables say and no option says, then
+the given options as they are. For a training it also finds the models by their names, and names the folder of the run;
+that is always the last word, after --save-dir.
 """
 
 import argparse
@@ -52,11 +52,8 @@ def main() -> None:
     """Compose, print."""
     command, *words = sys.argv[1:] or [""]
     if command not in _COMMANDS:
-        raise InputError(f"usage: python -m todi.launch {'|'.join(_COMMANDS)} [--print0] [OPTION...], got {command!r}")
-    print0 = words[:1] == ["--print0"]
-    options = _COMMANDS[command](words[print0:], os.environ)
-    text = "".join(f"{word}\0" for word in options) if print0 else f"{shlex.join(options)}\n"
-    sys.stdout.buffer.write(os.fsencode(text))
+        raise InputError(f"usage: python -m todi.launch {'|'.join(_COMMANDS)} [OPTION...], got {command!r}")
+    sys.stdout.buffer.write(os.fsencode(f"{shlex.join(_COMMANDS[command](words, os.environ))}\n"))
 
 
 def training_options(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -1,6 +1,7 @@
 """How much memory a training run will need on a device, from the shapes of its models alone."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch.func import functional_call
 from transformers import PretrainedConfig
 
 from todi.models.backbone import backbone_and_head
+from todi.runtime.logs import peak_resident_bytes
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it reports is dealt with here
 
+_PROC = Path("/proc")
 _FP32, _ADAM = 4, 8  # bytes of a number, and of Adam's two moments of it
 # Batches of many lengths leave holes in the heap of a CPU process: measured, as a share of activations and loss, by
 # bytes of a number (benchmarks/README.md).
@@ -188,14 +191,18 @@ def available_bytes(device: torch.device, processes: int) -> int:
     """What one of `processes` processes of this machine can still take on its device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _proc("/proc/meminfo", "MemAvailable") // processes
+    free = _proc("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // processes
 
 
 def resident_bytes() -> int:
     """What this process holds in RAM."""
-    return _proc("/proc/self/status", "VmRSS")
+    return _proc("self/status", "VmRSS") or peak_resident_bytes()
 
 
-def _proc(file: str, name: str) -> int:
-    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
+def _proc(file: str, name: str) -> int | None:
+    """Bytes, as Linux says; None where there is no /proc, as on macOS."""
+    if not (_PROC / file).is_file():
+        return None
+    line = next(line for line in (_PROC / file).read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) << 10
