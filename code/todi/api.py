@@ -17,6 +17,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -26,8 +27,8 @@ from todi.errors import InputError
 from todi.given import Records, data_folders, is_path, model_path, on_first_rank, sets_folder
 from todi.options import from_keywords
 from todi.results import Evaluation, Result
-from todi.runtime.device import choose_device
-from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.device import choose_device, settle_tf32
+from todi.runtime.distributed import TIMEOUT, World, process_group, world_from_environment
 from todi.runtime.guest import as_guest
 from todi.runtime.signals import Interrupted
 from todi.settings import CROSS_ENTROPY, EvalConfig, TrainConfig
@@ -68,28 +69,22 @@ def distil(student: Model, teacher: Model | Sequence[Model] | None = None, *, da
     problems = [f"{name} is given as {argument}=" for name, argument in _GIVEN_AS.items() if name in settings]
     if problems:
         raise InputError(problems)
-    folder = Path(save_dir)
-    chosen = {"criterion": CROSS_ENTROPY} if objective == CROSS_ENTROPY else {"kd_objective": objective}
     teachers = () if teacher is None else teacher if isinstance(teacher, (list, tuple)) else (teacher,)
-    trackers = settings.pop("report_to", ())
-    chosen["report_to"] = (*((trackers,) if isinstance(trackers, str) else trackers), *((BAR,) if progress else ()))
-
-    def config(world: World) -> TrainConfig:
-        """Of this run; checked before anything is written."""
-        named = [one if is_path(one) else "a loaded model" for one in (student, *teachers)]
-        from_keywords(TrainConfig, {"model_path": named[0], "teacher_model_path": named[1:], "save_dir": folder,
-                                    **chosen, **settings})
-        place = folder / "inputs"
+    settings |= {"criterion": CROSS_ENTROPY} if objective == CROSS_ENTROPY else {"kd_objective": objective}
+    settings |= {"save_dir": save_dir, "report_to": _trackers(settings.get("report_to", ()), progress)}
+    names = [one if is_path(one) else "a loaded model" for one in (student, *teachers)]
+    # before anything is written
+    from_keywords(TrainConfig, {"model_path": names[0], "teacher_model_path": names[1:], **settings})
+    folder, stop = Path(save_dir), None
+    with _in_this_process(settings.get("process_group_timeout", TIMEOUT)) as (world, device):
         paths = on_first_rank(world, lambda: {
-            "model_path": model_path(student, tokenizer, place, "student"),
-            "teacher_model_path": [model_path(one, tokenizer, place, "teacher") for one in teachers],
-            "data_dir": data_folders(data, place)})
-        return from_keywords(TrainConfig, {**paths, "save_dir": folder, **chosen, **settings})
-
-    stop = None
-    with _in_this_process() as world:
+            "model_path": model_path(student, tokenizer, folder / "inputs", "student"),
+            "teacher_model_path": [model_path(one, tokenizer, folder / "inputs", "teacher") for one in teachers],
+            "data_dir": data_folders(data, folder / "inputs")})
+        config = from_keywords(TrainConfig, paths | settings)
+        settle_tf32(config.run.tf32, device)
         try:
-            train(config(world), world, choose_device(world.local_rank))
+            train(config, world, device)
         except Interrupted as interrupted:
             stop = interrupted
         world.barrier()  # the files of the result are the first rank's
@@ -122,7 +117,7 @@ def evaluate(model: Model, *, sets: Sequence[str] | Mapping[str, Records] | None
     chosen: dict[str, Any] = {} if save_dir is None else {"save_dir": folder}
     if sets is not None and not isinstance(sets, Mapping):
         chosen["sets"] = sets
-    with _in_this_process() as world:
+    with _in_this_process(settings.get("process_group_timeout", TIMEOUT)) as (world, device):
         def paths() -> dict[str, Any]:
             path = model_path(model, tokenizer, folder / "inputs", "model")
             kind = "peft_path" if (Path(path) / "adapter_config.json").is_file() else "model_path"
@@ -131,20 +126,25 @@ def evaluate(model: Model, *, sets: Sequence[str] | Mapping[str, Records] | None
             return {kind: path, "sets_dir": sets_folder(sets, folder / "inputs"), "sets": tuple(sets)}
 
         config = from_keywords(EvalConfig, {**on_first_rank(world, paths), **chosen, **settings})
-        results = todi.evaluate.evaluate(config, world, choose_device(world.local_rank))
+        results = todi.evaluate.evaluate(config, world, device)
         if results is None:
             raise InputError("check_only: there is nothing to return; python -m todi.evaluate --check-only checks")
         return Evaluation(config.folder, results)
 
 
+def _trackers(given: str | Sequence[str], progress: bool) -> tuple[str, ...]:
+    return (*((given,) if isinstance(given, str) else given), *((BAR,) if progress else ()))
+
+
 @contextmanager
-def _in_this_process() -> Iterator[World]:
-    """This process and its fellows, able to talk; afterwards everything is as it was."""
+def _in_this_process(timeout: float) -> Iterator[tuple[World, torch.device]]:
+    """This process among its fellows, able to talk, and its device; afterwards everything is as it was."""
     world = world_from_environment()
+    device = choose_device(world.local_rank)
     with as_guest():
         try:
-            with process_group(world, choose_device(world.local_rank)):
-                yield world
+            with process_group(world, device, timeout):
+                yield world, device
         finally:
             gc.collect()  # an engine is full of circles, and would keep the memory of the device
 

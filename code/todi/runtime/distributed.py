@@ -3,13 +3,20 @@
 import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from todi.runtime.waiting import MeetingPlace
+
+TIMEOUT = 7200  # seconds that ranks wait for one another, where no setting says otherwise
+
+_place: MeetingPlace | None = None  # of the process group, as torch has one for all
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,19 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest of each element of `tensor` over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
+    def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The largest of each number over all ranks. A process by itself need not ask its device, which would wait."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]
+        _meet()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -48,7 +58,14 @@ class World:
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
+            _meet()
             dist.barrier()
+
+
+def _meet() -> None:
+    """Before what a rank may come to much later than the others."""
+    if _place:
+        _place.meet()
 
 
 def world_from_environment() -> World:
@@ -61,12 +78,19 @@ def world_from_environment() -> World:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[None]:
+def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     """Within the block the ranks can talk: by NCCL between GPUs, by gloo between CPU processes.
 
     A group that is there already is used, and left as it is. After the block DeepSpeed remembers no group of it, so
     that another block may follow.
+
+    Args:
+        timeout: seconds that ranks wait for one another.
+
+    Raises:
+        RunError: a rank did not come in time, here or in `World.gather` or `World.barrier`.
     """
+    global _place
     import deepspeed  # takes seconds, which an evaluation in one process need not wait for
     from deepspeed.utils import groups
 
@@ -83,27 +107,45 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
                 groups._WORLD_GROUP = None
         return
     with _environment(world):
-        _start_process_group(world, device)
+        _start_process_group(world, device, timeout)
         try:
             yield
         finally:
             deepspeed.comm.destroy_process_group()  # torch's, and all that DeepSpeed keeps of it
+            _place = None
 
 
 _groups_started = itertools.count()
 
 
-def _start_process_group(world: World, device: torch.device) -> None:
+def _start_process_group(world: World, device: torch.device, timeout: float) -> None:
+    global _place
     import deepspeed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Under torchrun the store outlives a group, and a second group would read what the first one wrote there.
-    store = dist.PrefixStore(f"todi/{next(_groups_started)}", next(dist.rendezvous("env://"))[0])
+    store = _store(world, timeout)
+    if world.size > 1:
+        _place = MeetingPlace(dist.PrefixStore("meetings", store), world.rank, world.size, timeout)
+        _place.meet()
     binding = {"device_id": device} if device.type == "cuda" and world.size > 1 else {}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=world.rank,
-                            world_size=world.size, **binding)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
+                            rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout), **binding)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _store(world: World, timeout: float) -> dist.Store:
+    """Of all ranks: torchrun keeps one, without it the first rank does.
+
+    torchrun's outlives a group, and a second group would read what the first one wrote there: each has a part of its
+    own.
+    """
+    if world.size == 1:
+        return dist.HashStore()
+    keeps = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=keeps,
+                          wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=timeout))
+    return dist.PrefixStore(f"todi/{next(_groups_started)}", store)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def as_guest() -> Iterator[None]:
     """Until the block ends, this project runs in a process of the caller's; then the process is what it was.
 
     Random numbers, environment, logging, warnings, sys.excepthook (torch sets it with a process group), transformers'
-    verbosity and the current GPU are put back; what else a run takes (signal handlers, lock, process group) it gives
+    verbosity, the current GPU and TF32 are put back; what else a run takes (signal handlers, lock, process group) it gives
     back itself.
     """
     with ExitStack() as stack, warnings.catch_warnings():
@@ -102,9 +102,11 @@ def _transformers() -> Iterator[None]:
 @contextmanager
 def _gpu() -> Iterator[None]:
     current = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     try:
         yield
     finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         if current is not None:
             torch.cuda.set_device(current)
         if torch.cuda.is_initialized():
