@@ -143,7 +143,7 @@ class TestSettings:
         assert refused.value.problems == [
             "there is no setting kd_rat; did you mean kd_rate?", "--batch-size must be a whole number, got True",
             "--lr must be a number, got 'x'", "--seed must be a whole number, got 1.5",
-            "--kd-temperature must be above 0, got -1.0", "--model-path is required",
+            "--model-path is required", "--kd-temperature must be above 0, got -1.0",
             "--criterion vanilla_kd needs --teacher-model-path or --teacher-callable"]
 
 

@@ -21,8 +21,8 @@ def as_guest() -> Iterator[None]:
     """Until the block ends, this project runs in a process of the caller's; then the process is what it was.
 
     Random numbers, environment, logging, warnings, sys.excepthook (torch sets it with a process group), transformers'
-    verbosity, the current GPU and TF32 are put back; what else a run takes (signal handlers, lock, process group) it gives
-    back itself.
+    verbosity, the current GPU and TF32 are put back; what else a run takes (signal handlers, lock, process group) it
+    gives back itself.
     """
     with ExitStack() as stack, warnings.catch_warnings():
         stack.callback(setattr, sys, "excepthook", sys.excepthook)
