@@ -72,3 +72,48 @@ def test_notebook(tmp_path):
 def test_the_notebook_is_kept_without_output():
     cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+# What the page's examples have at hand, as its reader has.
+AT_HAND = """
+import torch, todi
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+student, teacher, model = (AutoModelForCausalLM.from_pretrained(f"model_hub/mine/{size}") for size in
+                           ("small", "large", "small"))
+tokenizer = AutoTokenizer.from_pretrained("model_hub/mine/small")
+tokenizer.pad_token = tokenizer.eos_token
+collator = DataCollatorForSeq2Seq(tokenizer)
+rows = todi.encode_file("data/mine/train.jsonl", tokenizer, model_type="gpt2")
+rows, held_out = rows[4:], rows[:4]
+args = TrainingArguments("outputs/hf", max_steps=2, report_to=[], save_strategy="no", use_cpu=True)
+ids = torch.arange(3, 12)[None]
+hidden, teacher_hidden = (one.base_model(ids).last_hidden_state[0].detach() for one in (student, teacher))
+labels = torch.arange(4, 13)
+"""
+CHECKED = """
+assert result.best.is_dir() and result.metrics and set(scores.scores) == {"mine", "average"}
+assert sums.tokens == 9 and student.get_output_embeddings().weight.grad.abs().sum() > 0
+logits, theirs = torch.randn(2, 5, 30)
+p, q = theirs.softmax(-1), logits.softmax(-1)
+for beta in (0.2, 0.5, 0.9):  # as TRL has it
+    m = beta * p + (1 - beta) * q
+    expected = beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
+    torch.testing.assert_close(build_divergence("generalised_js", beta=beta)(logits, theirs), expected)
+torch.testing.assert_close(build_divergence("generalised_js")(logits, theirs),
+                           build_divergence("js_divergence")(logits, theirs))
+"""
+
+
+def test_the_examples_of_the_page(models, tmp_path):
+    """docs/library.md, from its top to its end in one process."""
+    page = (ROOT / "docs" / "library.md").read_text()
+    (tmp_path / "model_hub" / "mine").mkdir(parents=True)
+    for size, model in zip(("small", "large"), models, strict=True):
+        (tmp_path / "model_hub" / "mine" / size).symlink_to(model)
+    write_data(tmp_path / "data" / "mine", train=12, dev=2, valid=2)
+    words, = re.findall(r"^python (-m todi.cache .*)", page, re.MULTILINE)
+    run(tmp_path, *words.split())
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    (tmp_path / "page.py").write_text("\n".join([AT_HAND, *blocks, CHECKED]))
+    run(tmp_path, "page.py")
