@@ -17,12 +17,16 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from loss import Inputs, in_fresh_process, plain
@@ -48,11 +52,36 @@ LENGTH, BATCH, ACCUMULATION, SEED = 512, 4, 2, 10
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a process used: seconds of processor time in the program and in the kernel, and pages mapped."""
+
+    user: float
+    system: float
+    faults: int
+
+    @property
+    def system_share(self) -> float:
+        """Of its processor time."""
+        return self.system / (self.user + self.system)
+
+    @classmethod
+    def of_children(cls) -> "Usage":
+        """Of all processes that this one has started and waited for."""
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return cls(usage.ru_utime, usage.ru_stime, usage.ru_minflt)
+
+    def __sub__(self, earlier: "Usage") -> "Usage":
+        return Usage(self.user - earlier.user, self.system - earlier.system, self.faults - earlier.faults)
+
+
+@dataclass(frozen=True)
 class Result:
-    """Samples a second and peak memory in GiB."""
+    """Samples a second and peak memory in GiB; of a run of ours, the last line of its metrics and what it used."""
 
     speed: float
     memory: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    usage: Usage = field(default_factory=lambda: Usage(0, 0, 0))
 
 
 def plain_loop(teacher_path: str, student_path: str, data: Path, steps: int) -> Result:
@@ -97,26 +126,37 @@ def hidden_and_weight(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tenso
 
 
 class Workspace:
-    """A temporary folder with data, student and caches, and the commands that run in it."""
+    """A temporary folder with data, student and caches, and the commands that run in it.
 
-    def __init__(self, folder: Path, model: str, records: list[str]):
-        self.folder, self.model, self.student = folder, model, str(folder / "student")
+    Args:
+        student: copied from `model` with fewer layers when not given.
+
+    Attributes:
+        output: of the last command.
+    """
+
+    output = ""
+
+    def __init__(self, folder: Path, model: str, records: list[str], student: str | None = None):
+        self.folder, self.model, self.student = folder, model, student or str(folder / "student")
         (folder / "train.jsonl").write_text("\n".join(records) + "\n")
         (folder / "dev.jsonl").write_text(records[0] + "\n")
-        self.run("todi.models.prune", "--model-path", model, "--save-dir", self.student, "--keep-layers",
-                 *map(str, KEPT_LAYERS))
+        if not student:
+            self.run("todi.models.prune", "--model-path", model, "--save-dir", self.student, "--keep-layers",
+                     *map(str, KEPT_LAYERS))
 
-    def run(self, module: str, *options: str) -> float:
-        """Seconds that a command took."""
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "code"), "HF_HUB_OFFLINE": "1"}
+    def run(self, module: str, *options: str, **variables: str) -> Usage:
+        """Runs a command, with these variables in its environment."""
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "code"), "HF_HUB_OFFLINE": "1"} | variables
         if not torch.cuda.is_available():
             environment["DS_ACCELERATOR"] = "cpu"
-        start = time.perf_counter()
+        before = Usage.of_children()
         done = subprocess.run([sys.executable, "-m", module, *options], env=environment, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             sys.exit(done.stdout)
-        return time.perf_counter() - start
+        self.output = done.stdout
+        return Usage.of_children() - before
 
     def cache(self, precision: str) -> Path:
         """The teacher cache of a precision; made at the first call."""
@@ -126,20 +166,28 @@ class Workspace:
                      str(self.folder), "--precision", precision)
         return folder
 
-    def train(self, precision: str, *options: str) -> Result:
+    def train(self, precision: str, *options: str, **variables: str) -> Result:
         """A run of one epoch over all samples."""
         run = self.folder / "run"
-        self.run("todi.train", "--model-path", self.student, "--data-dir", str(self.folder), "--precision", precision,
-                 "--batch-size", str(BATCH), "--gradient-accumulation-steps", str(ACCUMULATION), "--num-epochs", "1",
-                 "--log-interval", "1000", "--no-eval-gen", "--seed", str(SEED), "--save-dir", str(run), "--resume",
-                 "never", *options)
+        usage = self.run(
+            "todi.train", "--model-path", self.student, "--data-dir", str(self.folder), "--precision", precision,
+            "--batch-size", str(BATCH), "--gradient-accumulation-steps", str(ACCUMULATION), "--num-epochs", "1",
+            "--log-interval", "1000", "--no-eval-gen", "--seed", str(SEED), "--save-dir", str(run), "--resume", "never",
+            *options, **variables)
         last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-2]
-        return Result(last["samples_per_second"], last["peak_memory_gib"])
+        return Result(last["samples_per_second"], last["peak_memory_gib"], last, usage)
 
-    def distil(self, precision: str, cached: bool) -> Result:
+    def distil(self, precision: str, cached: bool, *options: str, **variables: str) -> Result:
         """ToDi from the live teacher, or from its cache."""
         cache = str(self.cache(precision)) if cached else "off"
-        return self.train(precision, "--teacher-model-path", self.model, "--teacher-cache", cache)
+        return self.train(precision, "--teacher-model-path", self.model, "--teacher-cache", cache, *options,
+                          **variables)
+
+    def runs(self, precision: str) -> dict[str, Callable[[], Result]]:
+        """The runs of ours that are compared, by name."""
+        return {"ToDi, live teacher": partial(self.distil, precision, cached=False),
+                "ToDi, cached teacher": partial(self.distil, precision, cached=True),
+                "SFT": partial(self.train, precision, "--criterion", "cross_entropy")}
 
 
 def main() -> None:
@@ -160,12 +208,10 @@ def main() -> None:
         base = in_fresh_process(plain_loop, work.model, work.student, work.folder / "train.jsonl", args.plain_steps)
         print(f"| plain loop | fp32 | {base.speed:.2f} | 1.0× | {base.memory:.2f} GiB | – |", flush=True)
         for precision in args.precisions:
-            sft = work.train(precision, "--criterion", "cross_entropy")
-            rows = {"ToDi, live teacher": work.distil(precision, cached=False),
-                    "ToDi, cached teacher": work.distil(precision, cached=True), "SFT": sft}
-            for name, result in rows.items():
+            results = {name: run() for name, run in work.runs(precision).items()}
+            for name, result in results.items():
                 print(f"| {name} | {precision} | {result.speed:.2f} | **{result.speed / base.speed:.1f}×** "
-                      f"| {result.memory:.2f} GiB | {result.memory / sft.memory:.2f}× |", flush=True)
+                      f"| {result.memory:.2f} GiB | {result.memory / results['SFT'].memory:.2f}× |", flush=True)
 
 
 if __name__ == "__main__":

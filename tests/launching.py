@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
     """The variables of a launcher that runs on the CPU."""
     ours = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable,
-            "GPUS": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            "GPUS": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MFU": "0"}
     return ours | {name: str(value) for name, value in settings.items()}
 
 

@@ -15,7 +15,8 @@ from todi.criterions import (
     linear_distillation_loss,
 )
 from todi.criterions import LinearHead as Head
-from todi.criterions.divergences import log_probabilities, markdown_table
+from todi.criterions.definitions import log_probabilities, markdown_table
+from todi.criterions.divergences import adaptive_kl_weight
 from torch.testing import assert_close
 
 NAMES = list(DIVERGENCES)
@@ -109,6 +110,33 @@ def test_closed_form_is_what_autograd_gives(name, params, pair):
     given = log_p.clone(), log_q.clone()
     assert_close(divergence.value_and_gradient(log_p, log_q), divergence.value_and_autograd(log_p, log_q))
     assert_close((log_p, log_q), given, rtol=0, atol=0)  # in-place work must not reach the arguments
+
+
+# With alpha = 0, entries whose probability is 0 in float32 are the tail; float64 knows none.
+@pytest.mark.parametrize("name, params", [(name, {}) for name in NAMES] + [each for each in OTHERS if each[1] !=
+                                                                           {"alpha": 0.0}])
+@pytest.mark.parametrize("spread", [2, 24])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_float32_gradient_keeps_its_digits(name, params, spread, temperature):
+    """Relative to the largest of its row, also in rows so peaked that the gradients are tiny differences."""
+    student, teacher = (logits(600, 301, seed=seed, spread=spread, dtype=torch.float32) for seed in (0, 3))
+    divergence = build_divergence(name, **params)
+    log_p, log_q = log_probabilities(student, teacher, temperature)
+    _, found = divergence.value_and_gradient(log_p, log_q)
+    _, wanted = divergence.value_and_autograd(*log_probabilities(student.double(), teacher.double(), temperature))
+    _, of_rounded = divergence.value_and_autograd(*(side.double().log_softmax(-1) for side in (log_p, log_q)))
+    error, rounding = ((side - wanted).abs().amax(-1) for side in (found, of_rounded))
+    loss_of_float64 = 1e-13
+    assert (error <= 2e-4 * wanted.abs().amax(-1) + rounding + loss_of_float64).all()
+
+
+def test_float32_autograd_loses_digits():
+    """The check above can fail."""
+    student, teacher = (logits(600, 301, seed=seed, spread=24, dtype=torch.float32) for seed in (0, 3))
+    divergence = build_divergence("js_divergence")
+    _, found = divergence.value_and_autograd(*log_probabilities(student, teacher, 1.0))
+    _, wanted = divergence.value_and_autograd(*log_probabilities(student.double(), teacher.double(), 1.0))
+    assert ((found - wanted).abs().amax(-1) > wanted.abs().amax(-1)).any()
 
 
 @every_divergence
@@ -341,3 +369,17 @@ def test_diagnose_without_an_entry_weight_and_without_a_loss():
     assert report["forward_share"] == report["reverse_share"] == 0.5 == pytest.approx(report["weight_under_p"])
     assert report["top1_agreement"] == 1 and report["forward_kl"] == 0
     assert diagnosis({}) == {}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adaptive_kl_weight_is_that_of_a_stable_sort(alpha, dtype):
+    """Many probabilities are equal here, as those of 16-bit logits are: their order decides what is in the tail."""
+    student, teacher = (logits(200, 97, seed=seed, spread=2).round().to(dtype) for seed in (0, 1))
+    log_p, log_q = log_probabilities(student, teacher, 1.0)
+    p, order = log_p.exp().sort(dim=-1, stable=True)
+    gap = (p - log_q.exp().gather(-1, order)).abs()
+    head = gap * (p.cumsum(-1, dtype=torch.float64) > alpha)
+    assert 0 < len(set(p[0].tolist())) < 20
+    assert_close(adaptive_kl_weight(log_p, log_q, alpha), head.sum(-1) / gap.sum(-1))
+    assert (adaptive_kl_weight(log_q, log_q, alpha) == 0.5).all()

@@ -148,7 +148,7 @@ class TestSweeps:
         assert train(MAX_LENGTH="512", LOG_INTERVAL="3", TEACHER_CACHE="on").run.save_dir == train().run.save_dir
 
     def test_a_long_name_is_cut_and_stays_its_own(self):
-        names = [Path(train(KD_PARAMS=f"{'é' * 200}={i}", WEIGHT_DECAY="0.1").run.save_dir).name for i in range(2)]
+        names = [Path(train(KD_PARAMS=f"{'é' * 100}=1 {'é' * 100}={i}").run.save_dir).name for i in range(2)]
         assert all(len(name.encode()) <= 255 for name in names)
         assert names[0] != names[1]
 
@@ -334,10 +334,8 @@ def test_it_is_quick_and_says_how_it_is_called():
     assert "train|evaluate" in answer.stderr
 
 
-def test_words_with_nul_and_for_a_shell():
-    command = [sys.executable, "-m", "todi.launch", "evaluate", "--print0", "--model-path", "a b\nc"]
+def test_words_for_a_shell():
+    command = [sys.executable, "-m", "todi.launch", "evaluate", "--model-path", "a b\nc"]
     environment = {"PYTHONPATH": str(ROOT / "code"), "SETS": "dolly 'the other'"}
     words = ["--sets", "dolly", "the other", "--model-path", "a b\nc"]
-    assert subprocess.check_output(command, env=environment, text=True) == "".join(f"{word}\0" for word in words)
-    command.remove("--print0")
     assert shlex.split(subprocess.check_output(command, env=environment, text=True)) == words

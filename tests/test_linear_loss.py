@@ -15,6 +15,7 @@ from todi.criterions import (
     linear_distillation_loss,
 )
 from todi.criterions import linear as linear_module
+from todi.criterions import rows as row_module
 from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,7 @@ every_divergence = pytest.mark.parametrize("name", list(DIVERGENCES))
 @pytest.fixture(autouse=True)
 def blocks_of_two_rows(monkeypatch):
     """The vocabularies here are so small that a chunk would be one block."""
-    monkeypatch.setitem(linear_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
+    monkeypatch.setitem(row_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
 
 
 def make_case(rows=ROWS, hidden=5, vocabulary=VOCABULARY, teacher_vocabulary=None, bias=False, softcap=None, scale=1.0,
@@ -390,3 +391,15 @@ def test_criterion_hands_everything_on():
     alone = ours(case, None)._asdict()
     del alone["kd"]
     assert_close(dict(DistillationCriterion()(case.hidden, head, case.labels, None)), alone)
+
+
+@pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 2.0, "scale": 0.3, "teacher_vocabulary": 7}], ids=str)
+def test_rows_that_start_at_multiples_of_64(monkeypatch, head):
+    """As on a GPU: the same numbers, laid out otherwise."""
+    case = make_case(**head)
+    wanted = ours(case, chunk_size=3)
+    gradient = gradients(wanted.loss, case)
+    monkeypatch.setattr("todi.criterions.linear_head._ALIGNED_DEVICES", {"cpu"})
+    assert LinearHead(case.weight.detach()).rows(case.hidden.detach()).stride() == (64, 1)
+    found = ours(case, chunk_size=3)
+    assert_close((tuple(found), gradients(found.loss, case)), (tuple(wanted), gradient))

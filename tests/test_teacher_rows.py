@@ -20,7 +20,7 @@ from todi.criterions import (
     distillation_loss,
     linear_distillation_loss,
 )
-from todi.criterions import linear as linear_module
+from todi.criterions import rows as row_module
 from todi.data.batches import collate
 from todi.errors import InputError
 from todi.options import parse
@@ -38,7 +38,7 @@ ALL = slice(None)
 @pytest.fixture(autouse=True)
 def blocks_of_two_rows(monkeypatch):
     """The vocabularies here are so small that a chunk would be one block."""
-    monkeypatch.setitem(linear_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
+    monkeypatch.setitem(row_module._BLOCK_BYTES, "cpu", 2 * 4 * VOCABULARY)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -211,7 +211,10 @@ class TestSources:
         (lambda n: torch.zeros(n + 1, 300), r"shape \(\d+, 300\); expected floating-point logits of shape \(\d+, V\)"),
         (lambda n: torch.zeros(n, 299), "shape .*V at least 300"),
         (lambda n: torch.zeros(n, 300, dtype=torch.long), "a tensor of torch.int64"),
-        (lambda n: [[0.0] * 300] * n, "a list")])
+        (lambda n: [[0.0] * 300] * n, "a list"),
+        (lambda n: torch.full((n, 300), -torch.inf), r"(\d+) of \1 rows with -inf for each of the 300 entries"),
+        (lambda n: torch.zeros(n, 310).index_fill_(1, torch.arange(300), -torch.inf), r"(\d+) of \1 rows with -inf"),
+        (lambda n: torch.zeros(n, 300).index_fill_(0, torch.tensor([1]), -torch.inf), r"1 of \d+ rows with -inf")])
     def test_what_a_function_may_not_return(self, specs, answer, said):
         called = CallableTeacher(lambda batch: answer(len(batch.rows)), "mine.py:f", vocabulary=300)
         with pytest.raises(InputError, match=f"--teacher-callable: mine.py:f returned .*{said}"):

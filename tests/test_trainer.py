@@ -17,7 +17,7 @@ from todi.training.trainer import Pace, Trainer, TrainingError
 
 ALONE = World(0, 1, 0, 1)
 ENGINE = SimpleNamespace(device=torch.device("cpu"), train=lambda: None, eval=lambda: None,
-                         get_global_grad_norm=lambda: 1.0, fp16_enabled=lambda: False,
+                         get_global_grad_norm=lambda: 1.0, optimizer=None,
                          save_checkpoint=lambda *words, **options: None)
 
 

@@ -29,6 +29,7 @@ from todi.data.tokenize import encode_examples
 from todi.errors import InputError, collecting, run_main
 from todi.options import check, parse
 from todi.python_files import load_plugins
+from todi.runtime.allocator import settle_allocator
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
@@ -53,6 +54,7 @@ def main() -> None:
     set_up_logging(world.is_main)
     check(config)
     device = choose_device(world.local_rank)
+    settle_allocator(config.allocator, device)
     if config.command == "build":
         build(config, world, device)
     elif config.command == "info":

@@ -39,6 +39,7 @@ from todi.models.adapters import merge_adapter
 from todi.models.loading import checksum_or_commit, load_model
 from todi.models.probe import check_model
 from todi.options import parse
+from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
@@ -55,6 +56,7 @@ def main() -> None:
     world = world_from_environment()
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
+    logger.info("memory: %s", settle_allocator(config.allocator, device))
     inputs = read_inputs(config, device)
     description = what_must_agree(vars(config), {name: questions_checksum(records)
                                                  for name, records in inputs.sets.items()}, world)
@@ -62,7 +64,7 @@ def main() -> None:
         if nodes := nodes_from_environment():
             agree(nodes, description)
         return
-    with process_group(world, device) if world.size > 1 else nullcontext():
+    with process_group(world, device, config.process_group_timeout) if world.size > 1 else nullcontext():
         check_ranks(world, description)
         evaluate(config, inputs, world, device)
 

@@ -7,6 +7,7 @@ Nothing below the entry points and the builders ever sees these classes.
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 RESUME = ("auto", "force", "never")
+ALLOCATORS = ("auto", "glibc", "system")
 OWN_DTYPE = "own"
 CACHE_DTYPES = (OWN_DTYPE, "bf16", "fp16", "fp32")
+KERNELS = ("auto", "triton", "compile", "eager")
 CACHE_MODES = ("auto", "on", "off")
 PACKING = ("auto", "off")
 # a relative path, spelled plainly, that stays below the folder it is joined to
@@ -29,6 +32,8 @@ NO_ADAPTER = "none"
 TODAY = "today"
 AUTO_TOKENIZER = "auto"
 ROUGE_TOKENIZERS = (AUTO_TOKENIZER, "rouge_score", "words", "characters")
+
+_MOST_MICRO_BATCHES = 1_000_000  # of a step, each of which is planned before it begins
 
 # What launchers understand besides the settings.
 LAUNCHER_VARIABLES = {
@@ -90,6 +95,13 @@ def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
                f"({config.max_length}), or no room is left for a response")
 
 
+def _room_for_a_folder(option: str, path: str) -> Iterator[str]:
+    place = Path(path)
+    there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        yield f"{option} {path}: {there} is no folder"
+
+
 def _eval_batch_size() -> Any:
     return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
                   may_change=True)
@@ -105,12 +117,23 @@ def _precision() -> Any:
     return option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
 
 
+def _allocator() -> Any:
+    return option("auto", "on a CPU, whether memory that is freed is kept for the next step: glibc keeps it; auto does "
+                          "so too, by tcmalloc where a launcher finds it; system gives it back", choices=ALLOCATORS,
+                  may_change=True)
+
+
 def _trust_remote_code() -> Any:
     return option(False, "run Python code that comes with a model; only for models you trust")
 
 
 def _teacher_cache_dtype() -> Any:
     return option(OWN_DTYPE, "numbers of the teacher cache; own, the teacher's, is exact", choices=CACHE_DTYPES,
+                  may_change=True)
+
+
+def _process_group_timeout() -> Any:
+    return option(7200, "seconds that processes wait for one another before they give up", least=1, at_most=10_000_000,
                   may_change=True)
 
 
@@ -130,14 +153,15 @@ class StudentConfig:
 
     model_path: str = option("", "the student: a model folder, a GGUF file, or a Hugging Face Hub name")
     model_type: str = option("auto", "model family (todi/models/families.py); auto reads it from the config")
-    peft: str | None = option(None, "how to fine-tune: lora, or every weight when not given", choices=("lora",))
-    peft_lora_r: int = option(256, "LoRA rank", least=1, env="LORA_RANK")
-    peft_lora_alpha: float = option(8, "LoRA alpha", env="LORA_ALPHA")
+    peft: str | None = option(None, "how to fine-tune: lora, or every weight when not given", choices=("lora",),
+                              fixed=True)
+    peft_lora_r: int = option(256, "LoRA rank", least=1, env="LORA_RANK", fixed=True)
+    peft_lora_alpha: float = option(8, "LoRA alpha", above=0, at_most=10_000, env="LORA_ALPHA")
     peft_lora_dropout: float = option(0.1, "LoRA dropout", least=0, below=1, env="LORA_DROPOUT")
     peft_lora_targets: tuple[str, ...] = option((), "names of the layers that LoRA is put on, e.g. q_proj v_proj, or "
                                                     "all-linear; chosen by the family when not given",
-                                                env="LORA_TARGETS")
-    peft_path: str | None = option(None, "go on from this LoRA adapter")
+                                                env="LORA_TARGETS", fixed=True)
+    peft_path: str | None = option(None, "go on from this LoRA adapter", fixed=True)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", may_change=True)
     trust_remote_code: bool = _trust_remote_code()
 
@@ -198,6 +222,8 @@ class TeacherCacheConfig:
         cache = self.teacher_cache
         if cache not in CACHE_MODES and "/" not in cache and not Path(cache).is_dir():
             yield f"--teacher-cache must be {', '.join(CACHE_MODES)} or a folder (as ./{cache}), got {cache!r}"
+        elif cache not in CACHE_MODES:
+            yield from _room_for_a_folder("--teacher-cache", cache)
 
 
 @dataclass(frozen=True)
@@ -206,7 +232,7 @@ class DataConfig:
 
     data_dir: tuple[str, ...] = option(("data/dolly",), "folder with train.jsonl and dev.jsonl, or several to mix")
     data_shares: tuple[float, ...] = option((), "share of each of several data folders in an epoch; by their sizes "
-                                                "when not given", above=0)
+                                                "when not given", above=0, fixed=True)
     train_num: int | None = option(None, "use only the first so many training records of each folder", least=1)
     dev_num: int | None = option(None, "use only the first so many dev records of each folder", least=1)
     max_length: int = _max_length()
@@ -238,12 +264,14 @@ class ObjectiveConfig:
     kd_temperature: float = option(2.0, "temperature of both softmaxes in the divergence", above=0, env="KD_TEMP")
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy", least=0, below=1)
     loss_terms: tuple[str, ...] = option((), "further terms of the loss as name=weight, e.g. hidden_states=0.1",
-                                         pattern=(r"\w+=[\d.e+-]+", "name=weight"))
+                                         pattern=(r"\w+=[\d.e+-]+", "name=weight"), fixed=True)
     hidden_layers: tuple[str, ...] = option((), "for the term hidden_states: pairs student:teacher of layers, e.g. "
                                                 "3:6; spread evenly when not given",
-                                            pattern=(r"\d+:\d+", "student:teacher, two numbers of layers"))
+                                            pattern=(r"\d+:\d+", "student:teacher, two numbers of layers"), fixed=True)
     loss_chunk_size: int | None = option(None, "rows of the vocabulary projection at a time; chosen when not given",
                                          least=1, may_change=True)
+    kernels: str = option("auto", "what computes the loss between its matrix products (docs/performance.md)",
+                          choices=KERNELS, may_change=True)
 
     @property
     def distils(self) -> bool:
@@ -296,11 +324,17 @@ class OptimConfig:
         """Micro-batches of an optimizer step on each device."""
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps
-        return -(-self.global_batch_size // (self.batch_size * devices))
+        return -(-self.global_batch_size // max(1, self.batch_size * devices))  # asked before all settings are checked
 
     def step_samples(self, devices: int) -> int:
         """Samples of an optimizer step over all devices."""
         return self.global_batch_size or self.batch_size * self.gradient_accumulation_steps * devices
+
+    def rules(self) -> Iterator[str]:
+        """What is wrong with the shape of a step."""
+        if self.accumulation(1) > _MOST_MICRO_BATCHES:
+            yield (f"a step of {self.accumulation(1):,} micro-batches (--gradient-accumulation-steps, or "
+                   f"--global-batch-size over --batch-size): at most {_MOST_MICRO_BATCHES:,}")
 
 
 @dataclass(frozen=True)
@@ -312,10 +346,13 @@ class RunConfig:
     keep_best_n_checkpoints: int = option(1, "checkpoints kept, the best by dev ROUGE-L (or dev loss)", least=1,
                                           env="SAVE_BEST_N_CKPTS", may_change=True)
     precision: str = _precision()
+    tf32: bool = option(True, "on a GPU: round the factors of fp32 products to TF32, which is several times faster")
+    allocator: str = _allocator()
     zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3)
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
                                           flag="--deepspeed_config", may_change=True)
-    seed: int = option(10, "seed of the data order, the dropout and the dev sampling")
+    seed: int = option(10, "seed of the data order, the dropout and the dev sampling", least=0,
+                       below=2**32, fixed=True)
     log_interval: int = option(10, "optimizer steps between lines of the log", least=1, may_change=True)
     eval_interval: int = option(1, "epochs between evaluations on dev", least=1)
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
@@ -330,12 +367,18 @@ class RunConfig:
                                    pattern=(r"\d+m?", "a number of steps (500) or of minutes (30m)"))
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradients are not finite",
                                 least=1, may_change=True)
+    mfu: bool = option(True, "report which share of the device's peak is used; a CPU's is probed for a second",
+                       may_change=True)
+    profile: int = option(0, "trace so many steps, after the first two, into trace.json of the run's folder", least=0,
+                          may_change=True)
+    process_group_timeout: int = _process_group_timeout()
     report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
 
     def rules(self) -> Iterator[str]:
-        """What is wrong with the named file."""
+        """What is wrong with the folder and the named file."""
+        yield from _room_for_a_folder("--save-dir", self.save_dir)
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             yield f"--deepspeed_config: no such file: {self.deepspeed_config}"
 
@@ -363,6 +406,11 @@ class TrainConfig:
         """The settings that decide what a run computes, by name."""
         may_change = {one.name for options in declared(type(self)).values() for one in options if one.may_change}
         return {name: value for name, value in self.by_name.items() if name not in may_change}
+
+    @classmethod
+    def fixed(cls) -> set[str]:
+        """Names of the settings that nothing can change at resume."""
+        return {one.name for options in declared(cls).values() for one in options if one.fixed}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -410,6 +458,8 @@ class EvalConfig:
     no_repeat_ngram_size: int = option(6, "n-grams of this size may occur once only; 0 is off", least=0)
     rouge_tokenizer: str = _rouge_tokenizer()
     precision: str = _precision()
+    allocator: str = _allocator()
+    process_group_timeout: int = _process_group_timeout()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
@@ -430,6 +480,8 @@ class EvalConfig:
             yield "--model-path or --peft-path is required"
         elif not (self.save_dir or self.peft_path or Path(self.model_path).is_dir()):
             yield f"--save-dir is required: {self.model_path} is no folder that results could go to"
+        if self.save_dir:
+            yield from _room_for_a_folder("--save-dir", self.save_dir)
         for name in ("sets", "seeds"):
             values = getattr(self, name)
             if not values:
@@ -458,6 +510,7 @@ class CacheConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     precision: str = _precision()
+    allocator: str = _allocator()
     teacher_cache_dtype: str = _teacher_cache_dtype()
     trust_remote_code: bool = _trust_remote_code()
     plugins: tuple[str, ...] = _plugins()
@@ -503,7 +556,11 @@ setting has, but nearly, is refused.
 
 ## Training: `python -m todi.train`, `todi.doctor`
 
-"At resume" marks what may change when a run goes on: it does not alter what is computed.
+"At resume" says what may change when a run goes on: "may change", for it does not alter what is computed; "with force",
+under `RESUME=force` alone, which says what changes and computes with the new value from there on; "fixed", never, for a
+resume state is laid out by it. Of what is not a setting, the data may change with force; the student's files, the
+samples of a step (over all devices) and of an epoch are fixed. [deepspeed.md](deepspeed.md) has the keys of a DeepSpeed
+file.
 
 {markdown_tables(TrainConfig, ("variable", "option", "default", "allowed", "at resume", "meaning"))}
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
 from todi.data.batches import Collate, collate
-from todi.data.plans import PackedShape, StepShape
+from todi.data.plans import Cost, PackedShape, StepShape
 from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
@@ -28,18 +28,23 @@ from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding, check_decoding
 from todi.models.adapters import add_lora, load_adapter
+from todi.models.backbone import backbone_and_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import load_model
 from todi.models.packing import takes_packed, use_packing
 from todi.models.probe import check_model
 from todi.options import parse
+from todi.runtime.allocator import settle_allocator
 from todi.runtime.cadence import Cadence
-from todi.runtime.device import choose_device, dtype_of
+from todi.runtime.device import Precision, choose_device, dtype_of, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
+from todi.runtime.peaks import peak_of
 from todi.runtime.signals import Interrupted
+from todi.runtime.stopwatch import Stopwatch, clock_of
+from todi.runtime.trace import StepTrace
 from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
 from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
@@ -52,6 +57,7 @@ from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
 from todi.training.scores import Score
+from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.train_inputs import (
@@ -72,8 +78,11 @@ def main() -> None:
     config = parse(TrainConfig, prog="python -m todi.train")
     world = world_from_environment()
     set_up_logging(world.is_main)
+    device = choose_device(world.local_rank)
+    logger.info("memory: %s", settle_allocator(config.run.allocator, device))
+    settle_tf32(config.run.tf32, device)
     try:
-        train(config, world, choose_device(world.local_rank))
+        train(config, world, device)
     except Interrupted as stop:
         sys.exit(128 + stop.number)
 
@@ -107,7 +116,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
     with ExitStack() as stack:
-        stack.enter_context(process_group(world, device))
+        stack.enter_context(process_group(world, device, config.run.process_group_timeout))
         check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
         check_same_date(inputs.template_date, world)
         run, caches = world.gather((run, caches))[0]
@@ -119,17 +128,22 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         _log_decisions(inputs, shape, len(examples), max_steps, epochs, world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
+        meter = build_meter(config.run, inputs.student.precision, folder, world, device)
         # before the student is there: a pass that fills a cache needs room for the teacher
         teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), world, device)
-        engine = build_engine(config, inputs, terms, max_steps, world, device)
+        for backbone, head in teacher.parts if teacher else ():
+            meter.add_cost(forward_cost(backbone, head))
+        engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
         shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
-                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed))
+                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
+                                     meter.cost)
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
-        step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world)
+        step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
         dev = dataclasses.replace(dev, collate=batch)
         trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
-                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world)
+                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world, meter)
         stack.enter_context(closing(trainer.monitors))
+        stack.enter_context(closing(meter))
         try:
             trainer.train()
         except Interrupted as stop:
@@ -157,12 +171,16 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
 
 
 def choose_layout(config: OptimConfig, shape: StepShape, examples: Sequence[Example], pad_id: int,
-                  can_pack: bool) -> tuple[StepShape, Collate]:
-    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can."""
+                  can_pack: bool, cost: Cost) -> tuple[StepShape, Collate]:
+    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can.
+
+    Args:
+        cost: of training on a token, which the ranks share evenly.
+    """
     packed = can_pack and config.packing != "off"
     if packed:
         tokens = config.tokens(max(len(example.ids) for example in examples) - 1)
-        shape = PackedShape(**vars(shape), max_tokens=tokens)
+        shape = PackedShape(**vars(shape), max_tokens=tokens, cost=cost)
         logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
     else:
         logger.info("micro-batches are padded: %d samples each", shape.batch_size)
@@ -185,6 +203,16 @@ def build_monitors(config: TrainConfig, folder: RunFolder) -> Monitors:
         return Monitors()
     run = RunInfo(folder.path, str(folder.path), dataclasses.asdict(config))
     return Monitors({"metrics.jsonl": folder.metrics}, config.run.report_to, run)
+
+
+def build_meter(config: RunConfig, precision: Precision, folder: RunFolder, world: World,
+                device: torch.device) -> SpeedMeter:
+    """What measures the run's speed; on the first rank it also writes the trace that the settings ask for."""
+    peak = peak_of(device, precision.dtype, config.tf32) if config.mfu else None
+    if peak:
+        logger.info("peak of the device: %.0f GFLOP/s in %s (%s)", peak.flops / 1e9, precision.name, peak.source)
+    trace = StepTrace(folder.path / "trace.json", config.profile, device) if config.profile and world.is_main else None
+    return SpeedMeter(Stopwatch(clock_of(device)), peak, world, device, trace)
 
 
 def build_pace(config: RunConfig, max_steps: int) -> Pace:
@@ -234,18 +262,19 @@ def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
     """The training criterion that the settings name."""
     if not config.distils:
         return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size,
-                                     terms=named_numbers(config.loss_terms))
+                                     terms=named_numbers(config.loss_terms), kernels=config.kernels)
     divergence = build_divergence(config.kd_objective, **named_numbers(config.kd_params))
     return DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
-                                 config.loss_chunk_size, named_numbers(config.loss_terms))
+                                 config.loss_chunk_size, named_numbers(config.loss_terms), config.kernels)
 
 
-def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, world: World,
-                 device: torch.device) -> deepspeed.DeepSpeedEngine:
+def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, meter: Meter,
+                 world: World, device: torch.device) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around the student, its optimizer and its schedule."""
     optim = config.optim
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
-    student = Student(build_student(config.student, inputs.student, device), terms)
+    student = Student(build_student(config.student, inputs.student, device), terms, meter)
+    meter.add_cost(training_cost(*backbone_and_head(student.model)))
     if config.run.eval_gen:
         check_decoding(student.model, inputs.student.path, inputs.student.tokenizer.pad_token_id)
     student.terms.to(device, inputs.student.precision.dtype)
@@ -282,8 +311,10 @@ def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any])
 def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
                    device: torch.device) -> None:
     precision = inputs.student.precision
-    logger.info("device: %s x %d; precision: %s (%s); ZeRO stage %d", device.type, world.size, precision.name,
-                precision.reason, inputs.deepspeed_config["zero_optimization"]["stage"])
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    logger.info("device: %s x %d; precision: %s (%s)%s; ZeRO stage %d", device.type, world.size, precision.name,
+                precision.reason, ", fp32 products in TF32" if tf32 else "",
+                inputs.deepspeed_config["zero_optimization"]["stage"])
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs", samples,
                 shape.samples, shape.batch_size, shape.accumulation, world.size, steps, epochs)
 

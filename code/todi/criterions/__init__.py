@@ -1,8 +1,9 @@
 """What a student is trained on: divergences between next-token distributions, chunked over the vocabulary."""
 
+import todi.criterions.divergences  # noqa: F401  the eight register themselves
 from todi.criterions.criterion import DistillationCriterion
+from todi.criterions.definitions import DIVERGENCES, Divergence, Parameter, build_divergence, divergence
 from todi.criterions.diagnostics import diagnose, diagnosis
-from todi.criterions.divergences import DIVERGENCES, Divergence, Parameter, build_divergence, divergence
 from todi.criterions.linear import LossSums, distillation_loss, linear_distillation_loss
 from todi.criterions.linear_head import LinearHead
 from todi.criterions.teacher_rows import HeadRows, LogitRows, MeanRows, TeacherRows

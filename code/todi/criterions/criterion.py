@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from todi.criterions.divergences import Divergence
+from todi.criterions.definitions import Divergence
 from todi.criterions.linear import distillation_loss
 from todi.criterions.linear_head import LinearHead
 from todi.criterions.teacher_rows import TeacherRows
@@ -19,6 +19,7 @@ class DistillationCriterion:
 
     Attributes:
         terms: weights of the student's loss terms that are added, by name.
+        kernels: what computes between the matrix products (`todi.criterions.kernels`).
     """
 
     divergence: Divergence | None = None
@@ -27,6 +28,7 @@ class DistillationCriterion:
     label_smoothing: float = 0.0
     chunk_size: int | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+    kernels: str = "auto"
 
     def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor,
                  teacher: TeacherRows | None) -> Mapping[str, Tensor]:
@@ -34,5 +36,6 @@ class DistillationCriterion:
         there is no divergence."""
         sums = distillation_loss(
             hidden, head, teacher, labels, divergence=self.divergence, temperature=self.temperature,
-            kd_rate=self.kd_rate, label_smoothing=self.label_smoothing, chunk_size=self.chunk_size)._asdict()
+            kd_rate=self.kd_rate, label_smoothing=self.label_smoothing, chunk_size=self.chunk_size,
+            kernels=self.kernels)._asdict()
         return sums if self.divergence else {name: value for name, value in sums.items() if name != "kd"}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from todi.criterions.divergences import Divergence, log_probabilities
+from todi.criterions.definitions import Divergence, log_probabilities
 
 
 @torch.no_grad()

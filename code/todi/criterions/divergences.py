@@ -1,214 +1,22 @@
-"""The divergences, each a pure function of two log-probabilities over one vocabulary, and what belongs to it.
+"""The eight divergences of this package: value, closed-form gradient and parameters of each.
 
-To add one, write `name(log_p, log_q, *, parameters)` under `@divergence("name", parameter=Parameter(...))`: the command
-line, the launchers, the chunked loss and the tests find it in the registry. Throughout,
-
-    log_p: (N, V) log-probabilities of the teacher, constant; log_q: (N, V) of the student; every entry is finite.
-
-A function returns (N,) values, in nats. Its gradient comes from autograd, or from a second function, the closed form,
-that makes value and gradient together in fewer passes over the vocabulary.
+With h = d value / d log q, each entry of log q taken as independent, the gradient for the logits (over temperature) is
+h - q sum h. Adding a multiple of q to h changes nothing of it: the closed forms choose the multiple that keeps the
+digits of float32 where p and q share no mass. `todi.criterions.definitions` has what a divergence is.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from todi.errors import InputError
-from todi.registry import Registry, did_you_mean
-
-# What a logit of -inf becomes: small enough that its probability is exactly 0, finite so that 0 * log 0 is 0.
-MASKED_LOGIT = -1e9
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A number that a divergence depends on, finite and within a range.
-
-    Attributes:
-        default: its value where none is given.
-        help: what it is, in a few words.
-        least, most: ends of the range that belong to it.
-        above, below: ends of the range that do not.
-        integer: whether it must be a whole number; the divergence then gets an int.
-    """
-
-    default: float
-    _: KW_ONLY
-    help: str
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-    integer: bool = False
-
-    @property
-    def allowed(self) -> str:
-        """The range in words, e.g. "at least 0 and finite"."""
-        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        words = [f"{word} {end}" for word, end in ends.items() if math.isfinite(end)]
-        if self.integer:
-            words.append("a whole number")
-        elif len(words) < 2:
-            words.append("finite")
-        return " and ".join(words)
-
-    def check(self, name: str, value: float) -> float:
-        """`value` as the divergence gets it. Raises ValueError for one out of range, which it calls `name`."""
-        inside = self.least <= value <= self.most and self.above < value < self.below  # inf and NaN never are
-        if not inside or (self.integer and value != int(value)):
-            raise ValueError(f"{name} must be {self.allowed}, got {value}")
-        return int(value) if self.integer else float(value)
-
-
-@dataclass(frozen=True)
-class Definition:
-    """All that there is to a divergence before its parameters have values: one record a name.
-
-    Its functions take (log_p, log_q) and every parameter by keyword.
-
-    Attributes:
-        value: -> (N,) nats, differentiable in `log_q`.
-        closed_form: -> value and (N, V) gradient, as `Divergence.value_and_gradient` returns them; None for autograd.
-        entry_weight: -> (N, V) weight of the forward part; None for a divergence that does not mix per entry.
-        parameters: by name, in the order of the documentation.
-        help: the formula and its source, from the docstring of `value`.
-    """
-
-    name: str
-    value: Callable[..., Tensor]
-    closed_form: Callable[..., tuple[Tensor, Tensor]] | None
-    entry_weight: Callable[..., Tensor] | None
-    parameters: Mapping[str, Parameter]
-    help: str
-
-
-DIVERGENCES: Registry[Definition] = Registry("kd objective")
-
-
-def divergence(name: str, /, *, closed_form: Callable[..., tuple[Tensor, Tensor]] | None = None,
-               entry_weight: Callable[..., Tensor] | None = None,
-               **parameters: Parameter) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorator that registers a value function under `name`, with its companions and its parameters.
-
-    Raises:
-        ValueError: the name is taken.
-        TypeError: one of the functions does not take these parameters, or one of these is no `Parameter`.
-    """
-    for parameter, declared in parameters.items():
-        if not isinstance(declared, Parameter):
-            raise TypeError(f"{parameter} of the divergence {name} must be a Parameter, got {declared!r}")
-
-    def register(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        for function in filter(None, (value, closed_form, entry_weight)):
-            inspect.signature(function).bind("log_p", "log_q", **parameters)  # else it would fail in a run's first step
-        help = inspect.getdoc(value) or ""
-        DIVERGENCES.add(name, Definition(name, value, closed_form, entry_weight, parameters, help))
-        return value
-
-    return register
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence whose parameters have values, as `build_divergence` makes it."""
-
-    definition: Definition
-    params: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        return self.definition.name
-
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-        """The divergence of each row.
-
-        Entries of -inf in either model lie outside the common vocabulary and carry no probability in both.
-
-        Args:
-            student_logits: (N, V), differentiable.
-            teacher_logits: (N, V), constant.
-            temperature: divides both.
-
-        Returns:
-            (N,) values >= 0, float32 (float64 for float64 logits).
-        """
-        return self.value(*log_probabilities(student_logits, teacher_logits, temperature))
-
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """(N, V), (N, V) -> (N,), differentiable in `log_q`. Raises InputError for a definition that returns else."""
-        value = self.definition.value(log_p, log_q, **self.params)
-        if value.shape != log_q.shape[:-1]:
-            raise InputError(f"the divergence {self.name} returned shape {tuple(value.shape)} for {len(log_q)} rows; "
-                             "expected a value for each row, (N,), and no mean")
-        return _not_negative(value)
-
-    def entry_weight(self, log_p: Tensor, log_q: Tensor) -> Tensor | None:
-        """The (N, V) weight of the forward part, for a divergence that mixes per entry; else None."""
-        entry_weight = self.definition.entry_weight
-        return None if entry_weight is None else entry_weight(log_p, log_q, **self.params)
-
-    def value_and_gradient(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """The value (N,) and its gradient (N, V) with respect to the logits, over temperature, behind `log_q`."""
-        if self.definition.closed_form is None:
-            return self.value_and_autograd(log_p, log_q)
-        value, gradient = self.definition.closed_form(log_p, log_q, **self.params)
-        return _not_negative(value), gradient
-
-    def value_and_autograd(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """The same as `value_and_gradient`, always by autograd."""
-        with torch.enable_grad():
-            leaf = log_q.detach().requires_grad_()
-            value = self.value(log_p, leaf)
-            gradient, = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), _through_softmax(gradient, log_q.exp())
-
-
-def build_divergence(name: str, **params: float) -> Divergence:
-    """The divergence called `name` (any case), e.g. `build_divergence("ToDi", beta=1.0)`.
-
-    Raises:
-        ValueError: an unknown name, an unknown parameter, or a parameter out of its range; says what is allowed.
-    """
-    definition = DIVERGENCES[name]
-    allowed = definition.parameters
-    for given in params:
-        if given not in allowed:
-            raise ValueError(f"{definition.name} has no parameter {given!r}; {did_you_mean(given, list(allowed))}"
-                             f"allowed: {', '.join(allowed) or 'none'}")
-    values = {key: parameter.check(key, params.get(key, parameter.default)) for key, parameter in allowed.items()}
-    return Divergence(definition, values)
-
-
-def markdown_table() -> str:
-    """Every divergence with its formula and source, its parameters with their defaults and ranges, for the docs."""
-    rows = [("`KD_OBJ`", "per-token value", "`KD_PARAMS`"), ("---",) * 3]
-    for definition in (DIVERGENCES[name] for name in DIVERGENCES):
-        parameters = [f"`{key}={parameter.default}`, {parameter.allowed}: {parameter.help}"
-                      for key, parameter in definition.parameters.items()]
-        rows.append((f"`{definition.name}`", definition.help.partition("\n\n")[0], "; ".join(parameters)))
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
-
-
-def log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log p of the teacher, detached, and log q of the student, both (N, V), finite and over the common vocabulary."""
-    dtype = compute_dtype(student_logits)
-    masked = student_logits.isneginf() | teacher_logits.isneginf()
-    log_p, log_q = (torch.log_softmax(logits.to(dtype).masked_fill(masked, MASKED_LOGIT) / temperature, -1)
-                    for logits in (teacher_logits.detach(), student_logits))
-    return log_p, log_q
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision of everything behind the logits: float32, or float64 when `tensor` has it."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+from todi.criterions.definitions import Parameter, divergence, through_softmax
 
 
 def forward_kl_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """d/dz = q - p."""
+    """h = -p, whose sum is -1."""
     p = log_p.exp()
     return (p * (log_p - log_q)).sum(-1), log_q.exp().sub_(p)
 
@@ -220,10 +28,10 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def reverse_kl_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """d/dz = q (log q - log p - KL(q || p))."""
-    q, ratio = log_q.exp(), log_q - log_p
-    value = (q * ratio).sum(-1)
-    return value, ratio.sub_(value[:, None]).mul_(q)
+    """h = q (log q - log p - value), whose sum is 0 but for rounding."""
+    q = log_q.exp()
+    value = torch.linalg.vecdot(q, log_q - log_p)
+    return value, through_softmax(_log_ratio(log_q, log_p, value).mul_(q), q)
 
 
 @divergence("reverse_kl", closed_form=reverse_kl_gradient)
@@ -232,14 +40,33 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-@divergence("js_divergence")
+def js_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """h = -q log(1 + p/q) / 2."""
+    p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
+    over_larger = _log_mixture_over_larger(ratio, 0.5)
+    value = (torch.linalg.vecdot(p, ratio.clamp(max=0).sub_(over_larger))
+             - torch.linalg.vecdot(q, ratio.clamp(min=0).add_(over_larger)))
+    return value.mul_(0.5), through_softmax(softplus(ratio).mul_(q).mul_(-0.5), q)
+
+
+@divergence("js_divergence", closed_form=js_gradient)
 def js_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2 (Lin, 1991)."""
     log_m = _log_mixture(log_p, log_q, 0.5)
     return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
 
 
-@divergence("tvd")
+def tvd_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """h = -q where p > q, 0 elsewhere, put through softmax by two sums of one sign, which lose no digits."""
+    q = log_q.exp()
+    value = 0.5 * (log_p.exp() - q).abs_().sum(-1)
+    under = (log_p > log_q).to(q.dtype).mul_(q)
+    over = q.sub_(under)  # one of the two is 0, the other q
+    mass_under, mass_over = (side.sum(-1, keepdim=True) for side in (under, over))
+    return value, over.mul_(mass_under).addcmul_(under, mass_over, value=-1)
+
+
+@divergence("tvd", closed_form=tvd_gradient)
 def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Total variation distance, sum |p - q| / 2 (Wen et al., f-DISTILL, ACL 2023)."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
@@ -249,19 +76,77 @@ def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
 SKEW = Parameter(0.1, least=1e-6, most=1 - 1e-6, help="lambda, the share of the first distribution in the mixture")
 
 
-@divergence("skewed_forward_kl", skew_lambda=SKEW)
+def skewed_forward_kl_gradient(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> tuple[Tensor, Tensor]:
+    """With m = lambda p + (1 - lambda) q, h = -p (1 - lambda) q / m."""
+    p, ratio = log_p.exp(), log_p - log_q
+    value = torch.linalg.vecdot(p, ratio.clamp(max=0).sub_(_log_mixture_over_larger(ratio, skew_lambda)))
+    share = ratio.neg_().sub_(_logit(skew_lambda)).sigmoid_()  # (1 - lambda) q / m
+    return value, through_softmax(p.mul_(share).neg_(), log_q.exp())
+
+
+@divergence("skewed_forward_kl", closed_form=skewed_forward_kl_gradient, skew_lambda=SKEW)
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> Tensor:
     """KL(p || lambda p + (1 - lambda) q) (Ko et al., DistiLLM, ICML 2024)."""
     return (log_p.exp() * (log_p - _log_mixture(log_p, log_q, skew_lambda))).sum(-1)
 
 
-@divergence("skewed_reverse_kl", skew_lambda=SKEW)
+# Below this share y of p in the mixture, y + log(1 - y) loses more digits than its series loses terms.
+SMALL_SHARE = 0.02
+
+
+def skewed_reverse_kl_gradient(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> tuple[Tensor, Tensor]:
+    """With m = (1 - lambda) p + lambda q and y = (1 - lambda) p / m, h = q (y + log(1 - y))."""
+    q, ratio = log_q.exp(), log_p - log_q
+    value = -torch.linalg.vecdot(q, ratio.clamp(min=0).add_(_log_mixture_over_larger(ratio, 1 - skew_lambda)))
+    odds = ratio.sub_(_logit(skew_lambda))  # log y / (1 - y)
+    share = odds.sigmoid()
+    series = (share / 4).add_(1 / 3).mul_(share).add_(0.5).mul_(share).mul_(share).neg_()
+    small = (share < SMALL_SHARE).to(share.dtype)
+    h = torch.lerp(share.sub_(softplus(odds)), series, small).mul_(q)
+    return value, through_softmax(h, q)
+
+
+@divergence("skewed_reverse_kl", closed_form=skewed_reverse_kl_gradient, skew_lambda=SKEW)
 def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> Tensor:
     """KL(q || (1 - lambda) p + lambda q) (Ko et al., DistiLLM, ICML 2024)."""
     return (log_q.exp() * (log_q - _log_mixture(log_p, log_q, 1 - skew_lambda))).sum(-1)
 
 
-@divergence("adaptive_kl", alpha=Parameter(0.5, least=0, most=1, help="probability mass of the teacher's tail"))
+@torch.no_grad()
+def adaptive_kl_weight(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """w, (N,): the share of the teacher's head in sum |p - q|; 1/2 where p = q.
+
+    Probabilities are sorted alone, without where they come from: the smallest of the head tells which the others are.
+    Of those that are equal to it, the first are in the tail as far as they fit in, as in a stable sort.
+    """
+    p = log_p.exp()
+    gap = (p - log_q.exp()).abs_()
+    ascending = _sorted(p)
+    in_tail = (ascending.cumsum(-1, dtype=torch.float64) <= alpha).sum(-1, keepdim=True)
+    smallest = ascending.gather(-1, in_tail.clamp(max=p.shape[-1] - 1))
+    equal_in_tail = in_tail - torch.searchsorted(ascending, smallest)
+    equal = p == smallest
+    head = (p > smallest).logical_or_(equal.logical_and_(equal.cumsum(-1, dtype=torch.int32) > equal_in_tail))
+    share, total = torch.linalg.vecdot(gap, head.to(gap.dtype)), gap.sum(-1)
+    return torch.where(total > 0, share / total.clamp_min(torch.finfo(total.dtype).tiny), 0.5)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Ascending along the last dimension. On a CPU NumPy is 20 times as fast as torch, which sorts indices along."""
+    return values.sort(-1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), -1))
+
+
+def adaptive_kl_gradient(log_p: Tensor, log_q: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
+    """h = (1 - w) q (log q - log p - reverse KL) - w p."""
+    weight = adaptive_kl_weight(log_p, log_q, alpha)
+    p, q, ratio = log_p.exp(), log_q.exp(), log_q - log_p
+    forward, reverse = -torch.linalg.vecdot(p, ratio), torch.linalg.vecdot(q, ratio)
+    h = _log_ratio(log_q, log_p, reverse).mul_(q).mul_(1 - weight[:, None]).sub_(p.mul_(weight[:, None]))
+    return weight * forward + (1 - weight) * reverse, through_softmax(h, q)
+
+
+@divergence("adaptive_kl", closed_form=adaptive_kl_gradient,
+            alpha=Parameter(0.5, least=0, most=1, help="probability mass of the teacher's tail"))
 def adaptive_kl(log_p: Tensor, log_q: Tensor, *, alpha: float) -> Tensor:
     """w KL(p || q) + (1 - w) KL(q || p), w from where the two differ (Wu et al., AKL, COLING 2025).
 
@@ -269,12 +154,7 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, *, alpha: float) -> Tensor:
     the head is the rest. With g = sum |p - q| over each part, w = g_head / (g_head + g_tail), detached; w = 1/2
     where p = q.
     """
-    with torch.no_grad():
-        p, order = log_p.exp().sort(-1)
-        gap = (p - log_q.exp().gather(-1, order)).abs()
-        head = (gap * (p.cumsum(-1) > alpha)).sum(-1)
-        total = gap.sum(-1)
-        weight = torch.where(total > 0, head / total.clamp_min(torch.finfo(total.dtype).tiny), 0.5)
+    weight = adaptive_kl_weight(log_p, log_q, alpha)
     return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
 
 
@@ -284,7 +164,7 @@ def todi_weight(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
 
 
 def todi_gradient(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
-    """With r = log p - log q, a = w p and b = (1 - w) q the gradient for log q is b - a - b r.
+    """With r = log p - log q, a = w p and b = (1 - w) q, h = b - a - b r.
 
     It holds three (N, V) tensors besides the arguments and works in place, for this is the hot path.
     """
@@ -292,7 +172,7 @@ def todi_gradient(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tensor,
     reverse = torch.addcmul(q, weight, q, value=-1)  # b
     mixed = weight.mul_(log_p.exp()).sub_(reverse)  # a - b
     value = torch.linalg.vecdot(mixed, ratio)
-    return value, _through_softmax(mixed.addcmul_(reverse, ratio).neg_(), q)
+    return value, through_softmax(mixed.addcmul_(reverse, ratio).neg_(), q)
 
 
 @divergence("ToDi", closed_form=todi_gradient, entry_weight=todi_weight,
@@ -309,23 +189,34 @@ def todi(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
     return ((weight * log_p.exp() - (1 - weight) * log_q.exp()) * ratio).sum(-1)
 
 
-def _through_softmax(gradient: Tensor, q: Tensor) -> Tensor:
-    """From the gradient for log q, entries taken as independent, to that for the logits; in place."""
-    return gradient.addcmul_(q, gradient.sum(-1, keepdim=True), value=-1)
+def _log_ratio(log_q: Tensor, log_p: Tensor, mean: Tensor) -> Tensor:
+    """log q - log p less its mean (N,), which is large where a student is sure of what its teacher rules out.
+
+    Subtracted from log q - log p, it would leave only the digits that this large number has below zero.
+    """
+    return log_q - (log_p + mean[:, None])
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     """log(weight p + (1 - weight) q), 0 < weight < 1: exactly log p where p = q, and free of overflow.
 
-    It factors out the larger of the two. The clamps keep the branch that `where` discards finite, without which
-    its gradient would be 0 * inf.
+    It factors out the larger of the two.
     """
     ratio = log_p - log_q
-    p_larger = log_p + torch.log1p((1 - weight) * torch.expm1(-ratio.clamp(min=0)))
-    q_larger = log_q + torch.log1p(weight * torch.expm1(ratio.clamp(max=0)))
-    return torch.where(ratio > 0, p_larger, q_larger)
+    p_larger = ratio > 0
+    smaller = torch.where(p_larger, ratio.new_full((), 1 - weight), ratio.new_full((), weight))
+    return (torch.where(p_larger, log_p, log_q)
+            + torch.log1p(smaller * torch.expm1(torch.where(p_larger, -ratio, ratio))))
 
 
-def _not_negative(value: Tensor) -> Tensor:
-    """Lifts a rounding error below zero to zero and leaves the gradient alone, which a clamp would drop."""
-    return value + (value.detach().clamp_min(0) - value.detach())
+def _log_mixture_over_larger(ratio: Tensor, weight: float) -> Tensor:
+    """log(m / max(p, q)) for m = weight p + (1 - weight) q and ratio = log p/q; exactly 0 where that is 0.
+
+    log p/m is min(ratio, 0) less this, log q/m is min(-ratio, 0) less this. `_log_mixture` is for autograd, and slower.
+    """
+    smaller = (ratio > 0).to(ratio.dtype).mul_(1 - 2 * weight).add_(weight)  # the weight of the smaller of the two
+    return ratio.abs().neg_().expm1_().mul_(smaller).log1p_()
+
+
+def _logit(share: float) -> float:
+    return math.log(share) - math.log1p(-share)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ALIGNMENT, _ALIGNED_DEVICES = 64, {"cuda"}
+
 
 @dataclass(frozen=True)
 class LinearHead:
@@ -30,6 +32,24 @@ class LinearHead:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, V) as a call makes them, for the loss: no gradient comes back.
+
+        On a GPU, rows of an odd vocabulary are laid out so that each starts at a multiple of 64 numbers, as fast
+        products and wide loads want it. What lies between them may hold anything.
+        """
+        vocabulary = len(self.weight)
+        if hidden.device.type not in _ALIGNED_DEVICES or vocabulary % _ALIGNMENT == 0:
+            return self(hidden)
+        aligned = -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
+        logits = self.weight.new_empty(len(hidden), aligned)[:, :vocabulary]
+        torch.mm(hidden.to(self.weight.dtype), self.weight.t(), out=logits)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def cropped(self, vocabulary: int) -> "LinearHead":
         """The head of the first `vocabulary` entries; a view."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from todi.criterions.divergences import compute_dtype
+from todi.criterions.definitions import compute_dtype
 from todi.criterions.linear_head import LinearHead
 
 
@@ -63,7 +63,7 @@ class HeadRows:
         return None if self.head.bias is None else self.head.bias.isneginf()
 
     def logits(self, rows: slice, vocabulary: int, temperature: float) -> Tensor:
-        return self.head.cropped(vocabulary)(self.hidden[rows])
+        return self.head.cropped(vocabulary).rows(self.hidden[rows])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from todi.criterions.divergences import compute_dtype
+from todi.criterions.definitions import compute_dtype
 from todi.criterions.linear import LossSums
 from todi.criterions.teacher_rows import HeadRows, TeacherRows
 from todi.registry import Registry

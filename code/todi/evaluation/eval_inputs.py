@@ -108,7 +108,7 @@ def _base_model(adapter: str) -> str:
     file = find_adapter(adapter) / "adapter_config.json"
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{file} is not a JSON object") from None
     if not (base and isinstance(base, str)):
         raise InputError(f"{file} does not name the base model; give it as --model-path")

@@ -82,6 +82,12 @@ def choose_precision(name: str, device: torch.device, option: str = "--precision
     return Precision("fp32", "this CPU has no bf16 arithmetic")
 
 
+def settle_tf32(wanted: bool, device: torch.device) -> None:
+    """Whether fp32 products on a GPU may round their factors to TF32 (10 bits after the point); sums stay fp32."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = wanted
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX); elsewhere it is slower than fp32."""
     info = Path("/proc/cpuinfo")

@@ -18,6 +18,7 @@ class Progress:
         self.samples = 0
         self._first_step, self._earlier = step, seconds
         self._started = time.perf_counter()
+        self._lap = 0.0
 
     def seconds(self) -> float:
         """Seconds of training so far, of earlier runs too."""
@@ -26,6 +27,11 @@ class Progress:
     def samples_per_second(self) -> float:
         """Since this process began to train."""
         return self.samples / self._since_start()
+
+    def lap(self) -> float:
+        """Seconds of training since the last call or, at first, since this process began to train."""
+        before, self._lap = self._lap, self._since_start()
+        return self._lap - before
 
     @contextmanager
     def paused(self) -> Iterator[None]:

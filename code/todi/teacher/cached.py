@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from todi.criterions import HeadRows
+from todi.criterions import HeadRows, LinearHead
 from todi.data.batches import Batch
 from todi.teacher.cache_files import CacheStore
 
@@ -31,3 +31,7 @@ class CachedTeacher:
 
     def expect(self, samples: Sequence[int]) -> None:
         self.store.expect(samples)
+
+    @property
+    def parts(self) -> list[tuple[None, LinearHead]]:
+        return [(None, self.head)]

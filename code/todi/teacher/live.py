@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from todi.criterions import HeadRows
+from todi.criterions import HeadRows, LinearHead
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_layers
 from todi.models.packing import takes_packed
@@ -30,3 +30,7 @@ class LiveTeacher:
 
     def expect(self, samples: Sequence[int]) -> None:
         """There is nothing to fetch."""
+
+    @property
+    def parts(self) -> list[tuple[nn.Module, LinearHead]]:
+        return [(self.backbone, self.head)]

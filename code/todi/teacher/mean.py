@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from todi.criterions import MeanRows
+from torch import nn
+
+from todi.criterions import LinearHead, MeanRows
 from todi.data.batches import Batch
 from todi.teacher.source import TeacherSource
 
@@ -25,3 +27,7 @@ class MeanTeacher:
     def expect(self, samples: Sequence[int]) -> None:
         for source in self.sources:
             source.expect(samples)
+
+    @property
+    def parts(self) -> list[tuple[nn.Module | None, LinearHead]]:
+        return [part for source in self.sources for part in source.parts]

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from todi.criterions import TeacherRows
+from torch import nn
+
+from todi.criterions import LinearHead, TeacherRows
 from todi.data.batches import Batch
 
 
@@ -21,3 +23,7 @@ class TeacherSource(Protocol):
 
     def expect(self, samples: Sequence[int]) -> None:
         """Says which samples come next, so that they can be fetched meanwhile."""
+
+    @property
+    def parts(self) -> Sequence[tuple[nn.Module | None, LinearHead]]:
+        """The models that run on a batch, by backbone and head; None for a backbone that does not."""

@@ -78,7 +78,8 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, card: str, 
         folder.mkdir()
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")  # in place of peft's own
+        # in place of peft's own; a path need not be UTF-8
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def gather_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:

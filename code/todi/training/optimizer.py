@@ -5,6 +5,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
@@ -61,12 +63,44 @@ def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], 
 def wrap(model: nn.Module, optimizer: torch.optim.AdamW, schedule: LambdaLR,
          config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine of a model; it does not clip for an optimizer that does so itself."""
+    # DeepSpeed's timer of the throughput makes a GPU wait twice a micro-batch, whether anything is printed or not.
+    config = config | {"timers": {"throughput": {"enabled": False}}}
     # A step tells where it ends, for it may have any number of micro-batches. Told that it has one, DeepSpeed would not
     # add up gradients that it offloads.
     config = config | {"gradient_accumulation_steps": max(2, config["gradient_accumulation_steps"])}
     if isinstance(optimizer, ClippingAdamW):
         config = config | {"gradient_clipping": 0.0}
-    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+    _check_gradients_once(engine.optimizer)
+    go_on_at_the_least_loss_scale(engine)
+    return engine
+
+
+def go_on_at_the_least_loss_scale(engine: deepspeed.DeepSpeedEngine) -> None:
+    """DeepSpeed would raise when an update is left out in fp16 and the loss scale cannot be lowered.
+
+    Such a step is one as any other whose gradients are not finite. A loaded state brings a loss scale of its own.
+    """
+    scale = getattr(engine.optimizer, "loss_scaler", None)
+    if isinstance(scale, DynamicLossScaler):
+        scale.raise_error_at_min_scale = False
+
+
+def lowers_loss_scale(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether an update that was left out, in fp16, may have been so for its loss scale, which can still be lowered."""
+    scale = getattr(engine.optimizer, "loss_scaler", None)
+    return isinstance(scale, DynamicLossScaler) and scale.cur_scale > scale.min_scale
+
+
+def _check_gradients_once(optimizer: object) -> None:
+    """ZeRO 1 and 2 look for infinities in each gradient by itself, wait for the answer, and then look at the norm of
+    all of them, which is not finite either where one of them is not. The norm alone says it with a wait less, and
+    without four kernels for each gradient.
+
+    With an optimizer in the host's memory each gradient is looked at on its way there; that stays.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda partition_gradients: None
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, total_steps: int, warmup_steps: int, lr: float,

@@ -16,6 +16,7 @@ from todi.data.plans import StepPlan
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.teacher.source import TeacherSource
+from todi.training.speed import Meter
 
 DIAGNOSED_ROWS = 128  # of a step: enough for means to two digits, small beside a micro-batch
 
@@ -45,15 +46,17 @@ class TrainStep:
         engine: a DeepSpeed engine around a `Student`, with optimizer and schedule.
         teacher: None for SFT.
         collate: makes the batch of the samples of a micro-batch.
+        meter: is told what is done when.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, criterion: DistillationCriterion,
-                 teacher: TeacherSource | None, collate: Collate, world: World):
+                 teacher: TeacherSource | None, collate: Collate, world: World, meter: Meter | None = None):
         self.engine = engine
         self.criterion = criterion
         self.teacher = teacher
         self.collate = collate
         self.world = world
+        self.meter = meter or Meter()
         self._pool = ThreadPoolExecutor(1)
         self._ahead: tuple[StepPlan, Future[list[Batch]]] | None = None
 
@@ -73,15 +76,22 @@ class TrainStep:
         parts, report = [], Counter()
         # DeepSpeed averages gradients over ranks; a step's loss is divided by the tokens of all ranks instead.
         scale = self.world.size / plan.tokens
-        for number, (examples, batch) in enumerate(zip(plan.micro_batches, self._batches(plan), strict=True), start=1):
+        with self.meter.phase("data"):
+            batches = self._batches(plan)
+        for number, (examples, batch) in enumerate(zip(plan.micro_batches, batches, strict=True), start=1):
             # Before each forward, since the number of micro-batches may differ from step to step.
             self.engine.set_gradient_accumulation_boundary(number == len(plan.micro_batches))
-            batch = batch.to(self.engine.device)
-            teacher = self.teacher.rows(batch) if self.teacher else None
+            self.meter.count(examples, batch.input_ids.numel())
+            with self.meter.phase("data"):
+                batch = batch.to(self.engine.device)
+            with self.meter.phase("teacher"):
+                teacher = self.teacher.rows(batch) if self.teacher else None
             diagnosed = first_rows(examples, plan.samples) if with_diagnostics else ()
-            sums, more = self.engine(batch, self.criterion, teacher, diagnosed)
-            self.engine.backward(sums["loss"] * scale, scale_wrt_gas=False)
-            self.engine.step()
+            with self.meter.phase("student"):
+                sums, more = self.engine(batch, self.criterion, teacher, diagnosed)
+                self.engine.backward(sums["loss"] * scale, scale_wrt_gas=False)
+            with self.meter.phase("optimizer"):
+                self.engine.step()
             parts.append(torch.stack(tuple(sums.values())).detach())
             report.update(more)  # adds them up
         diagnostics = self._diagnosis(report) if with_diagnostics else {}

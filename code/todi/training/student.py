@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from todi.criterions import DistillationCriterion, HeadRows, LossTerm, TeacherRows, diagnose
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_layers
+from todi.training.speed import Meter
 
 
 class Student(nn.Module):
@@ -16,12 +17,14 @@ class Student(nn.Module):
 
     Args:
         terms: of the loss, by name, whose weights are trained too; a criterion says which of them count.
+        meter: is told when the loss is computed.
     """
 
-    def __init__(self, model: nn.Module, terms: Mapping[str, LossTerm] | None = None):
+    def __init__(self, model: nn.Module, terms: Mapping[str, LossTerm] | None = None, meter: Meter | None = None):
         super().__init__()
         self.model = model
         self.terms = nn.ModuleDict(terms or {})
+        self.meter = meter or Meter()
 
     def forward(self, batch: Batch, criterion: DistillationCriterion, teacher: TeacherRows | None = None,
                 diagnosed: Sequence[slice] = ()) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
@@ -30,10 +33,11 @@ class Student(nn.Module):
         terms = {name: self.terms[name] for name in criterion.terms}
         layers = sorted({layer for term in terms.values() for layer in term.student_layers})
         hidden, outputs = labelled_layers(backbone, batch.inputs, batch.rows, layers)
-        sums = dict(criterion(hidden, head, batch.row_labels, teacher))
-        for name, term in terms.items():
-            sums[name] = term(HeadRows(hidden, head, outputs), teacher, batch.row_labels)
-            sums["loss"] = sums["loss"] + criterion.terms[name] * sums[name]
+        with self.meter.phase("loss"):
+            sums = dict(criterion(hidden, head, batch.row_labels, teacher))
+            for name, term in terms.items():
+                sums[name] = term(HeadRows(hidden, head, outputs), teacher, batch.row_labels)
+                sums["loss"] = sums["loss"] + criterion.terms[name] * sums[name]
         report = {}
         if teacher is not None and diagnosed:
             with torch.no_grad():
@@ -45,7 +49,8 @@ class Student(nn.Module):
     def share_head(self) -> None:
         """Tells ZeRO-3 that this module's own forward reads the head's parameters, so that it gathers them."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        for parameter in model.get_output_embeddings().parameters(recurse=False):
+        head = model.get_output_embeddings()  # peft may have wrapped it; the loss asks for these by the same names
+        for parameter in (head.weight, getattr(head, "bias", None)):
             if hasattr(parameter, "ds_id"):
                 deepspeed.zero.register_external_parameter(self, parameter)
 

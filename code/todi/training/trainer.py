@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from todi.data.plans import StepPlan
 from todi.data.sample_sources import SampleSource
 from todi.errors import RunError
@@ -21,8 +19,10 @@ from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
 from todi.training.dev import Judge
 from todi.training.monitors import Monitors
+from todi.training.optimizer import lowers_loss_scale
 from todi.training.run_folder import RunFolder
 from todi.training.scores import Score
+from todi.training.speed import Meter, in_words
 from todi.training.state import Position
 from todi.training.step import Sums, TrainStep, add, means
 
@@ -62,10 +62,11 @@ class Trainer:
         export: writes the student that has this score into a folder.
         folder: where checkpoints, states and metrics go.
         monitors: to whom metrics are told.
+        meter: says how fast it goes.
     """
 
     def __init__(self, step: TrainStep, source: SampleSource, judge: Judge, export: Callable[[Score, Path], None],
-                 folder: RunFolder, monitors: Monitors, pace: Pace, world: World):
+                 folder: RunFolder, monitors: Monitors, pace: Pace, world: World, meter: Meter | None = None):
         self.step = step
         self.source = source
         self.judge = judge
@@ -74,6 +75,7 @@ class Trainer:
         self.monitors = monitors
         self.pace = pace
         self.world = world
+        self.meter = meter or Meter()
         self.at = Position()
         self.window: Sums = {}  # this rank's sums over the steps since the last line of the log
         self.bad_steps = 0  # in a row
@@ -113,7 +115,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         done = self.at.step - (epoch - 1) * self.source.steps_per_epoch
-        for plan, following in _with_following(self.source.steps(epoch, first_step=done)):
+        for plan, following in _with_following(self.meter.each("data", self.source.steps(epoch, first_step=done))):
             if self.at.step == self.pace.max_steps:
                 break
             if following:
@@ -121,7 +123,8 @@ class Trainer:
             self.at.step += 1
             logs = self.at.step == self.pace.max_steps or self.at.step % self.pace.log_interval == 0
             lr = self.step.lr  # the schedule moves on within the step
-            result = self.step(plan, with_diagnostics=logs)
+            with self.meter.step():
+                result = self.step(plan, with_diagnostics=logs)
             self.window = add(self.window, result.sums)
             if result.finite is None:
                 self.bad_steps = 0
@@ -138,7 +141,7 @@ class Trainer:
         micro_batches = [[example.sample_id for example in part] for part in plan.micro_batches]
         bad = [ids for ids, is_finite in zip(micro_batches, finite, strict=True) if not is_finite]
         everywhere = [ids for part in self.world.gather(bad) for ids in part]
-        if self.step.engine.fp16_enabled() and self.step.engine.dynamic_loss_scale() and not everywhere:
+        if lowers_loss_scale(self.step.engine) and not everywhere:
             return  # the loss scale was too high and is lowered: part of training in fp16
         self.at.skipped += 1
         self.bad_steps += 1
@@ -156,8 +159,7 @@ class Trainer:
     def _heed_signals_and_clock(self) -> None:
         """Saves the state when it is due or when a signal asks to stop: all ranks at the same step."""
         due = self.pace.cadence.is_due(self.at.step)
-        wishes = torch.tensor([self.signals.received, due], device=self.step.engine.device)
-        signal, due = self.world.max(wishes).tolist()
+        signal, due = self.world.largest([self.signals.received, due], self.step.engine.device)
         if signal or due:
             self._save_state()
         if signal:
@@ -165,7 +167,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Heeds a signal that came during an evaluation; the state has just been saved."""
-        signal = self.world.max(torch.tensor([self.signals.received], device=self.step.engine.device)).item()
+        signal, = self.world.largest([self.signals.received], self.step.engine.device)
         if signal:
             raise Interrupted(signal)
 
@@ -182,16 +184,18 @@ class Trainer:
     def _log_train(self, epoch: int, mean: Mapping[str, float], lr: float, diagnostics: Mapping[str, float]) -> None:
         engine, losses = self.step.engine, {name: value for name, value in mean.items() if name != "correct"}
         norm = engine.get_global_grad_norm()
-        peak = self.world.max(torch.tensor(peak_memory_gib(engine.device), device=engine.device)).item()
+        peak, = self.world.largest([peak_memory_gib(engine.device)], engine.device)
+        speed = self.meter.report(self.progress.lap())
         values = {**losses, "accuracy": mean["correct"], "lr": lr,
                   "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
                   "samples_per_second": self.progress.samples_per_second(),
-                  "peak_memory_gib": peak, **diagnostics}
+                  **speed, "peak_memory_gib": peak, **diagnostics}
         self._tell("train", epoch, {"seconds": self.progress.seconds(), **values})
-        logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %.1f GiB, %s left",
+        logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %s%.1f GiB, %s left",
                     epoch, self.at.step, self.pace.max_steps,
                     " ".join(f"{name} {value:.4f}" for name, value in losses.items()), mean["correct"], lr,
-                    values["samples_per_second"], values["peak_memory_gib"], self.progress.left(self.at.step))
+                    values["samples_per_second"], in_words(speed), values["peak_memory_gib"],
+                    self.progress.left(self.at.step))
 
     def _evaluate_and_save(self, epoch: int) -> None:
         self.step.engine.eval()

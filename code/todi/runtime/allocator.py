@@ -1,0 +1,62 @@
+"""C's allocator on a CPU: whether the memory that a step frees stays with the process."""
+
+import ctypes
+import os
+
+import torch
+
+# Parameters of mallopt(3), by glibc's malloc.h.
+_LARGEST_FAST, _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = 1, -1, -2, -4
+_NEVER = -1
+_GROWTH = 256 << 20  # bytes by which the heap grows at least; they are touched, and so take memory, when they are used
+
+
+def settle_allocator(name: str, device: torch.device) -> str:
+    """Lets this process keep what it frees, where that pays; to be called before there are tensors.
+
+    glibc maps each block of more than 32 MiB anew and unmaps it when it is freed, and gives back what is free at the
+    heap's end, so that the kernel fills every large temporary with zeros, page by page, at every operation. Kept in the
+    heap, the same pages serve the next one. No result changes.
+
+    Large blocks are aligned, and what that leaves beside them must join them again when they are freed, or the next one
+    of the same size does not fit: so small blocks are not kept apart for a fast reuse.
+
+    Launchers load tcmalloc first where it is installed, which wastes less.
+
+    Args:
+        name: auto or glibc; or system, which changes nothing.
+        device: where the tensors are.
+
+    Returns:
+        who allocates and why, for the log.
+    """
+    if name == "system":
+        return "as the system has it (asked for)"
+    if device.type != "cpu":
+        return "as the system has it (the tensors are not in its memory)"
+    chosen = _chosen_by_the_user()
+    if chosen:
+        return f"as {chosen} has it"
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt = libc.mallopt
+    except (OSError, AttributeError):
+        return "as the system has it (this is not glibc, whose heap could be set)"
+    if _address(ctypes.CDLL(None).malloc) != _address(libc.malloc):
+        return f"another allocator than glibc's (LD_PRELOAD={os.environ.get('LD_PRELOAD', '')})"
+    mallopt(_LARGEST_FAST, 0)
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, _NEVER)
+    mallopt(_TOP_PAD, _GROWTH)
+    return "glibc, keeping what is freed (each step takes the same memory again)"
+
+
+def _chosen_by_the_user() -> str | None:
+    """The variable that sets glibc's heap, if there is one."""
+    if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return "GLIBC_TUNABLES"
+    return next((name for name in os.environ if name.startswith("MALLOC_") and name.endswith("_")), None)
+
+
+def _address(function: object) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
