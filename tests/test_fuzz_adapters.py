@@ -20,8 +20,8 @@ from todi.data.batches import collate
 from todi.data.tokenize import Example
 from todi.errors import InputError
 from todi.models.adapters import check_adapter, load_adapter, merge_adapter
-from todi.models.backbone import check_head
 from todi.models.loading import load_config, load_model
+from todi.models.probe import check_model
 from todi.training.optimizer import build_optimizer
 from todi.training.student import Student
 
@@ -133,12 +133,12 @@ class Adapters:
             self.train(load_adapter(model, adapter), base)
         else:
             merged = merge_adapter(model, adapter)
-            check_head(merged, adapter)
+            check_model(merged, adapter)
         self.counts[what] += 1
 
     def train(self, model: torch.nn.Module, base: str) -> None:
         """A step; what is saved afterwards is an adapter that can be gone on with."""
-        check_head(model, "the adapter")
+        check_model(model, "the adapter", trained=True)
         student = Student(model)
         optimizer = build_optimizer(student, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, clip_grad=1.0,
                                     stage=0)
