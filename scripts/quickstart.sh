@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole pipeline on any machine, a laptop CPU included:  bash scripts/quickstart.sh
-# Installs, fetches SmolLM2-135M, fine-tunes it, distils it by ToDi into a 12-layer copy of itself, scores both.
-# Whatever is already there is skipped; remove outputs/quickstart to start over.
+# Installs, fetches SmolLM2-135M, fine-tunes it, makes a 12-layer copy of it, trains that in three ways for as many steps
+# (SFT, forward KL, ToDi; both distillations from one cached teacher), scores all of them on data/demo/valid.jsonl.
+# Whatever is already there is skipped; remove outputs/quickstart to start over. KD_OBJ takes another one for ToDi.
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 source "$ROOT/scripts/lib/setup.sh"
 cd "$ROOT"
@@ -9,12 +10,20 @@ cd "$ROOT"
 teacher=model_hub/smollm2/smollm2-135m-instruct
 student=model_hub/smollm2/smollm2-12-layers
 out=outputs/quickstart
+objective=${KD_OBJ:-ToDi} other=forward_kl
+[[ $objective != "$other" ]] || other=reverse_kl
 
 # stage TITLE DONE COMMAND...: runs the command unless the file or folder pattern DONE exists.
 stage() {
   echo "== $1"
   if compgen -G "$2" >/dev/null; then echo "   already there: $2"; else "${@:3}"; fi
 }
+
+# checkpoint NAME: of the run $out/NAME.
+checkpoint() { compgen -G "$out/$1/epoch*" | head -n 1; }
+
+# score NAME MODEL [WORD...]
+score() { stage "scoring: $1" "${4:-$2}/eval/results.json" bash scripts/eval/run_eval.sh "$2" 80 "${@:3}"; }
 
 set_up
 export PYTHON DATA_DIR=data/demo DEV_NUM=40 EPOCH=1 BATCH_SIZE=8 GRAD_ACC=1 EVAL_BATCH_SIZE=40
@@ -24,23 +33,30 @@ stage "teacher: SmolLM2-135M-Instruct" "$teacher/config.json" \
   bash scripts/models/fetch.sh smollm2-135m-instruct
 stage "student: its 12 most needed layers" "$student/config.json" \
   bash scripts/smollm2/prune_smollm2.sh
-stage "fine-tuning the teacher on data/demo" "$out/teacher/epoch*" \
+stage "fine-tuning the teacher on data/demo, 32 steps" "$out/teacher/epoch*" \
   env MAX_STEPS=32 LR=3e-4 SAVE_DIR=$out/teacher bash scripts/smollm2/sft_teacher_smollm2.sh
-tuned=$(compgen -G "$out/teacher/epoch*" | head -n 1)
-stage "distilling it into the student by ${KD_OBJ:=ToDi}" "$out/$KD_OBJ/epoch*" \
-  env KD_OBJ="$KD_OBJ" MAX_STEPS=80 LR=1e-3 TEACHER_MODEL_PATH="$tuned" SAVE_DIR="$out/$KD_OBJ" bash scripts/smollm2/vanilla_kd_smollm2.sh
-distilled=$(compgen -G "$out/$KD_OBJ/epoch*" | head -n 1)
+tuned=$(checkpoint teacher)
+
+# the students: 640 records once, 80 steps of 8
+export TRAIN_NUM=640 LR=1e-3
+stage "fine-tuning the student: the baseline" "$out/SFT/epoch*" \
+  env SAVE_DIR=$out/SFT bash scripts/smollm2/sft_smollm2.sh
+for one in $other "$objective"; do
+  stage "distilling the teacher into the student by $one" "$out/$one/epoch*" \
+    env KD_OBJ="$one" TEACHER_MODEL_PATH="$tuned" TEACHER_CACHE=$out/teacher_cache SAVE_DIR="$out/$one" \
+    bash scripts/smollm2/vanilla_kd_smollm2.sh
+done
 
 unset DATA_DIR
 export SETS=demo SEEDS=10
-stage "scoring the student before" "$out/before/eval/results.json" \
-  bash scripts/eval/run_eval.sh $student 80 --save-dir $out/before
-stage "scoring the student after" "$distilled/eval/results.json" \
-  bash scripts/eval/run_eval.sh "$distilled" 80
-stage "scoring the teacher" "$tuned/eval/results.json" \
-  bash scripts/eval/run_eval.sh "$tuned" 80
-stage "drawing the training curves" "$out/curves.png" \
-  "$PYTHON" -m todi.plot $out/teacher "$out/$KD_OBJ" --names "teacher, SFT" "student, $KD_OBJ" --output $out/curves.png
+names=("student, pruned" "student, SFT" "student, $other" "student, $objective" teacher)
+models=("$out/before" "$(checkpoint SFT)" "$(checkpoint "$other")" "$(checkpoint "$objective")" "$tuned")
+score "${names[0]}" "$student" --save-dir "${models[0]}"
+for i in 1 2 3 4; do score "${names[i]}" "${models[i]}"; done
+
+stage "drawing training curves and scores" "$out/curves.png" \
+  "$PYTHON" -m todi.plot $out/SFT $out/$other "$out/$objective" --names "${names[@]:1:3}" \
+  --scores "${models[@]}" --score-names "${names[@]}" --output $out/curves.png
 
 echo "== ROUGE-L on data/demo/valid.jsonl (training curves: $out/curves.png)"
-"$PYTHON" -m todi.report $out/before "$distilled" "$tuned" --names "student, pruned" "student, distilled ($KD_OBJ)" teacher
+"$PYTHON" -m todi.report "${models[@]}" --names "${names[@]}" --baseline "${models[3]}"

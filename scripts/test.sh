@@ -10,4 +10,4 @@ set_up pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 psutil==7.2.2 py-cpuinfo=
 cd "$ROOT"
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 "$PYTHON" -m ruff check code tests benchmarks data
-exec "$PYTHON" -m pytest "${which[@]}" "$@"
+exec "$PYTHON" -m pytest ${which[@]+"${which[@]}"} "$@"

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from todi.errors import InputError
 from todi.models.adapters import add_lora, check_adapter, check_lora, load_adapter, merge_adapter
-from todi.models.backbone import backbone_and_head, check_head
+from todi.models.backbone import backbone_and_head
 from todi.models.families import FAMILIES, family_of
 from todi.models.loading import empty_model, load_config, load_model
+from todi.models.probe import check_model
 from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ class TestKinds:
         model = load(base)
         before = model(input_ids=IDS).logits
         merged = merge_adapter(model, str(tmp_path))
-        check_head(merged, kind)
+        check_model(merged, kind)
         torch.testing.assert_close(merged(input_ids=IDS).logits, made, atol=1e-4, rtol=1e-4)
         assert (before - made).norm() > 0.01 * made.norm()
 

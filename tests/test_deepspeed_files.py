@@ -16,6 +16,7 @@ from launching import ROOT
 from todi.errors import InputError
 from todi.runtime.device import Precision
 from todi.training.deepspeed_config import build_deepspeed_config
+from todi.training.deepspeed_keys import page
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from torch import nn
 
@@ -114,6 +115,11 @@ def test_what_a_file_may_not_say(content, said, tmp_path):
     with pytest.raises(InputError, match=said) as refused:
         build(tmp_path, content)
     assert all(len(problem.splitlines()) == 1 for problem in refused.value.problems)
+
+
+def test_the_page_of_keys_is_up_to_date():
+    made = (ROOT / "docs" / "deepspeed.md").read_text()
+    assert made == page(), "python -m todi.training.deepspeed_keys > docs/deepspeed.md"
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path):

@@ -1,17 +1,27 @@
-"""The documentation: what docs/extending.md says is typed in and run; links and names of files lead somewhere."""
+"""The documentation: what README.md and docs/ say is typed in and run; links and names of files lead somewhere."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from launching import ROOT, Run, environment, write_data
+from todi.criterions import DIVERGENCES, build_divergence
+from todi.schedules import SCHEDULES
 from todi.settings import LAUNCHER_VARIABLES, page
+from todi.training.optimizer import build_schedule
+from transformers import get_polynomial_decay_schedule_with_warmup
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 SECTIONS = dict(text.split("\n", 1) for text in (DOCS / "extending.md").read_text().split("\n## ")[1:])
 # No more than that: paths, and what they name, are the page's own.
 SMALL = {"EPOCH": 4, "MAX_STEPS": 12, "BATCH_SIZE": 4, "GRAD_ACC": 2, "MAX_LENGTH": 64, "MAX_PROMPT_LENGTH": 48,
@@ -22,22 +32,34 @@ def blocks(section: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", SECTIONS[section], re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def checkout(workshop, tmp_path_factory) -> Path:
-    """A checkout as the page's reader has it, but with tiny models and data; its code and launchers are ours."""
-    root = tmp_path_factory.mktemp("checkout")
-    for name in ("code", "scripts"):
+def make_checkout(root: Path, workshop) -> Path:
+    """A checkout as a page's reader has it, but with tiny models and data; its code and launchers are ours."""
+    root.mkdir(exist_ok=True)
+    for name in ("code", "scripts", "requirements.txt"):
         (root / name).symlink_to(ROOT / name)
-    teacher = workshop.model("gpt2-teacher", hidden=48, seed=1)
-    models = {"model_hub/gpt2/gpt2-base": workshop.model("gpt2-student", seed=2), "model_hub/gpt2/gpt2-xlarge": teacher,
+    teacher, small = workshop.model("gpt2-teacher", hidden=48, seed=1), workshop.model("gpt2-student", seed=2)
+    llama = workshop.model("llama-student", family="llama")
+    models = {"model_hub/gpt2/gpt2-base": small, "model_hub/gpt2/gpt2-medium": small, "model_hub/mine/small": small,
+              "model_hub/gpt2/gpt2-xlarge": teacher, "model_hub/mine/large": teacher,
               "outputs/gpt2/gpt2-xlarge/sft/run/epoch1_step3_loss1.0000": teacher,
               "outputs/my_other_teacher": workshop.model("gpt2-other", hidden=48, seed=3),
-              "model_hub/qwen3/qwen3-0.6b": workshop.model("qwen3", family="qwen3", head_dim=8)}
+              "model_hub/qwen3/qwen3-0.6b": workshop.model("qwen3", family="qwen3", head_dim=8),
+              "model_hub/llama2/llama2-7b": workshop.model("llama-teacher", family="llama", hidden=48, seed=1),
+              "model_hub/tinyllama/tinyllama-1.1b": llama, "model_hub/gemma3/gemma3-270m": llama,
+              "model_hub/smollm2/smollm2-135m-instruct": workshop.model("llama-deep", family="llama", layers=30)}
     for place, model in models.items():
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).symlink_to(model)
-    write_data(root / "data" / "dolly", train=24, dev=4)
-    write_data(root / "data" / "mine", train=12)
+    write_data(root / "data" / "dolly", train=24, dev=4, valid=4)
+    write_data(root / "data" / "mine", train=12, dev=4, valid=4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkout(workshop, tmp_path_factory) -> Path:
+    root = make_checkout(tmp_path_factory.mktemp("checkout"), workshop)
+    for split in ("dev", "valid"):  # as the page of mixed data has it
+        (root / "data" / "mine" / f"{split}.jsonl").unlink()
     return root
 
 
@@ -125,8 +147,156 @@ def test_a_data_set(runs, checkout):
     assert "700 samples in steps of 8" in run.output
 
 
-# A tree names files by their place in it (tests/test_house.py); a reader's own are nowhere.
-FILE = re.compile(r"(?<![\w./>$-])(?!my_|file\.py)(?:[\w.-]+/)*[\w-]+\.(?:py|sh|md|toml|lock)\b")
+# What a page's reader puts in place of what it writes in capitals.
+PLACEHOLDERS = {"CKPT_PATH": "outputs/a_run/checkpoint", "OTHER_PATH": "outputs/another/checkpoint",
+                "LORA_ADAPTER_PATH": "outputs/adapter/checkpoint", "RUN_DIR": "outputs/a_run",
+                "TEACHER": "model_hub/gpt2/gpt2-xlarge", "DIR": "outputs/my_cache", r"\[EVAL_BATCH_SIZE\]": "4"}
+QUICK = {"SEEDS": 1, "LIMIT": 20, "DEV_NUM": 4, "EVAL_GEN": 0, "MAX_STEPS": 2, "TOKENIZER": "words"}
+# Whose commands are typed in, each page in a checkout of its own, and with what besides.
+TYPED = {"README.md": {}, "docs/models.md": {}, "docs/data.md": {}, "docs/training.md": {}, "docs/teacher-cache.md": {},
+         "docs/resume.md": {}, "docs/evaluation.md": {}, "docs/objectives.md": {}, "docs/publishing.md": {},
+         "docs/several-devices.md": {"DRY_RUN": 1}, "docs/reproducing.md": {}}
+LONG = {"docs/reproducing.md"}  # minutes
+# Run by tests of their own: the quickstart below, and this suite.
+APART = ("bash scripts/quickstart.sh", "bash scripts/test.sh")
+
+
+def typed(file: Path) -> str:
+    """The commands of a page, as its reader types them in."""
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL))
+    commands = "".join(line for line in commands.splitlines(keepends=True) if not line.startswith(APART))
+    for name, meant in PLACEHOLDERS.items():
+        commands = re.sub(rf"(?<![\w$=]){name}(?!\w)", meant, commands)
+    return commands
+
+
+def write_sources(raw: Path) -> None:
+    """Files of the published sets' sources, of few records, but as many of Dolly as its splits need."""
+    alike = {"instruction": "Do it.", "context": "", "response": "done", "category": "open_qa"}
+    sentence = " ".join(["word"] * 12)
+    lines = {"databricks-dolly-15k.jsonl": [alike | {"instruction": f"Do {i}."} for i in range(1600)],
+             "user_oriented_instructions.jsonl": [{"id": "1", "motivation_app": "a", "instruction": "Reply.",
+                                                   "instances": [{"input": "Hello", "output": "Hi"}]}],
+             "vicuna/question.jsonl": [{"question_id": 1, "text": "Why?", "category": "generic"}],
+             "vicuna/answer-gpt-3.5-turbo.jsonl": [{"question_id": 1, "text": "So."}],
+             "natural-instructions/tasks/task1_a.json": [
+                 {"Definition": ["Define."], "Instances": [{"input": "i", "output": [sentence]}]}],
+             "unnatural-instructions/core_data.jsonl": [
+                 {"instruction": "Say.", "instances": [{"input": "i", "constraints": "None.", "output": sentence}]}]}
+    for name, items in lines.items():
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / name).write_text("".join(json.dumps(item) + "\n" for item in items))
+    (raw / "natural-instructions/splits/default").mkdir(parents=True)
+    (raw / "natural-instructions/splits/default/test_tasks.txt").write_text("task1_a\n")
+
+
+@pytest.fixture(scope="module")
+def follow(workshop, tmp_path_factory) -> Callable[[str], subprocess.CompletedProcess]:
+    """Types a page in, as a reader who has models, data, two runs that are done, and an adapter."""
+    small, llama = workshop.model("gpt2-student", seed=2), workshop.model("llama-student", family="llama")
+    made = {"a_run": workshop.train("gpt2/sft_gpt2_base", "docs 1", MODEL_PATH=small),
+            "another": workshop.train("gpt2/sft_gpt2_base", "docs 2", MODEL_PATH=small),
+            "adapter": workshop.train("tinyllama/sft_tinyllama", "docs 3", MODEL_PATH=llama)}
+    for run in made.values():
+        assert run.result().checkpoint.is_dir()
+
+    def follow(name: str) -> subprocess.CompletedProcess:
+        root = make_checkout(tmp_path_factory.mktemp("reader") / "checkout", workshop)
+        for place, run in made.items():
+            shutil.copytree(run.result().folder, root / "outputs" / place)
+            (root / "outputs" / place / run.result().checkpoint.name).rename(root / "outputs" / place / "checkpoint")
+        write_sources(root / "data" / "raw")
+        write_sources(root / "downloads")
+        variables = environment(SMALL | QUICK | TYPED[name]) | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root / "code"),
+            "DS_ACCELERATOR": "cpu"}
+        return subprocess.run(["bash", "-exc", typed(ROOT / name)], cwd=root, env=variables, text=True, timeout=1200,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    return follow
+
+
+@pytest.fixture(scope="module")
+def typed_in(workshop, follow) -> dict[str, Future[subprocess.CompletedProcess]]:
+    """All pages but the long ones, several at a time."""
+    return {name: workshop.pool.submit(follow, name) for name in TYPED if name not in LONG}
+
+
+@pytest.mark.parametrize("name", [name for name in TYPED if name not in LONG])
+def test_commands_run(typed_in, name):
+    done = typed_in[name].result()
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_long_pages_run(follow, name):
+    done = follow(name)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_every_page_with_commands_is_typed_in():
+    found = {str(file.relative_to(ROOT)) for file in [ROOT / "README.md", *DOCS.glob("*.md")] if typed(file)}
+    assert found - {"docs/extending.md", "docs/settings.md"} == set(TYPED)
+
+
+@pytest.mark.slow
+def test_the_quickstart(workshop, tmp_path):
+    """On a tiny model with as many layers; what it installs is there."""
+    root = make_checkout(tmp_path / "checkout", workshop)
+    (root / "data" / "demo").symlink_to(ROOT / "data" / "demo")
+    python = root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (root / ".venv" / ".installed").write_text((ROOT / "requirements.txt").read_text().rstrip("\n"))
+
+    def run() -> str:
+        done = subprocess.run(["bash", "scripts/quickstart.sh"], cwd=root, env=environment({}), text=True, timeout=1800,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout[-3000:]
+        return done.stdout
+
+    first, second = run(), run()
+    tables = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
+    rows = ["student, pruned", "student, SFT", "student, forward_kl", "student, ToDi", "teacher"]
+    assert [name for name in tables if "--" not in name] == [
+        "ROUGE-L", *rows, "less student, ToDi", *(name for name in rows if name != "student, ToDi")]
+    assert first.count("p = ") == 8  # of the set and of the average
+    assert (root / "outputs/quickstart/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert second.count("already there") == second.count("== ") - 1
+    assert second.splitlines()[-12:] == first.splitlines()[-12:]
+
+
+def test_the_gradients_of_the_page():
+    """docs/objectives.md, "Gradients": each line is evaluated and compared with autograd."""
+    lines = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|$", (DOCS / "objectives.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in lines] == list(DIVERGENCES)
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 5, 11, dtype=torch.float64)
+    temperature = 2.0
+    log_p, log_q = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    ascending, order = p.sort(-1)
+    gap = (ascending - q.gather(-1, order)).abs()
+    head = (gap * (ascending.cumsum(-1) > 0.5)).sum(-1, keepdim=True)
+    weights = {"ToDi": (log_p - log_q).sigmoid(), "adaptive_kl": head / gap.sum(-1, keepdim=True)}
+    for name, formula in lines:
+        logits = student.clone().requires_grad_()
+        build_divergence(name)(logits, teacher, temperature=temperature).sum().backward()
+        h = eval(formula, {"p": p, "q": q, "log_q": log_q, "r": log_q - log_p, "log": torch.log, "sign": torch.sign,
+                           "a": 0.1, "w": weights.get(name)})
+        torch.testing.assert_close((h - q * h.sum(-1, keepdim=True)) / temperature, logits.grad)
+
+
+def test_the_site_has_every_page():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    named = re.findall(r"[\w-]+\.md", json.dumps(nav))
+    assert sorted(named) == sorted(file.name for file in DOCS.glob("*.md"))
+
+
+# A tree names files by their place in it (tests/test_house.py); a reader's own and llama.cpp's are nowhere.
+FILE = re.compile(r"(?<![\w./>$-])(?!my_|convert_|file\.py)(?:[\w.-]+/)*[\w-]+\.(?:py|sh|md|toml|lock)\b")
 
 
 def names_of_files(text: str) -> set[str]:
@@ -168,3 +338,22 @@ def test_variables_are_there(file):
     commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL))
     given = set(re.findall(r"(?:^|\s)([A-Z][A-Z_]+)=", commands))
     assert given <= known
+
+
+def test_the_published_schedule(monkeypatch):
+    """What docs/published.md has for it is what the published code takes."""
+    code, = re.findall(r"^```python\n(.*?)^```", (DOCS / "published.md").read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
+    exec(code, {})
+
+    def rates(build) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
+        schedule, found = build(optimizer), []
+        for _ in range(41):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+    assert rates(lambda optimizer: build_schedule(optimizer, "polynomial", total_steps=40, warmup_steps=0, lr=5e-4,
+                                                  lr_min=1e-7)) == pytest.approx(
+        rates(lambda optimizer: get_polynomial_decay_schedule_with_warmup(optimizer, 0, 40, power=0.5)))

@@ -5,7 +5,7 @@ import torch
 from launching import run
 from tiny import tiny_model, tiny_tokenizer
 from todi.data.tokenize import encode_examples
-from todi.doctor import examine
+from todi.doctor import _about_memory, examine
 from todi.errors import InputError
 from todi.models.adapters import add_lora
 from todi.models.backbone import backbone_and_head
@@ -15,7 +15,17 @@ from todi.options import parse
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
 from todi.training import memory
-from todi.training.memory import Memory, Shape, State, cache_bytes, measure_shape, peak, peak_on_cpu, training_state
+from todi.training.memory import (
+    Memory,
+    Shape,
+    State,
+    cache_bytes,
+    measure_shape,
+    offload,
+    peak,
+    peak_on_cpu,
+    training_state,
+)
 from todi.training.train_inputs import read_inputs
 
 CPU = torch.device("cpu")
@@ -40,6 +50,17 @@ def test_bytes_of_a_parameter(width, stage, ranks, expected):
 
 def test_an_adapter_has_gradients_and_moments_of_its_own_weights_alone():
     assert training_state(shape(10, 2), 1, 1) == State(weights=2000, gradients=20, optimizer=120, step=40)
+
+
+@pytest.mark.parametrize(("zero", "on_device", "moved"), [
+    ({"stage": 2}, State(10, 20, 30, 40), 0),
+    ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, State(10, 20, 0, 0), 70),
+    ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, State(10, 0, 0, 0), 70),
+    ({"stage": 3, "offload_param": {"device": "cpu"}}, State(0, 20, 30, 40), 10),
+    ({"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "cpu"}}, State(10, 0, 0, 0), 70),
+])
+def test_what_is_offloaded_is_not_on_the_device(zero, on_device, moved):
+    assert offload(State(weights=10, gradients=20, optimizer=30, step=40), zero) == (on_device, moved)
 
 
 def test_the_fuller_moment_counts():
@@ -131,6 +152,13 @@ class TestReport:
         assert "teacher 0.00" in report.facts[0]
         assert report.facts[1].startswith("disk: up to ")
 
+    def test_fewer_tokens_at_a_time(self, settings):
+        needed = Memory(base=0, teacher=0, weights=2**30, gradients=2**30, optimizer=2**30, working=4 * 2**30)
+        warnings = [_about_memory(needed, parse(TrainConfig, [*settings, *words]), 1, 5 * 2**30, 100)[1][0]
+                    for words in ([], ["--packing", "off"])]
+        assert "use --max-tokens 200, or" in warnings[0]  # half the working memory of 4 x 100
+        assert "use a smaller --batch-size than 4" in warnings[1]
+
     def test_too_little_memory_and_disk_space(self, settings, monkeypatch):
         monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: -memory.resident_bytes())
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
@@ -140,6 +168,21 @@ class TestReport:
         assert "--peft lora, or more devices with --zero-stage 3" in full[0]
         assert full[1].endswith("make room, choose another --save-dir, or keep fewer than 1 checkpoints")
         assert lora[0].endswith("use a smaller --max-length")
+
+    def test_offloading(self, settings, tmp_path, monkeypatch):
+        """Of a GPU, whose shapes are measured here without one."""
+        monkeypatch.setattr("todi.doctor.measure_shape", lambda model, samples, length, device, checkpointing:
+                            measure_shape(model, samples, length, CPU, checkpointing))
+        monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: 0)
+        file = tmp_path / "ds.json"
+        file.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+        config = parse(TrainConfig, [*settings, "--deepspeed_config", str(file)])
+        inputs = read_inputs(config, CPU)
+        examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, 64, 48)
+        report = examine(config, inputs, examples, World(0, 1, 0, 1), torch.device("cuda"))
+        assert "optimizer" not in report.facts[0]
+        assert report.facts[1].startswith("offloaded: about ")
+        assert report.warnings[1].startswith("offloading needs about ")
 
     def test_the_teacher_may_not_be_fp16_on_a_cpu(self, settings):
         with pytest.raises(InputError, match="--teacher-dtype fp16 does not train on a CPU"):

@@ -6,12 +6,23 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_model, tiny_tokenizer
+from todi.data.records import Record
+from todi.data.tokenize import encode_prompts
 from todi.errors import InputError, StorageError
+from todi.evaluation import rouge
+from todi.generation.decoding import Decoding, generate, to_texts
+from todi.models.families import FAMILIES
+from todi.models.loading import load_model, load_tokenizer
 from todi.runtime.device import Precision, choose_device, choose_precision
-from todi.training.checkpoints import BestCheckpoints, Score
+from todi.runtime.distributed import World
+from todi.training.checkpoints import BestCheckpoints
+from todi.training.dev import DevSet
 from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule
+from todi.training.scores import Score
 from todi.training.state import Position
 
+CPU = torch.device("cpu")
 nan, inf = math.nan, math.inf
 
 
@@ -57,6 +68,28 @@ def test_precision_on_a_cpu():
     assert choose_precision("auto", cpu).name in ("bf16", "fp32")
     with pytest.raises(InputError, match="fp16 does not train on a CPU"):
         choose_precision("fp16", cpu)
+
+
+def test_dev_scores_are_means_over_several_samples_of_a_prompt(tmp_path, monkeypatch):
+    tiny_tokenizer(tmp_path)
+    tokenizer, model = load_tokenizer(str(tmp_path)), load_model(str(tiny_model(tmp_path)), torch.float32, CPU)
+    records = [Record(text, ("the number is 7", "a number")) for text in ("Write a", "Write the number", "One")]
+    prompts, written = encode_prompts(records, tokenizer, FAMILIES["gpt2"], 48), []
+
+    def noted(model, prompts, keys, **settings):
+        responses = generate(model, prompts, keys, **settings)
+        written.append(list(zip(keys, prompts, responses, strict=True)))
+        return responses
+    monkeypatch.setattr("todi.training.dev.generate", noted)
+    score = [DevSet(records, (), prompts, tokenizer, Decoding(16), 2, seed=1, world=World(0, 1, 0, 1), samples=samples
+                    ).rouge_l(model) for samples in (1, 3)]
+    once, thrice = written
+    assert thrice[::3] == once  # the first is what it is alone
+    assert [prompt for _, prompt, _ in thrice] == [prompt for prompt in prompts for _ in range(3)]
+    assert len({key for key, _, _ in thrice}) == 9 and len({tuple(row.ids) for _, _, row in thrice}) > 3
+    references = [record.references for record in records for _ in range(3)]
+    scores = rouge.rouge_l(to_texts([row for _, _, row in thrice], tokenizer), references)
+    assert score == pytest.approx([sum(scores[::3]) / 3, sum(scores) / 9])
 
 
 class TestDevice:

@@ -15,8 +15,10 @@ import torch
 from evaluating import SETTINGS, add_adapter, generations, responses, run, run_evaluate
 from tiny import tiny_tokenizer
 from todi import evaluate
-from todi.evaluation.results import markdown_table
+from todi.evaluation.results import Generation, Layout, annotated_table
 from todi.evaluation.rouge import rouge_l
+from todi.evaluation.set_files import SetStore
+from todi.generation.decoding import Response
 from todi.models.adapters import merge_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,7 +52,9 @@ class TestEvaluate:
             "max_length": 40, "max_new_tokens": 256, "max_prompt_length": 16, "do_sample": True, "temperature": 1.0,
             "top_p": 1.0, "top_k": 0, "no_repeat_ngram_size": 6, "num_beams": 1,
             "seeds": [1, 2], "limit": None, "precision": "fp32"}
-        table = markdown_table({"out": results})
+        assert results["layouts"] == [{"batch_size": 32, "processes": 1}]
+        table = annotated_table({"out": results})
+        assert table.endswith("|\n\nfp32, batches of 32 on 1 process")
         assert table in screen
         assert (tmp_path / "out/eval/results.md").read_text() == table + "\n"
         assert not list((tmp_path / "out").rglob("*.unfinished"))
@@ -130,6 +134,33 @@ class TestEvaluate:
         code, screen = run("--seeds", 1, "--temperature", 0.5, "--limit", 2)
         assert "dolly: what is there was made with other data, temperature and is done again" in screen
         assert first.read_bytes() != text
+
+    def test_the_results_say_in_what_batches_they_were_written(self, monkeypatch, checkpoint, data, tmp_path):
+        def layouts(*words):
+            assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "out", "--sets", "dolly", *words) == 0
+            return [tuple(layout.values()) for layout in
+                    json.loads((tmp_path / "out/eval/results.json").read_text())["layouts"]]
+        assert layouts("--seeds", 1) == [(32, 1)]
+        assert layouts("--seeds", 1, "--batch-size", 3) == [(32, 1)]  # is there already
+        assert layouts("--seeds", 1, 2, "--batch-size", 3) == [(3, 1), (32, 1)]
+        assert (tmp_path / "out/eval/results.md").read_text().endswith(
+            "\nfp32, batches of 3 on 1 process and batches of 32 on 1 process\n")
+        made = tmp_path / "out/eval/dolly/made_with.json"
+        made.write_text(json.dumps({**json.loads(made.read_text()), "layouts": {}}))  # as version 0.1 left it
+        assert layouts("--seeds", 1, 2) == []
+        assert (tmp_path / "out/eval/results.md").read_text().endswith("\nfp32, batches of a size that was not noted\n")
+
+    def test_an_interrupted_set_says_both_its_batches(self, tmp_path):
+        made_with, generation = {"a": 1}, Generation("p", "r", ("r",), 100.0, True, 1, False)
+        first = SetStore(tmp_path, "dolly", made_with, Layout(8, 1))
+        first.add({(1, 0): Response([3], False)})
+        first.add({(1, 1): Response([4], False)})
+        second = SetStore(tmp_path, "dolly", made_with, Layout(4, 2))
+        assert second.done([1]).rows == {(1, 0): Response([3], False), (1, 1): Response([4], False)}
+        second.add({(1, 2): Response([5], True)})
+        second.finish({1: [generation] * 3}, loss=1.0)
+        assert second.layouts([1]) == SetStore(tmp_path, "dolly", made_with, Layout(1, 1)).layouts([1]) == {
+            Layout(8, 1), Layout(4, 2)}
 
     def test_greedy_needs_one_seed(self, monkeypatch, checkpoint, data, tmp_path):
         words = ["--no-do-sample", "--seeds", 5, 6, "--limit", 1, "--sets", "dolly"]

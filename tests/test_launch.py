@@ -148,7 +148,7 @@ class TestSweeps:
         assert train(MAX_LENGTH="512", LOG_INTERVAL="3", TEACHER_CACHE="on").run.save_dir == train().run.save_dir
 
     def test_a_long_name_is_cut_and_stays_its_own(self):
-        names = [Path(train(KD_PARAMS=f"{'é' * 200}={i}", WEIGHT_DECAY="0.1").run.save_dir).name for i in range(2)]
+        names = [Path(train(KD_PARAMS=f"{'é' * 100}=1 {'é' * 100}={i}").run.save_dir).name for i in range(2)]
         assert all(len(name.encode()) <= 255 for name in names)
         assert names[0] != names[1]
 
@@ -225,7 +225,11 @@ class TestModels:
     @pytest.mark.parametrize(("names", "best"), [
         (["epoch1_step3_loss2.5", "epoch2_step6_loss12.1", "epoch3_step9_loss2.1"], 2),
         (["epoch1_step3_loss2.5", "epoch2_step6_lossnan"], 0),
-        (["epoch1_step3_loss2.5_rougel7.0", "epoch2_step6_loss2.6_rougel7.0"], 1),  # as ever
+        (["epoch1_step3_loss2.5_rougel7.0", "epoch2_step6_loss2.6_rougel7.0"], 0),  # in the order of a run itself
+        (["epoch1_step9_loss2.5_rougel7.0", "epoch2_step10_loss2.5_rougel7.0"], 1),
+        (["epoch1_step3_loss2.5_rougelnan", "epoch2_step6_loss2.6_rougel0.0"], 1),
+        (["epoch1_step3_loss2.5_rougelnan", "epoch2_step6_lossnan_rougelnan"], 0),
+        (["epoch1_step3_loss0.5", "epoch2_step6_loss2.6_rougel1.0"], 1),
     ])
     def test_which_is_best(self, tmp_path, names, best):
         make_run(tmp_path / "run", 1000, *names)
@@ -238,6 +242,27 @@ class TestModels:
         assert config.teacher.teacher_peft_path == ("outputs/llama2/gpt2-xlarge/sft",)
         with pytest.raises(InputError, match="TEACHER_PEFT must be lora or full, got 'lore'"):
             train(TEACHER_PEFT="lore")
+
+    @pytest.mark.parametrize(("there", "asked"), [("llama2-7b", "llama2-7b-hf"), ("llama2-7b-hf", "llama2-7b"),
+                                                  ("llama2-7b-hf", "llama2-7b-hf")])
+    def test_published_names_of_folders_and_ours_find_each_other(self, tmp_path, monkeypatch, there, asked):
+        monkeypatch.chdir(tmp_path)
+        tuned = f"outputs/llama2/{there}/sft/run/epoch1_step3_loss2.0_rougel9.5"
+        for folder in (f"model_hub/llama2/{there}", "model_hub/tinyllama/tinyllama-1.1b-3T", tuned):
+            (tmp_path / folder).mkdir(parents=True)
+        config = train(FAMILY="tinyllama", CKPT_NAME="tinyllama-1.1b", TEACHER_FAMILY="llama2", TEACHER_NAME=asked,
+                       TEACHER_PEFT="lora")
+        assert config.student.model_path == "model_hub/tinyllama/tinyllama-1.1b-3T"
+        assert config.teacher.teacher_model_path == (f"model_hub/llama2/{there}",)
+        assert config.teacher.teacher_peft_path == (tuned,)
+        assert "outputs/tinyllama/tinyllama-1.1b/" in config.run.save_dir  # a run goes by the name that was asked for
+        (tmp_path / "model_hub/tinyllama/tinyllama-1.1b").mkdir()
+        assert train(FAMILY="tinyllama", CKPT_NAME="tinyllama-1.1b").student.model_path.endswith("/tinyllama-1.1b")
+
+    def test_names_of_what_is_not_there_stay_as_they_are(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("tinyllama-1.1b", "tinyllama-1.1b-3T", "other"):
+            assert train(FAMILY="tinyllama", CKPT_NAME=name).student.model_path == f"model_hub/tinyllama/{name}"
 
     def test_a_callable_is_instead_of_a_model(self):
         teacher = train(TEACHER_CALLABLE="mine.py:logits", TEACHER_PEFT="lora").teacher
@@ -309,10 +334,8 @@ def test_it_is_quick_and_says_how_it_is_called():
     assert "train|evaluate" in answer.stderr
 
 
-def test_words_with_nul_and_for_a_shell():
-    command = [sys.executable, "-m", "todi.launch", "evaluate", "--print0", "--model-path", "a b\nc"]
+def test_words_for_a_shell():
+    command = [sys.executable, "-m", "todi.launch", "evaluate", "--model-path", "a b\nc"]
     environment = {"PYTHONPATH": str(ROOT / "code"), "SETS": "dolly 'the other'"}
     words = ["--sets", "dolly", "the other", "--model-path", "a b\nc"]
-    assert subprocess.check_output(command, env=environment, text=True) == "".join(f"{word}\0" for word in words)
-    command.remove("--print0")
     assert shlex.split(subprocess.check_output(command, env=environment, text=True)) == words

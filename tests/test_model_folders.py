@@ -16,8 +16,8 @@ from tiny import tiny_model, tiny_tokenizer
 from todi.errors import InputError
 from todi.evaluation import eval_inputs
 from todi.generation.decoding import stop_ids
-from todi.models.backbone import check_head
 from todi.models.loading import check_weights, load_model, load_tokenizer
+from todi.models.probe import check_model
 from todi.runtime.device import choose_precision
 from todi.settings import EvalConfig
 from todi.training.train_inputs import read_model
@@ -69,7 +69,7 @@ def check(folder: Path) -> None:
 def load(folder: Path) -> tuple[list, list[int], frozenset[int]]:
     """What is computed with a folder."""
     model, tokenizer = load_model(str(folder), torch.float32, CPU), load_tokenizer(str(folder))
-    check_head(model, str(folder))
+    check_model(model, str(folder))
     logits = model(input_ids=torch.arange(3, 40)[None]).logits
     return logits.tolist(), tokenizer("Write a response.").input_ids, stop_ids(model, tokenizer, [])
 
@@ -152,7 +152,7 @@ class TestWeights:
         file = tiny_model(tmp_path, "llama") / "model.safetensors"
         save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file, {"format": "pt"})
         with pytest.raises(InputError, match="its logits are not finite; its weights are damaged, or too large for fp"):
-            check_head(load_model(str(tmp_path), torch.float32, CPU), "tiny")
+            check_model(load_model(str(tmp_path), torch.float32, CPU), "tiny")
 
     def test_a_pickle_gives_its_tensors_and_nothing_else(self, tmp_path):
         file = tiny_model(tmp_path, "llama") / "model.safetensors"

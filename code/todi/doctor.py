@@ -32,6 +32,7 @@ from todi.training.memory import (
     available_bytes,
     cache_bytes,
     measure_shape,
+    offload,
     peak,
     peak_on_cpu,
     resident_bytes,
@@ -88,8 +89,10 @@ def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example
     memory = estimate_memory(config, inputs, student, examples, world, device, cached)
     facts, warnings = _about_memory(memory, config, inputs.deepspeed_config["zero_optimization"]["stage"],
                                     available_bytes(device, world.local_size) + memory.base, length)
-    more_facts, more_warnings = _about_disk(config, student)
-    return Report(facts + more_facts, warnings + more_warnings)
+    others = (_about_offload(memory, available_bytes(torch.device("cpu"), world.local_size)),
+              _about_disk(config, student))
+    return Report(facts + [fact for more, _ in others for fact in more],
+                  warnings + [warning for _, more in others for warning in more])
 
 
 def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, examples: Sequence[Example], world: World,
@@ -116,7 +119,9 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
     forward = max(student.activations + loss, generation)
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
-    return peak(state, forward=forward, accumulates=optim.accumulation(world.size) > 1, teacher=teacher, base=0)
+    state, offloaded = offload(state, zero)
+    memory = peak(state, forward=forward, accumulates=optim.accumulation(world.size) > 1, teacher=teacher, base=0)
+    return dataclasses.replace(memory, offloaded=offloaded)
 
 
 def _samples(optim: OptimConfig, longest: int) -> int:
@@ -151,12 +156,15 @@ def _model_shape(config: StudentConfig, inputs: ModelInputs, samples: int, lengt
 
 def _about_memory(memory: Memory, config: TrainConfig, stage: int, available: int,
                   length: int) -> tuple[list[str], list[str]]:
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in vars(memory).items() if size)
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in vars(memory).items()
+                      if size and name != "offloaded")
     facts = [f"memory: about {memory.total / _GIB:.2f} GiB on each device when fullest ({parts}) at "
              f"{_samples(config.optim, length)} x {length} tokens; {available / _GIB:.2f} GiB are free"]
     if memory.total <= available:
         return facts, []
-    remedies = [f"a smaller --batch-size than {config.optim.batch_size} with more --gradient-accumulation-steps"
+    fitting = int(config.optim.tokens(length) * (1 - (memory.total - available) / max(memory.working, 1)))
+    remedies = [f"--max-tokens {fitting}" if fitting >= length and config.optim.packing != "off" else
+                f"a smaller --batch-size than {config.optim.batch_size} with more --gradient-accumulation-steps"
                 if config.optim.batch_size > 1 else "a smaller --max-length"]
     if not config.student.gradient_checkpointing:
         remedies.append("--gradient-checkpointing")
@@ -166,6 +174,17 @@ def _about_memory(memory: Memory, config: TrainConfig, stage: int, available: in
         remedies.append("more devices with --zero-stage 3")
     return facts, [f"the run needs about {memory.total / _GIB:.2f} GiB on a device that has {available / _GIB:.2f} "
                    f"free; use {', or '.join(remedies)}"]
+
+
+def _about_offload(memory: Memory, available: int) -> tuple[list[str], list[str]]:
+    if not memory.offloaded:
+        return [], []
+    facts = [f"offloaded: about {memory.offloaded / _GIB:.2f} GiB of the computer's memory for each device; "
+             f"{available / _GIB:.2f} GiB are free for it"]
+    if memory.offloaded <= available:
+        return facts, []
+    return facts, [f"offloading needs about {memory.offloaded / _GIB:.2f} GiB of the computer's memory for each "
+                   f"device, and {available / _GIB:.2f} are free; use fewer devices a node, or --peft lora"]
 
 
 def _about_disk(config: TrainConfig, student: Shape) -> tuple[list[str], list[str]]:

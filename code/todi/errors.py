@@ -17,8 +17,13 @@ class RunError(Exception):
     exit_code = 1
 
     def __init__(self, problems: str | Iterable[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = list(map(_on_a_line, [problems] if isinstance(problems, str) else problems))
         super().__init__("\n".join(self.problems))
+
+
+def _on_a_line(text: str) -> str:
+    """A value that is shown may hold a line break, or what a terminal obeys."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class StorageError(RunError):

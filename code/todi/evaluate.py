@@ -24,19 +24,20 @@ from todi.data.template_date import check_same_date
 from todi.errors import run_main
 from todi.evaluation.eval_inputs import EvalInputs, decoding_of, noted_date, read_inputs
 from todi.evaluation.results import (
+    Layout,
+    annotated_table,
     average,
     example_scores,
-    markdown_table,
     named_tokenizer,
     summarise,
     write_results,
 )
 from todi.evaluation.scoring import Writer, score
 from todi.evaluation.set_files import Done, SetStore
-from todi.generation.decoding import stop_ids
+from todi.generation.decoding import check_decoding, stop_ids
 from todi.models.adapters import merge_adapter
-from todi.models.backbone import check_head
 from todi.models.loading import checksum_or_commit, load_model
+from todi.models.probe import check_model
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import model_checksum, value_checksum
@@ -63,7 +64,7 @@ def main() -> None:
         if nodes := nodes_from_environment():
             agree(nodes, description)
         return
-    with process_group(world, device) if world.size > 1 else nullcontext():
+    with process_group(world, device, config.process_group_timeout) if world.size > 1 else nullcontext():
         check_ranks(world, description)
         evaluate(config, inputs, world, device)
 
@@ -71,7 +72,8 @@ def main() -> None:
 def evaluate(config: EvalConfig, inputs: EvalInputs, world: World, device: torch.device) -> None:
     """Does what is left of every set; the first rank keeps the files and prints the table."""
     check_same_date(inputs.template_date, world)
-    stores = open_stores(config, inputs, device) if world.is_main else {}
+    layout = Layout(config.batch_size, world.size)
+    stores = open_stores(config, inputs, device, layout) if world.is_main else {}
     done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
     left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
     if any(left.values()):
@@ -82,7 +84,7 @@ def evaluate(config: EvalConfig, inputs: EvalInputs, world: World, device: torch
         report(config, inputs, stores)
 
 
-def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device) -> dict[str, SetStore]:
+def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device, layout: Layout) -> dict[str, SetStore]:
     """What there is of each set, with a word on what does not count."""
     made_with = {**dataclasses.asdict(decoding_of(config)), "precision": inputs.precision.name, "device": device.type,
                  "model": checksum_or_commit(inputs.model_path, model_checksum, config.trust_remote_code),
@@ -90,7 +92,7 @@ def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device) ->
     stores = {}
     for name, records in inputs.sets.items():
         of_set = {"data": questions_checksum(records), **named_tokenizer(inputs.rouge_tokenizers[name])}
-        store = stores[name] = SetStore(config.folder, name, made_with | of_set)
+        store = stores[name] = SetStore(config.folder, name, made_with | of_set, layout)
         if store.differences:
             logger.info("%s: what is there was made with other %s and is done again", name,
                         ", ".join(store.differences))
@@ -143,7 +145,9 @@ def build_model(inputs: EvalInputs, config: EvalConfig, world: World, device: to
     model = load_model(inputs.model_path, inputs.precision.dtype, device, config.trust_remote_code)
     if config.peft_path:
         model = merge_adapter(model, config.peft_path)
-    check_head(model, inputs.model_path)
+    check_model(model, inputs.model_path)
+    if config.num_beams == 1:
+        check_decoding(model, inputs.model_path, inputs.tokenizer.pad_token_id)
     logger.info("model: %s%s, attention: %s", inputs.model_path,
                 f" with adapter {config.peft_path}" if config.peft_path else "", model.config._attn_implementation)
     return model
@@ -156,15 +160,17 @@ def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore
         by_seed = store.generations(config.streams)
         sets[name] = summarise(by_seed, store.done(()).loss, inputs.rouge_tokenizers[name])
         scores.append(example_scores(by_seed))
+    layouts = set().union(*(store.layouts(config.streams) for store in stores.values()))
     results = {
         "model": inputs.model_path, "adapter": config.peft_path,
         "settings": {**dataclasses.asdict(decoding_of(config)), "seeds": list(config.streams), "limit": config.limit,
                      "precision": inputs.precision.name, **noted_date(inputs)},
+        "layouts": [layout._asdict() for layout in sorted(layouts)],
         "sets": sets, "average": average(sets, scores),
     }
     write_results(config.folder, results)
     logger.info("results are in %s", config.folder / "eval")
-    print(markdown_table({config.folder.name: results}))
+    print(annotated_table({config.folder.name: results}))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Turns the launchers' variables into options, by the declarations in todi/settings.py.
 
     FAMILY=gpt2 CKPT_NAME=gpt2-base TEACHER_NAME=gpt2-xlarge KD_OBJ=ToDi python -m todi.launch train --lr 1e-3
-    SETS="dolly vicuna" python -m todi.launch evaluate --print0 --model-path CKPT
+    SETS="dolly vicuna" python -m todi.launch evaluate --model-path CKPT
 
-prints the options of todi.train or todi.evaluate: what the variables say and no option says, then the given options as
-they are. For a training it also finds the models by their names, and names the folder of the run; that is always the
-last word, after --save-dir. --print0 ends each word with a NUL, for `mapfile -d ''`.
+prints the options of todi.train or todi.evaluate, quoted for a shell: what the variables say and no option says, then
+the given options as they are. For a training it also finds the models by their names, and names the folder of the run;
+that is always the last word, after --save-dir.
 """
 
 import argparse
 import difflib
 import hashlib
-import math
 import os
 import re
 import shlex
@@ -20,7 +19,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from todi.errors import InputError, run_main
-from todi.options import Option, declared, spell
+from todi.models.families import other_name
+from todi.options import LONGEST_NAME, Option, declared, possible_path, spell
 from todi.settings import (
     CROSS_ENTROPY,
     LAUNCHER_VARIABLES,
@@ -30,6 +30,7 @@ from todi.settings import (
     TeacherConfig,
     TrainConfig,
 )
+from todi.training.scores import Kept
 
 Given = dict[str, list[str]]  # an option's name -> the words of its value
 
@@ -42,22 +43,17 @@ _OF_DISTILLATION = {one.name for group in (TeacherConfig, TeacherCacheConfig) fo
 _BY_NAMES = {"criterion", "kd_objective", "kd_rate", "kd_temperature", "peft", "peft_lora_r", "peft_lora_alpha",
              "peft_lora_dropout", "precision", "num_epochs", "batch_size", "gradient_accumulation_steps", "lr", "seed",
              "model_type", "teacher_model_type"}
-_LONGEST_NAME = 255  # bytes
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _ALIKE = 0.85
 _FOREIGN = {"NGPUS", "NODES"}  # batch systems set them
-_CHECKPOINT = re.compile(r"epoch\d+_step\d+_loss(?P<loss>[\d.]+|nan|inf)(_rougel(?P<rouge>[\d.]+))?")
 
 
 def main() -> None:
     """Compose, print."""
     command, *words = sys.argv[1:] or [""]
     if command not in _COMMANDS:
-        raise InputError(f"usage: python -m todi.launch {'|'.join(_COMMANDS)} [--print0] [OPTION...], got {command!r}")
-    print0 = words[:1] == ["--print0"]
-    options = _COMMANDS[command](words[print0:], os.environ)
-    text = "".join(f"{word}\0" for word in options) if print0 else f"{shlex.join(options)}\n"
-    sys.stdout.buffer.write(os.fsencode(text))
+        raise InputError(f"usage: python -m todi.launch {'|'.join(_COMMANDS)} [OPTION...], got {command!r}")
+    sys.stdout.buffer.write(os.fsencode(f"{shlex.join(_COMMANDS[command](words, os.environ))}\n"))
 
 
 def training_options(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -100,7 +96,7 @@ def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
     meant = {one.name.upper(): one.variables[0] for one in options if one.variables} | {name: name for name in ours}
     variables = {name: value for name, value in environment.items() if value}
     check_processes(variables)
-    problems = []
+    problems = list(check_words(variables))
     for name in sorted(variables.keys() & PUBLISHED.keys()):
         print(f"note: {name}, of the published scripts, is not used here: {PUBLISHED[name]}", file=sys.stderr)
     for name in variables.keys() - ours - _FOREIGN - PUBLISHED.keys():
@@ -113,21 +109,37 @@ def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def check_processes(variables: Mapping[str, str]) -> None:
     """Raises InputError where the number of processes or the place of this node among the nodes cannot be."""
-    def whole(name: str, default: str, least: int) -> int:
+    def whole(name: str, default: str, least: int, most: int | None = None) -> int:
         text = variables.get(name, default)
-        if not text.isdecimal() or int(text) < least:
+        # as bash reads it too: 08 is none there
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", text) or int(text) < least:
             raise InputError(f"{name} must be a whole number of at least {least}, got {text!r}")
+        if most is not None and int(text) > most:
+            raise InputError(f"{name} must be at most {most}, got {text}")
         return int(text)
 
     whole("NPROC", "1", 1)
     nodes = whole("NNODES", "1", 1)
     if nodes > 1:
         rank = whole("NODE_RANK", "", 0)
-        whole("MASTER_PORT", "29500", 1)
+        whole("MASTER_PORT", "29500", 1, 65_535)
+        whole("RENDEZVOUS_TIMEOUT", "900", 1)
         if rank >= nodes:
             raise InputError(f"NODE_RANK must be below NNODES={nodes}, got {rank}")
         if "MASTER_ADDR" not in variables:
             raise InputError(f"NNODES={nodes} needs MASTER_ADDR, the name of the first node")
+
+
+def check_words(variables: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with further variables of the launchers, a sentence each."""
+    for name in ("DRY_RUN", "DOCTOR"):
+        if variables.get(name, "1") != "1":
+            yield f"{name} must be 1, or not set, got {variables[name]!r}"
+    for name in ("FAMILY", "CKPT_NAME", "TEACHER_FAMILY", "TEACHER_NAME"):
+        try:
+            possible_path(variables.get(name, ""))
+        except argparse.ArgumentTypeError as error:
+            yield f"{name} {error}"
 
 
 def read_values(options: Mapping[str, Option], variables: Mapping[str, str]) -> Given:
@@ -140,6 +152,8 @@ def read_values(options: Mapping[str, Option], variables: Mapping[str, str]) -> 
                 given[name] = _split(one, variables[variable])
             except ValueError as error:
                 problems.append(f"{variable}: {error}, got {variables[variable]!r}")
+            except argparse.ArgumentTypeError as error:
+                problems.append(f"{variable} {error}")
     if problems:
         raise InputError(problems)
     return given
@@ -149,7 +163,7 @@ def _split(one: Option, text: str) -> list[str]:
     """The words of a variable's value: of a list, those that a shell would see, but the path of something as it is."""
     if one.type is bool and text.lower() not in _BOOLEANS:
         raise ValueError(f"must be {', '.join(_BOOLEANS)}")
-    return shlex.split(text) if one.many and not os.path.exists(text) else [text]
+    return list(map(possible_path, shlex.split(text) if one.many and not os.path.exists(text) else [text]))
 
 
 def compose(options: Mapping[str, Option], given: Given, words: Sequence[str]) -> Iterator[str]:
@@ -173,7 +187,7 @@ def find_models(variables: Mapping[str, str]) -> Given:
     family, name = variables.get("FAMILY"), variables.get("CKPT_NAME")
     found = {"model_type": [family]} if family else {}
     if family and name:
-        found["model_path"] = [f"model_hub/{family}/{name}"]
+        found["model_path"] = [_folder("model_hub", family, name)]
     family, name = variables.get("TEACHER_FAMILY", family), variables.get("TEACHER_NAME")
     peft = variables.get("TEACHER_PEFT", "full")
     if peft not in ("lora", "full"):
@@ -181,23 +195,25 @@ def find_models(variables: Mapping[str, str]) -> Given:
     if family:
         found["teacher_model_type"] = [family]
     if family and name and "TEACHER_CALLABLE" not in variables:
-        tuned = best_checkpoint(Path("outputs", family, name, "sft"))
-        found |= ({"teacher_model_path": [f"model_hub/{family}/{name}"], "teacher_peft_path": [tuned]}
+        tuned = best_checkpoint(Path(_folder("outputs", family, name), "sft"))
+        found |= ({"teacher_model_path": [_folder("model_hub", family, name)], "teacher_peft_path": [tuned]}
                   if peft == "lora" else {"teacher_model_path": [tuned]})
     return found
 
 
+def _folder(root: str, family: str, name: str) -> str:
+    """Of a model: by its name or, where only that is there, by its other one, of the published scripts or of ours."""
+    folders = [Path(root, family, one) for one in (name, other_name(family, name)) if one]
+    return str(next(filter(Path.is_dir, folders), folders[0]))
+
+
 def best_checkpoint(runs: Path) -> str:
     """The best checkpoint of the newest run in a folder of runs, or the folder itself where there is none yet."""
-    checkpoints = {path: match for path in runs.glob("*/epoch*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    checkpoints = {path: kept for path in runs.glob("*/epoch*") if (kept := Kept.named(path.name))}
     if not checkpoints:
         return str(runs)
     newest = max(checkpoints, key=_written).parent
-    # of those that a run keeps: the highest ROUGE-L or, without, the lowest loss
-    kept = [(match, str(path)) for path, match in checkpoints.items() if path.parent == newest]
-    by_rouge = [(float(match["rouge"]), path) for match, path in kept if match["rouge"]]
-    by_loss = [(math.inf if match["loss"] == "nan" else float(match["loss"]), path) for match, path in kept]
-    return max(by_rouge)[1] if by_rouge else min(by_loss)[1]
+    return str(max((path for path in checkpoints if path.parent == newest), key=lambda path: checkpoints[path].order))
 
 
 def _written(checkpoint: Path) -> float:
@@ -241,10 +257,11 @@ def name_run(given: Given, variables: Mapping[str, str], said: Collection[str]) 
 
 def _fitting(name: str) -> str:
     """A name that a file system takes: a long one is cut off and ends in a checksum of all of it."""
-    if len(name.encode()) <= _LONGEST_NAME:
+    encoded = os.fsencode(name)
+    if len(encoded) <= LONGEST_NAME:
         return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    return f"{name.encode()[:_LONGEST_NAME - 14].decode(errors='ignore')}__{digest}"
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[:LONGEST_NAME - 14].decode(errors='ignore')}__{digest}"
 
 
 def _split_off_save_dir(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -17,6 +17,7 @@ A dataclass may hold others: each is a titled group.
 import argparse
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -29,13 +30,15 @@ from todi.registry import Registry, did_you_mean
 
 C = TypeVar("C")
 
+LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, as file systems have it
+
 Names = str | Sequence[str]
 
 
 def option(default: Any, help: str, *, least: float | None = None, above: float | None = None,
            below: float | None = None, at_most: float | None = None, choices: Sequence[str] | Registry | None = None,
            pattern: tuple[str, str] | None = None, flag: Names | None = None, env: Names | None = None,
-           may_change: bool = False) -> Any:
+           may_change: bool = False, fixed: bool = False) -> Any:
     """A dataclass field that is a setting. What is said of its value holds for each element of a tuple.
 
     Args:
@@ -49,9 +52,10 @@ def option(default: Any, help: str, *, least: float | None = None, above: float 
         env: the launchers' variable, where it is not the field's name in capitals; of several the first that is set
             counts, () is none.
         may_change: at resume; it does not alter what a run computes, so it may change when the run is resumed.
+        fixed: at resume; a resume state is laid out by it or counted in it, so that nothing can change it.
     """
     metadata = {"help": help, "limits": Limits(least, above, below, at_most), "choices": choices, "pattern": pattern,
-                "flag": flag, "env": env, "may_change": may_change}
+                "flag": flag, "env": env, "may_change": may_change, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -103,6 +107,7 @@ class Option:
     choices: Sequence[str] | Registry | None
     pattern: tuple[str, str] | None
     may_change: bool
+    fixed: bool
 
     @property
     def flag(self) -> str:
@@ -123,6 +128,8 @@ class Option:
                 yield f"{self.flag} must be {self.allowed}, got {one if self.type in (int, float) else repr(one)}"
             elif isinstance(one, float) and not math.isfinite(one):
                 yield f"{self.flag} must be finite, got {one}"
+            elif isinstance(one, int) and not -2**63 <= one < 2**63:
+                yield f"{self.flag} must be a number of 64 bits, got {one}"
 
     def _allows(self, value: Any) -> bool:
         if self.type in (int, float):
@@ -221,9 +228,18 @@ _CELLS: Mapping[str, Callable[[Option], str]] = {
     "option": lambda one: _code(one.flags),
     "default": lambda one: _code([spell(one.default)]),
     "allowed": lambda one: ", each ".join(filter(None, ["several" * one.many, one.allowed or _TYPES[one.type]])),
-    "at resume": lambda one: "may change" if one.may_change else "",
+    "at resume": lambda one: "may change" if one.may_change else "fixed" if one.fixed else "with force",
     "meaning": lambda one: one.help,
 }
+
+
+def possible_path(value: str) -> str:
+    """`value`. Raises ArgumentTypeError where it is too long for a path: to look for it is an error of the system's."""
+    encoded = os.fsencode(value)
+    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"must have at most {LONGEST_NAME} bytes between slashes and {_LONGEST_PATH} "
+                                         f"in all, got {value[:20]!r}...")
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -256,7 +272,8 @@ def _any_of(words: Sequence[Any] | Registry) -> str:
 
 
 def _add_argument(arguments: argparse._ArgumentGroup, one: Option) -> None:
-    reading: dict[str, Any] = {"type": one.type, "choices": None if isinstance(one.choices, Registry) else one.choices}
+    reading: dict[str, Any] = {"type": possible_path if one.type is str else one.type,
+                               "choices": None if isinstance(one.choices, Registry) else one.choices}
     if one.type is bool:
         reading = {"action": argparse.BooleanOptionalAction}
     elif one.many:

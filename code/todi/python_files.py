@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def load_python_file(path: str) -> ModuleType:
     file = Path(path).resolve()
     if not file.is_file():
         raise InputError(f"no such Python file: {path} (looked for {file})")
-    name = f"todi_file_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    name = f"todi_file_{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_loader(name, SourceFileLoader(name, str(file)))

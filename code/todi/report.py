@@ -12,7 +12,7 @@ from typing import Any
 
 from todi.errors import InputError, collecting, run_main
 from todi.evaluation.comparison import compare, comparison_table
-from todi.evaluation.results import column_titles, markdown_table, read_results, tokenizer_of
+from todi.evaluation.results import annotated_table, column_titles, how_made, read_results, tokenizer_of
 from todi.options import option, parse
 from todi.runtime.logs import set_up_logging
 
@@ -40,7 +40,7 @@ def main() -> None:
     results = read_all(config.dirs, config.names)
     comparison = config.baseline and against(config.baseline, dict(zip(results, config.dirs, strict=True)))
     warn_of_differences(results)
-    print(markdown_table(results))
+    print(annotated_table(results))
     if comparison:
         print(f"\n{comparison}")
     if config.output:
@@ -101,6 +101,8 @@ def warn_of_differences(results: Mapping[str, Mapping[str, Any]]) -> None:
             differing.append(f"tokens of {name} ({', '.join(sorted(tokenizers))})")
     if differing:
         logger.warning("the rows do not compare: they were made with different %s", ", ".join(differing))
+    elif len({how_made(row) for row in results.values()}) > 1 and settings[0].get("precision") != "fp32":
+        logger.warning("the rows were written in other batches, on which some responses depend in half precision")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Nothing below the entry points and the builders ever sees these classes.
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ NO_ADAPTER = "none"
 TODAY = "today"
 AUTO_TOKENIZER = "auto"
 ROUGE_TOKENIZERS = (AUTO_TOKENIZER, "rouge_score", "words", "characters")
+
+_MOST_MICRO_BATCHES = 1_000_000  # of a step, each of which is planned before it begins
 
 # What launchers understand besides the settings.
 LAUNCHER_VARIABLES = {
@@ -92,6 +95,13 @@ def _room_for_a_response(config: "DataConfig | EvalConfig") -> Iterator[str]:
                f"({config.max_length}), or no room is left for a response")
 
 
+def _room_for_a_folder(option: str, path: str) -> Iterator[str]:
+    place = Path(path)
+    there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        yield f"{option} {path}: {there} is no folder"
+
+
 def _eval_batch_size() -> Any:
     return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
                   may_change=True)
@@ -122,6 +132,11 @@ def _teacher_cache_dtype() -> Any:
                   may_change=True)
 
 
+def _process_group_timeout() -> Any:
+    return option(7200, "seconds that processes wait for one another before they give up", least=1, at_most=10_000_000,
+                  may_change=True)
+
+
 def _plugins() -> Any:
     return option((), "Python files that are run first, to register what is one's own")
 
@@ -138,14 +153,15 @@ class StudentConfig:
 
     model_path: str = option("", "the student: a model folder, a GGUF file, or a Hugging Face Hub name")
     model_type: str = option("auto", "model family (todi/models/families.py); auto reads it from the config")
-    peft: str | None = option(None, "how to fine-tune: lora, or every weight when not given", choices=("lora",))
-    peft_lora_r: int = option(256, "LoRA rank", least=1, env="LORA_RANK")
-    peft_lora_alpha: float = option(8, "LoRA alpha", env="LORA_ALPHA")
+    peft: str | None = option(None, "how to fine-tune: lora, or every weight when not given", choices=("lora",),
+                              fixed=True)
+    peft_lora_r: int = option(256, "LoRA rank", least=1, env="LORA_RANK", fixed=True)
+    peft_lora_alpha: float = option(8, "LoRA alpha", above=0, at_most=10_000, env="LORA_ALPHA")
     peft_lora_dropout: float = option(0.1, "LoRA dropout", least=0, below=1, env="LORA_DROPOUT")
     peft_lora_targets: tuple[str, ...] = option((), "names of the layers that LoRA is put on, e.g. q_proj v_proj, or "
                                                     "all-linear; chosen by the family when not given",
-                                                env="LORA_TARGETS")
-    peft_path: str | None = option(None, "go on from this LoRA adapter")
+                                                env="LORA_TARGETS", fixed=True)
+    peft_path: str | None = option(None, "go on from this LoRA adapter", fixed=True)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", may_change=True)
     trust_remote_code: bool = _trust_remote_code()
 
@@ -206,6 +222,8 @@ class TeacherCacheConfig:
         cache = self.teacher_cache
         if cache not in CACHE_MODES and "/" not in cache and not Path(cache).is_dir():
             yield f"--teacher-cache must be {', '.join(CACHE_MODES)} or a folder (as ./{cache}), got {cache!r}"
+        elif cache not in CACHE_MODES:
+            yield from _room_for_a_folder("--teacher-cache", cache)
 
 
 @dataclass(frozen=True)
@@ -214,7 +232,7 @@ class DataConfig:
 
     data_dir: tuple[str, ...] = option(("data/dolly",), "folder with train.jsonl and dev.jsonl, or several to mix")
     data_shares: tuple[float, ...] = option((), "share of each of several data folders in an epoch; by their sizes "
-                                                "when not given", above=0)
+                                                "when not given", above=0, fixed=True)
     train_num: int | None = option(None, "use only the first so many training records of each folder", least=1)
     dev_num: int | None = option(None, "use only the first so many dev records of each folder", least=1)
     max_length: int = _max_length()
@@ -246,10 +264,10 @@ class ObjectiveConfig:
     kd_temperature: float = option(2.0, "temperature of both softmaxes in the divergence", above=0, env="KD_TEMP")
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy", least=0, below=1)
     loss_terms: tuple[str, ...] = option((), "further terms of the loss as name=weight, e.g. hidden_states=0.1",
-                                         pattern=(r"\w+=[\d.e+-]+", "name=weight"))
+                                         pattern=(r"\w+=[\d.e+-]+", "name=weight"), fixed=True)
     hidden_layers: tuple[str, ...] = option((), "for the term hidden_states: pairs student:teacher of layers, e.g. "
                                                 "3:6; spread evenly when not given",
-                                            pattern=(r"\d+:\d+", "student:teacher, two numbers of layers"))
+                                            pattern=(r"\d+:\d+", "student:teacher, two numbers of layers"), fixed=True)
     loss_chunk_size: int | None = option(None, "rows of the vocabulary projection at a time; chosen when not given",
                                          least=1, may_change=True)
     kernels: str = option("auto", "what computes the loss between its matrix products (docs/performance.md)",
@@ -306,11 +324,17 @@ class OptimConfig:
         """Micro-batches of an optimizer step on each device."""
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps
-        return -(-self.global_batch_size // (self.batch_size * devices))
+        return -(-self.global_batch_size // max(1, self.batch_size * devices))  # asked before all settings are checked
 
     def step_samples(self, devices: int) -> int:
         """Samples of an optimizer step over all devices."""
         return self.global_batch_size or self.batch_size * self.gradient_accumulation_steps * devices
+
+    def rules(self) -> Iterator[str]:
+        """What is wrong with the shape of a step."""
+        if self.accumulation(1) > _MOST_MICRO_BATCHES:
+            yield (f"a step of {self.accumulation(1):,} micro-batches (--gradient-accumulation-steps, or "
+                   f"--global-batch-size over --batch-size): at most {_MOST_MICRO_BATCHES:,}")
 
 
 @dataclass(frozen=True)
@@ -327,10 +351,13 @@ class RunConfig:
     zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3)
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
                                           flag="--deepspeed_config", may_change=True)
-    seed: int = option(10, "seed of the data order, the dropout and the dev sampling")
+    seed: int = option(10, "seed of the data order, the dropout and the dev sampling", least=0,
+                       below=2**32, fixed=True)
     log_interval: int = option(10, "optimizer steps between lines of the log", least=1, may_change=True)
     eval_interval: int = option(1, "epochs between evaluations on dev", least=1)
     eval_gen: bool = option(True, "generate on dev and rank checkpoints by ROUGE-L; else by dev loss")
+    eval_gen_repeat_times: int = option(1, "dev responses to a prompt, of whose ROUGE-L the mean counts (published: 3)",
+                                        least=1)
     rouge_tokenizer: str = _rouge_tokenizer()
     eval_batch_size: int = _eval_batch_size()
     resume: str = option("auto", "auto goes on with the run in --save-dir, if it is the same one; force does so though "
@@ -344,12 +371,14 @@ class RunConfig:
                        may_change=True)
     profile: int = option(0, "trace so many steps, after the first two, into trace.json of the run's folder", least=0,
                           may_change=True)
+    process_group_timeout: int = _process_group_timeout()
     report_to: tuple[str, ...] = option((), "also log to these: tensorboard, wandb, trackio", may_change=True)
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
 
     def rules(self) -> Iterator[str]:
-        """What is wrong with the named file."""
+        """What is wrong with the folder and the named file."""
+        yield from _room_for_a_folder("--save-dir", self.save_dir)
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             yield f"--deepspeed_config: no such file: {self.deepspeed_config}"
 
@@ -377,6 +406,11 @@ class TrainConfig:
         """The settings that decide what a run computes, by name."""
         may_change = {one.name for options in declared(type(self)).values() for one in options if one.may_change}
         return {name: value for name, value in self.by_name.items() if name not in may_change}
+
+    @classmethod
+    def fixed(cls) -> set[str]:
+        """Names of the settings that nothing can change at resume."""
+        return {one.name for options in declared(cls).values() for one in options if one.fixed}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -425,6 +459,7 @@ class EvalConfig:
     rouge_tokenizer: str = _rouge_tokenizer()
     precision: str = _precision()
     allocator: str = _allocator()
+    process_group_timeout: int = _process_group_timeout()
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
     plugins: tuple[str, ...] = _plugins()
     check_only: bool = _check_only()
@@ -445,6 +480,8 @@ class EvalConfig:
             yield "--model-path or --peft-path is required"
         elif not (self.save_dir or self.peft_path or Path(self.model_path).is_dir()):
             yield f"--save-dir is required: {self.model_path} is no folder that results could go to"
+        if self.save_dir:
+            yield from _room_for_a_folder("--save-dir", self.save_dir)
         for name in ("sets", "seeds"):
             values = getattr(self, name)
             if not values:
@@ -519,7 +556,11 @@ setting has, but nearly, is refused.
 
 ## Training: `python -m todi.train`, `todi.doctor`
 
-"At resume" marks what may change when a run goes on: it does not alter what is computed.
+"At resume" says what may change when a run goes on: "may change", for it does not alter what is computed; "with force",
+under `RESUME=force` alone, which says what changes and computes with the new value from there on; "fixed", never, for a
+resume state is laid out by it. Of what is not a setting, the data may change with force; the student's files, the
+samples of a step (over all devices) and of an epoch are fixed. [deepspeed.md](deepspeed.md) has the keys of a DeepSpeed
+file.
 
 {markdown_tables(TrainConfig, ("variable", "option", "default", "allowed", "at resume", "meaning"))}
 

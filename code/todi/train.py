@@ -20,19 +20,20 @@ from torch import nn
 
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
 from todi.data.batches import Collate, collate
-from todi.data.plans import PackedShape, StepShape
+from todi.data.plans import Cost, PackedShape, StepShape
 from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.doctor import examine
 from todi.errors import run_main
-from todi.generation.decoding import Decoding
+from todi.generation.decoding import Decoding, check_decoding
 from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import backbone_and_head, check_head
+from todi.models.backbone import backbone_and_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
 from todi.models.loading import load_model
 from todi.models.packing import takes_packed, use_packing
+from todi.models.probe import check_model
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator
 from todi.runtime.cadence import Cadence
@@ -49,12 +50,13 @@ from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
 from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
-from todi.training.checkpoints import Score, save_model
+from todi.training.checkpoints import save_model
 from todi.training.dev import DevSet
 from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
+from todi.training.scores import Score
 from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
 from todi.training.student import Student
@@ -114,7 +116,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             agree(nodes, what_must_agree(config.by_name, run["files"], world))
         return
     with ExitStack() as stack:
-        stack.enter_context(process_group(world, device))
+        stack.enter_context(process_group(world, device, config.run.process_group_timeout))
         check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
         check_same_date(inputs.template_date, world)
         run, caches = world.gather((run, caches))[0]
@@ -133,7 +135,8 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             meter.add_cost(forward_cost(backbone, head))
         engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
         shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
-                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed))
+                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
+                                     meter.cost)
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
         step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
         dev = dataclasses.replace(dev, collate=batch)
@@ -168,12 +171,16 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
 
 
 def choose_layout(config: OptimConfig, shape: StepShape, examples: Sequence[Example], pad_id: int,
-                  can_pack: bool) -> tuple[StepShape, Collate]:
-    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can."""
+                  can_pack: bool, cost: Cost) -> tuple[StepShape, Collate]:
+    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can.
+
+    Args:
+        cost: of training on a token, which the ranks share evenly.
+    """
     packed = can_pack and config.packing != "off"
     if packed:
         tokens = config.tokens(max(len(example.ids) for example in examples) - 1)
-        shape = PackedShape(**vars(shape), max_tokens=tokens)
+        shape = PackedShape(**vars(shape), max_tokens=tokens, cost=cost)
         logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
     else:
         logger.info("micro-batches are padded: %d samples each", shape.batch_size)
@@ -224,7 +231,7 @@ def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.devi
         model = (load_adapter(model, config.peft_path) if config.peft_path else
                  add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
                           config.peft_lora_targets))
-    check_head(model, inputs.path)
+    check_model(model, inputs.path, trained=True)
     use_packing(model, inputs.path)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
@@ -268,6 +275,8 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = Student(build_student(config.student, inputs.student, device), terms, meter)
     meter.add_cost(training_cost(*backbone_and_head(student.model)))
+    if config.run.eval_gen:
+        check_decoding(student.model, inputs.student.path, inputs.student.tokenizer.pad_token_id)
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
                                 weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],
@@ -289,7 +298,7 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
         config.run.eval_batch_size, config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
-        config.run.rouge_tokenizer)
+        config.run.rouge_tokenizer, config.run.eval_gen_repeat_times)
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:

@@ -2,6 +2,9 @@
 #
 # docs/settings.md lists the variables: what is set outside wins over a launcher's `default`, which wins over the
 # declared one. Words after the launcher's name go to the Python command as they are.
+#
+# It is written for bash 3.2, which is what macOS has: no mapfile, no ${name,,}, no [[ -v name ]], and an array that may be
+# empty is expanded as ${array[@]+"${array[@]}"}.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -24,20 +27,21 @@ export PYTHONPATH=$ROOT/code${PYTHONPATH:+:$PYTHONPATH}
 
 # Sets CUDA_VISIBLE_DEVICES, NPROC and, without a GPU, DS_ACCELERATOR.
 choose_devices() {
-  local devices
+  local devices device='([0-9]+|GPU-[^,]+|MIG-[^,]+)'
   default NNODES 1
   [[ $NNODES == 1 ]] || default MASTER_PORT 29500
   if [[ -n ${GPUS[*]:-} ]]; then
     devices=$(tr -s '(), \t' ',' <<<"${GPUS[*]}")  # 0,1 or "0 1" or (0 1)
     devices=${devices#,} devices=${devices%,}
-    [[ ${devices,,} =~ ^(cpu|none)$ ]] && devices=
-  elif [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    if [[ $devices =~ ^([Cc][Pp][Uu]|[Nn][Oo][Nn][Ee]|-1)$ ]]; then devices=
+    elif [[ ! $devices =~ ^$device(,$device)*$ ]]; then die "GPUS must be numbers or names of devices, or cpu; got ${GPUS[*]}"; fi
+  elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     devices=$(tr -d ' ' <<<"$CUDA_VISIBLE_DEVICES")
   elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    devices=$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)
+    devices=$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd, -)
   fi
   # CUDA sees what comes before the first that there cannot be: -1, NoDevFiles, nothing
-  devices=$(grep -oE '^([0-9]+|GPU-[^,]+|MIG-[^,]+)(,([0-9]+|GPU-[^,]+|MIG-[^,]+))*' <<<"${devices:-}" || true)
+  devices=$(grep -oE "^$device(,$device)*" <<<"${devices:-}" || true)
   export CUDA_VISIBLE_DEVICES=$devices
   if [[ -z $devices ]]; then
     export DS_ACCELERATOR=cpu
@@ -49,9 +53,9 @@ choose_devices() {
 # Loads tcmalloc before a process on a CPU, where it is installed: it keeps what a step frees, in less memory than glibc,
 # which does so otherwise (todi/runtime/allocator.py). What a user loads or sets stays.
 choose_allocator() {
-  local library
+  local library chosen=' --allocator (glibc|system) '
   [[ -z $CUDA_VISIBLE_DEVICES && -z ${LD_PRELOAD:-}${GLIBC_TUNABLES:-} ]] || return 0
-  [[ " ${options[*]} " != *" --allocator "@(glibc|system)" "* ]] || return 0
+  [[ ! " ${options[*]} " =~ $chosen ]] || return 0
   library=$(PATH=$PATH:/sbin ldconfig -p 2>/dev/null | grep -oE -m1 '/\S*/libtcmalloc(_minimal)?\.so\.[0-9]+$' || true)
   [[ -z $library ]] || export LD_PRELOAD=$library
 }
@@ -67,7 +71,7 @@ launch() {
     nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
   fi
   if several_processes; then torchrun=(torch.distributed.run "${nodes[@]}" --nproc-per-node "$NPROC" -m); fi
-  set -- "$PYTHON" -m "${torchrun[@]}" "${module[@]}"
+  set -- "$PYTHON" -m ${torchrun[@]+"${torchrun[@]}"} "${module[@]}"
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "$@"
     echo
@@ -79,15 +83,18 @@ launch() {
 
 # read_settings COMMAND WORD...: sets `options`: what the variables say as options of todi.COMMAND, then the words.
 read_settings() {
+  local words
   set +a
   cd "$ROOT"
   choose_devices
-  mapfile -d '' -t options < <("$PYTHON" -m todi.launch "$1" --print0 "${@:2}")
-  wait "$!"  # its exit code
+  words=$("$PYTHON" -m todi.launch "$1" "${@:2}")
+  eval "options=($words)"  # they are quoted for a shell
   # torchrun would give each process a single thread
-  if [[ -z $CUDA_VISIBLE_DEVICES ]]; then default OMP_NUM_THREADS "$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))"; fi
+  if [[ -z $CUDA_VISIBLE_DEVICES ]]; then default OMP_NUM_THREADS "$(($(cores) > NPROC ? $(cores) / NPROC : 1))"; fi
   choose_allocator
 }
+
+cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }  # macOS has no nproc
 
 sft() { train cross_entropy "$@"; }
 distil() { train vanilla_kd "$@"; }
@@ -125,7 +132,7 @@ run_to_its_end() {
 hand_on() {
   local processes=$2
   # pgrep is not everywhere, nor is /proc
-  if several_processes; then processes=$(pgrep -P "$2" 2>/dev/null || cat "/proc/$2/task/$2/children"); fi
+  if several_processes; then processes=$(pgrep -P "$2" 2>/dev/null || cat "/proc/$2/task/$2/children" 2>/dev/null || true); fi
   # shellcheck disable=SC2086
   kill "-$1" $processes 2>/dev/null || true
 }

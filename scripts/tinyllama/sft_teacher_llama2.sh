@@ -7,5 +7,6 @@ default CKPT_NAME llama2-7b
 default PEFT lora
 default LR 1e-3
 default EPOCH 10
+default GRADIENT_CHECKPOINTING 1
 
 sft "$@"

@@ -10,5 +10,6 @@ default TEACHER_PEFT lora
 default PEFT lora
 default LR 1e-3
 default EPOCH 10
+default GRADIENT_CHECKPOINTING 1
 
 distil "$@"

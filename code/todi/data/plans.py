@@ -24,7 +24,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What samples cost, in any unit.
+    """What samples cost: floating-point operations, or any other unit.
 
     Attributes:
         token: for each token.
@@ -32,7 +32,7 @@ class Cost:
         pair: for each pair of a token and one that it attends to.
     """
 
-    token: int = 1
+    token: int = 0
     row: int = 0
     pair: int = 0
 
@@ -96,7 +96,7 @@ class PackedShape(StepShape):
     """
 
     max_tokens: int = 2048
-    cost: Cost = Cost()
+    cost: Cost = Cost(token=1)
 
     def cut(self, examples: Sequence[Example]) -> StepPlan:
         """This rank's part of the step that trains on `examples`; each rank has as many micro-batches."""

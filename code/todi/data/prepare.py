@@ -86,16 +86,22 @@ def prepare(name: str, config: PrepareConfig, count: Count) -> None:
             _check_item(item)
         kept = [item for item in items if count(item["prompt"]) <= config.max_prompt_length
                 and count(_first_response(item)) >= source.cut.shortest_response]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{', '.join(raw.used)} in {raw.folder}: not of the form of {name} ({error!r})") from None
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise InputError(f"{raw}: not of the form of {name} ({error!r})") from None
     except ValueError as error:
-        raise InputError(f"{', '.join(raw.used)} in {raw.folder}: {error}") from None
+        raise InputError(f"{raw}: {error}") from None
     if not kept:
-        raise InputError(f"{', '.join(raw.used)} in {raw.folder}: no item of {name} is left")
+        raise InputError(f"{raw}: no item of {name} is left")
+    splits = _splits(kept, source, config.seed)
+    short = [f"{split} {len(records)} of {source.cut.sizes[split] or 'at least 1'}" for split, records in splits.items()
+             if len(records) < (source.cut.sizes[split] or 1)]
+    if short and len(splits) > 1:  # a set with a single split takes what there is
+        raise InputError(f"{raw}: {len(kept)} items of {name} are too few for its splits, which would have "
+                         f"{', '.join(short)}")
     folder = Path(config.sets_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
-    for split, records in _splits(kept, source, config.seed).items():
+    for split, records in splits.items():
         records = records[:config.limit]
         file = folder / f"{split}.jsonl"
         write_text(file, "".join(json.dumps(record) + "\n" for record in records))

@@ -67,6 +67,10 @@ class RawFiles:
         self.folder = folder
         self.used: dict[str, str] = {}
 
+    def __str__(self) -> str:
+        """Which files, and where."""
+        return f"{', '.join(self.used) or 'the source'} in {self.folder}"
+
     def lines(self, name: str, url: str) -> Iterator[Item]:
         """The objects of a JSON-lines file."""
         path = self.path(name, url)
@@ -100,7 +104,7 @@ def _download(url: str, path: Path) -> None:
                 name = next(name for name in archive.namelist() if Path(name).name == path.name)
                 found = io.BytesIO(archive.read(name))
         unfinished(path).write_bytes(found.getvalue())
-    except (OSError, http.client.HTTPException, zipfile.BadZipFile, StopIteration) as error:
+    except (OSError, http.client.HTTPException, ValueError, zipfile.BadZipFile, StopIteration) as error:
         reason = getattr(error, "reason", error) or type(error).__name__
         raise InputError(f"cannot download {url} ({reason}); put {path.name} at {path}") from None
     publish(path)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from todi.data.records import Record
 from todi.errors import InputError
 from todi.models.families import Family
+from todi.models.tokenizers import start_ids
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +42,16 @@ class Example:
 
 def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, family: Family,
                    max_prompt_length: int) -> list[list[int]]:
-    """Token ids of each prompt, BOS first where the family wants it, cut to its first `max_prompt_length` tokens.
+    """Token ids of each prompt, behind the family's `start_ids`, cut to its first `max_prompt_length` tokens.
 
     Raises:
         InputError: the tokenizer makes no token of a prompt, so that nothing could be continued.
     """
-    bos = [tokenizer.bos_token_id] if family.prepend_bos else []
+    start = start_ids(tokenizer, family)
     encoded = tokenizer([record.prompt for record in records], add_special_tokens=False)["input_ids"]
-    # A chat template may have written the BOS already.
-    prompts = [list(ids) if ids[:1] == bos else bos + list(ids) for ids in encoded]
+    # A chat template writes them itself; one of a family that cannot do without may have left them out.
+    prompts = [list(ids) if ids[:len(start)] == start or (record.messages and family.prepend_bos is None)
+               else start + list(ids) for record, ids in zip(records, encoded, strict=True)]
     empty = [number for number, ids in enumerate(prompts, 1) if not ids]
     if empty:
         raise InputError(f"the tokenizer of {tokenizer.name_or_path} makes no token of the prompts of {len(empty)} "

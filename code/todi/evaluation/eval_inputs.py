@@ -19,7 +19,7 @@ from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.evaluation.set_files import earlier_value
 from todi.generation.decoding import Decoding
 from todi.models.adapters import check_adapter, find_adapter
-from todi.models.checks import check_positions, check_vocabulary
+from todi.models.checks import check_architecture, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import check_weights, load_config, load_tokenizer
 from todi.python_files import load_plugins
@@ -66,6 +66,7 @@ def read_inputs(config: EvalConfig, device: torch.device) -> EvalInputs:
         with collecting(problems):
             model_path = config.model_path or _base_model(config.peft_path)
             model_config = load_config(model_path, config.trust_remote_code)
+            check_architecture(model_config, model_path, trust_remote_code=config.trust_remote_code)
             check_weights(model_path, config.trust_remote_code)
             if config.peft_path:
                 check_adapter(config.peft_path, model_config, model_path, config.trust_remote_code)
@@ -107,7 +108,7 @@ def _base_model(adapter: str) -> str:
     file = find_adapter(adapter) / "adapter_config.json"
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{file} is not a JSON object") from None
     if not (base and isinstance(base, str)):
         raise InputError(f"{file} does not name the base model; give it as --model-path")

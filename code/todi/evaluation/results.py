@@ -1,9 +1,10 @@
 """What an evaluation leaves behind: eval/<set>/seed<N>.jsonl, eval/results.json, and a table of it.
 
-results.json is {"model", "adapter", "settings", "sets": {name: summary}, "average"}; a summary has the set's means
-over all seeds, "rouge_l_std" (over seeds), "rouge_l_interval" (95 %, over examples), "examples", "loss" (mean
-cross-entropy of a token of the first reference), the means of each seed by itself, and "rouge_tokenizer" unless that is
-rouge_score, as published. The average has the three of ROUGE-L.
+results.json is {"model", "adapter", "settings", "layouts", "sets": {name: summary}, "average"}. Layouts are in what
+batches the responses were written, on which some depend in half precision. A summary has the set's means over all
+seeds, "rouge_l_std" (over seeds), "rouge_l_interval" (95 %, over examples), "examples", "loss" (mean cross-entropy of a
+token of the first reference), the means of each seed by itself, and "rouge_tokenizer" unless that is rouge_score, as
+published. The average has the three of ROUGE-L.
 """
 
 import json
@@ -12,7 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,16 @@ class Generation:
     exact_match: bool
     tokens: int
     cut: bool
+
+
+class Layout(NamedTuple):
+    """How prompts were decoded together: so many at a time on each of so many processes."""
+
+    batch_size: int
+    processes: int
+
+    def __str__(self) -> str:
+        return f"batches of {self.batch_size} on {self.processes} process{'es' * (self.processes > 1)}"
 
 
 def is_set_name(name: str) -> bool:
@@ -120,10 +131,10 @@ def average(sets: Mapping[str, Mapping[str, Any]], scores: Sequence[np.ndarray])
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Writes eval/results.json in `folder`, and its table as eval/results.md."""
+    """Writes eval/results.json in `folder`, and its table, with how it was made, as eval/results.md."""
     (folder / RESULTS_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_text(folder / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / RESULTS_FILE.with_suffix(".md"), markdown_table({folder.name: results}) + "\n")
+    write_text(folder / RESULTS_FILE.with_suffix(".md"), annotated_table({folder.name: results}) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS_FILE
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        markdown_table({"": results})
+        annotated_table({"": results})
     except OSError:
         raise InputError(f"no results in {folder}: python -m todi.evaluate would write {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -154,6 +165,20 @@ def markdown_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         summaries = [results["sets"].get(set_name) for set_name in sets]
         cells.append([name, *map(_score, [*summaries, results["average"]])])
     return aligned(cells)
+
+
+def annotated_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """`markdown_table`, and below it the precision and the layouts of each row, or of all where they are the same."""
+    made = {name: how_made(results) for name, results in rows.items()}
+    notes = [made.popitem()[1]] if len(set(made.values())) == 1 else [f"{name}: {how}" for name, how in made.items()]
+    return "\n".join([markdown_table(rows), "", *notes])
+
+
+def how_made(results: Mapping[str, Any]) -> str:
+    """Precision, batch size and number of processes; of results of version 0.1 the precision alone."""
+    precision = results.get("settings", {}).get("precision", "precision not noted")
+    layouts = " and ".join(str(Layout(**layout)) for layout in results.get("layouts", ()))
+    return f"{precision}, {layouts or 'batches of a size that was not noted'}"
 
 
 def column_titles(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -35,17 +35,22 @@ class Forward:
 class Continuation:
     """The live rows of a batch, left-padded. Equal prompts are read once.
 
+    Args:
+        pad_id: None where all prompts are of one length; then there is no mask, which models with a state of their own
+            would take for one of the new tokens alone.
+
     Attributes:
         logits: (B, V) of the next token of each row.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int, max_length: int):
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int | None, max_length: int):
         self._forward = Forward(model)
         self._last_position = max_length - 1
         self._cache = DynamicCache(config=self._forward.base.config)
         distinct = list(dict.fromkeys(prompts))
-        ids, self._mask = (tensor.to(self._forward.device) for tensor in left_padded(distinct, pad_id))
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        ids, mask = (tensor.to(self._forward.device) for tensor in left_padded(distinct, pad_id))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self._mask = None if pad_id is None else mask
         self.logits = self._forward(ids, self._mask, positions, self._cache)
         self._positions = positions[:, -1:]
         if len(distinct) < len(prompts):
@@ -56,7 +61,7 @@ class Continuation:
         """Goes on with the rows at `places`; one may come several times."""
         index = torch.tensor(places, device=self._forward.device)
         self._cache.reorder_cache(index)  # selects by index for every kind of layer, sliding windows included
-        self._mask = self._mask[index]
+        self._mask = None if self._mask is None else self._mask[index]
         self._positions = self._positions[index]
         self.logits = self.logits[index]
 
@@ -64,7 +69,7 @@ class Continuation:
         """Appends a token (B,) to each row and computes the logits of the one after it."""
         # A finished row that is not dropped yet may run over the end of its positions; nobody reads it.
         self._positions = (self._positions + 1).clamp(max=self._last_position)
-        self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
+        self._mask = None if self._mask is None else nn.functional.pad(self._mask, (0, 1), value=1)
         self.logits = self._forward(tokens[:, None], self._mask, self._positions, self._cache)
 
 
@@ -73,7 +78,7 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int | None) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (B, T); every row's last token is in the last column."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])

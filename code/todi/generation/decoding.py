@@ -4,8 +4,12 @@
     responses = generate(model, prompts, keys, decoding=Decoding(), eos_ids={2}, pad_id=2, batch_size=16)
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -15,13 +19,20 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Record
 from todi.data.tokenize import end_id
+from todi.errors import InputError
 from todi.generation.beam import beam_search
 from todi.generation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
 from todi.generation.continuation import Continuation, base_model
 from todi.generation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
+from todi.models.loading import refusing
+from todi.models.packing import short_windows
+from todi.models.probe import evaluating, relative_error
+
+logger = logging.getLogger(__name__)
 
 # Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping computes in vain.
 _WORTH_DROPPING = 0.9
+_WITHOUT_PADDING: WeakSet[PreTrainedModel] = WeakSet()  # models that padding reaches, as `check_decoding` found out
 
 
 @dataclass(frozen=True)
@@ -106,18 +117,54 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
     # By length for little padding; the longest first, so that memory runs out now or never; equal ones together.
     order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt), reverse=True)
     progress = progress or (lambda finished: None)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if decoding.num_beams > 1:
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
             with attention_over_blocks(base_model(model)):
-                for start in range(0, len(order), batch_size):
-                    _decode_batch(model, order[start:start + batch_size], decoding, eos_ids, pad_id, progress)
-    finally:
-        model.train(was_training)
+                pad = None if base_model(model) in _WITHOUT_PADDING else pad_id
+                for batch in _batches(order, batch_size, padded=pad is not None):
+                    _decode_batch(model, batch, decoding, eos_ids, pad, progress)
     return [Response(row.written, cut=not row.ended) for row in rows]
+
+
+def check_decoding(model: nn.Module, name: str, pad_id: int) -> None:
+    """Finds out, once, whether a model continues prompts in a batch as it continues each alone.
+
+    `generate` will put prompts of one length alone into a batch where padding reaches what the model writes.
+
+    Raises:
+        InputError: it does not do so either, or cannot be decoded at all.
+    """
+    prompts = [tuple(range(3, 11)), tuple(range(4, 8)), tuple(range(5, 8))]
+    base = base_model(model)
+    most = 0.1 if base.dtype != torch.float32 else 1e-3  # experts are chosen anew, by rounding too
+    with suppress(Exception):  # what it does with padding is not to be foretold
+        if _error_of_a_batch(model, prompts, pad_id) < most:
+            _WITHOUT_PADDING.discard(base)
+            return
+    with refusing(f"{name} cannot be decoded"):
+        error = _error_of_a_batch(model, [prompt[:3] for prompt in prompts], pad_id=None)
+    if not error < most:
+        raise InputError(f"{name} cannot be decoded in batches: with other prompts beside it, it continues a prompt "
+                         f"otherwise than alone (logits differ by {error:.1%}). Without --eval-gen it can be trained")
+    logger.info("%s does not pass over padding: prompts of one length are decoded together, no others", name)
+    _WITHOUT_PADDING.add(base)
+
+
+@torch.no_grad()
+def _error_of_a_batch(model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int | None) -> float:
+    """Relative error of the logits of some prompts that are continued together, windows being shorter than they."""
+    device, errors = next(model.parameters()).device, []
+    with evaluating(model), short_windows(base_model(model)), attention_over_blocks(base_model(model)):
+        text = _begin(model, prompts, pad_id, max_length=16)
+        for places in ([0, 1, 2], [0, 2]):
+            text.keep(places)
+            text.extend(torch.tensor([9] * len(places), device=device))
+            prompts = [(*prompts[place], 9) for place in places]
+            alone = [model(input_ids=torch.tensor([prompt], device=device)).logits[:, -1] for prompt in prompts]
+            errors.append(relative_error(text.logits.float(), torch.cat(alone).float()))
+    return max(errors)
 
 
 @dataclass
@@ -142,6 +189,13 @@ class _Row:
             self.written.append(token)
 
 
+def _batches(rows: Sequence[_Row], size: int, padded: bool) -> Iterator[Sequence[_Row]]:
+    """Rows that are decoded together: neighbours, of one length where they may not be `padded`."""
+    for _, equal in groupby(rows, key=lambda row: padded or len(row.prompt)):
+        group = list(equal)
+        yield from (group[start:start + size] for start in range(0, len(group), size))
+
+
 def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
             batch_size: int, progress: Callable[[int], object]) -> None:
     """Writes all of `rows` by beam search."""
@@ -154,10 +208,9 @@ def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids:
 
 
 def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],
-                  pad_id: int, progress: Callable[[int], object]) -> None:
+                  pad_id: int | None, progress: Callable[[int], object]) -> None:
     """Writes all of `rows` to their ends."""
-    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
-    text = continuation(model, [row.prompt for row in rows], pad_id, decoding.max_length)
+    text = _begin(model, [row.prompt for row in rows], pad_id, decoding.max_length)
     ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
     steps = max(row.limit for row in rows)
     numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
@@ -179,6 +232,12 @@ def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eo
             text.keep(going)
             ban.keep(going)
         text.extend(tokens)
+
+
+def _begin(model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int | None,
+           max_length: int) -> Continuation | BlockContinuation:
+    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
+    return continuation(model, prompts, pad_id, max_length)
 
 
 def _random_numbers(keys: Sequence[int], steps: int, logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ _LEAVES = 256
 def stream_key(*parts: str | int) -> int:
     """A stable 128-bit name for the random stream of, say, (set, seed, example)."""
     text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest(), "big")
 
 
 def uniforms(key: int, steps: int, vocabulary: int) -> Tensor:

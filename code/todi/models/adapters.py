@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
@@ -23,12 +25,39 @@ logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# What an adapter_config.json may set; whatever else it sets alters what is computed in a way that no test here covers.
-_SETTINGS = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
-             "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
-             "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
-             "target_modules", "task_type", "use_dora", "use_rslora"}
+_Words = list[str] | str | None
+_Rank = Annotated[int, Field(ge=1)]
+_Alpha = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Settings(BaseModel):
+    """What an adapter_config.json may set. Whatever else it sets alters what is computed in a way that no test here
+    covers; what is none of a field's type, peft takes for something else, such as the text "false" for yes."""
+
+    model_config = ConfigDict(strict=True)
+
+    r: _Rank = 8
+    lora_alpha: _Alpha = 8
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: _Words = None
+    exclude_modules: _Words = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: _Words = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    init_lora_weights: Any = True
+
+
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # others, as PiSSA, change the base model's weights too
+_LARGEST = 65_504  # of a weight, which any precision can hold
+_NOTES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+          "runtime_config", "task_type"}  # change nothing here
 
 
 # ---- a new adapter
@@ -142,7 +171,8 @@ def check_adapter(path: str, config: PretrainedConfig, model_path: str, trust_re
     outline = adapter_outline(path, empty_model(config, trust_remote_code))
     _check_head(outline, f"the LoRA adapter at {path}", trained)
     with refusing(f"cannot read the LoRA adapter at {path}"):
-        given = {name: tuple(tensor.shape) for name, tensor in _read_tensors(path, "meta").items()}
+        tensors = _read_tensors(path, "cpu")
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wanted, embeddings = (_shapes(outline, save_embedding_layers=also) for also in (False, True))
     copies = given.keys() & embeddings.keys() - wanted.keys()  # of the base's embeddings; peft adds them at times
     if copies and trained:
@@ -159,11 +189,24 @@ def check_adapter(path: str, config: PretrainedConfig, model_path: str, trust_re
         lacking = f"lacks {len(missing)} of {len(wanted)} tensors, the first: {missing[0]}" if missing else ""
         beyond = f"has {len(unknown)} that have no place in {model_path}, the first: {unknown[0]}" if unknown else ""
         raise InputError(f"the LoRA adapter at {path} {' and '.join(filter(None, (lacking, beyond)))}")
-    lora = outline.active_peft_config
+    _check_numbers(path, tensors)
+    lora, layers = outline.active_peft_config, _adapted_layers(outline)
+    if not trained:
+        with refusing(f"the LoRA adapter at {path} cannot be merged into {model_path}"):
+            outline.merge_and_unload()
     logger.info("LoRA adapter %s: rank %d, alpha %g, on %s%s", path, lora.r, lora.lora_alpha,
-                ", ".join(sorted(_adapted_layers(outline))),
+                ", ".join(sorted(layers)),
                 f" ({_FILES[1]}: tensors are read, nothing else in it is)" if _weights_file(path).name == _FILES[1]
                 else "")
+
+
+def _check_numbers(path: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        if not tensor.is_floating_point():
+            raise InputError(f"the LoRA adapter at {path}: its {name} is of {tensor.dtype}; a weight has a fraction")
+        if not tensor.float().abs().max() <= _LARGEST:
+            raise InputError(f"the LoRA adapter at {path}: its {name} has numbers that are not finite, or beyond "
+                             f"{_LARGEST:g}; it is damaged")
 
 
 def _read_config(path: str) -> LoraConfig:
@@ -171,7 +214,7 @@ def _read_config(path: str) -> LoraConfig:
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
         kind = given.get("peft_type")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{file} is not a JSON object") from None
     if kind != "LORA":
         raise InputError(f"the adapter at {path} is of the kind {kind}, supported: LORA")
@@ -179,15 +222,20 @@ def _read_config(path: str) -> LoraConfig:
         raise InputError(f"the LoRA adapter at {path} is for {given['task_type']}, supported: CAUSAL_LM")
     usual = vars(LoraConfig())
     further = sorted(name for name, value in given.items()
-                     if value and value != usual.get(name) and name not in {*_SETTINGS, "runtime_config"})
+                     if value and value != usual.get(name) and name not in {*_Settings.model_fields, *_NOTES})
     if given.get("init_lora_weights", True) not in _PLAIN_STARTS:
         further.append("init_lora_weights")
     if further:
         raise InputError(f"the LoRA adapter at {path} is of a kind that is not supported: it sets "
                          + ", ".join(f"{name}={json.dumps(given[name])}" for name in further))
+    try:
+        settings = _Settings(**{name: value for name, value in given.items() if name in _Settings.model_fields})
+    except ValidationError as error:
+        wrong = {one["loc"][0]: one["msg"] for one in error.errors()}
+        raise InputError(f"{file}: {name}: {message}, got {json.dumps(given[name])}"
+                         for name, message in wrong.items()) from None
     with refusing(str(file)):
-        return LoraConfig(**{name: value for name, value in given.items()
-                             if name in _SETTINGS - {"base_model_name_or_path"}})
+        return LoraConfig(task_type=given.get("task_type"), **settings.model_dump(exclude_none=True))
 
 
 def _weights_file(path: str) -> Path:

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from todi.criterions import LinearHead
 from todi.errors import InputError
-from todi.models.loading import refusing
-from todi.runtime.device import name_of
+
+# What configurations call what they do to logits.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
@@ -19,42 +22,21 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, LinearHead]:
         the backbone, whose `last_hidden_state` (B, T, H) feeds the head, and the head: its (V, H) weight is
         the model's own parameter, with the logit scale and soft-capping that the config asks for
         (Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
-        `final_logit_softcapping`).
+        `final_logit_softcapping`). `todi.models.probe` finds out whether it asks for something else.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = model.config
     projection = model.get_output_embeddings()
     if projection is None or projection.weight.ndim != 2:
         raise InputError(f"{type(model).__name__} has no linear language-model head")
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    head = LinearHead(projection.weight, getattr(projection, "bias", None),
-                      softcap=getattr(config, "final_logit_softcapping", None), scale=scale)
-    return model.base_model, head
+    scale = _first(config, _MULTIPLIERS) or 1.0 / (_first(config, _DIVISORS) or 1.0)
+    head = LinearHead(projection.weight, getattr(projection, "bias", None), softcap=_first(config, _CAPS), scale=scale)
+    backbone = model.base_model
+    return getattr(model, "model", model) if backbone is model else backbone, head  # Llama 4's goes by another name
 
 
-@torch.no_grad()
-def check_head(model: nn.Module, name: str) -> None:
-    """Compares backbone + head with the model's own logits on a few tokens, once, when a model is loaded.
-
-    Raises:
-        InputError: they differ, so the model does something to its logits that this project does not know; or they
-            are not finite, or the model cannot be run.
-    """
-    backbone, head = backbone_and_head(model)
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(3, 11, device=head.weight.device)[None]
-    with refusing(f"{name} cannot be run"):  # some configurations make a model, but none that computes
-        logits = model(input_ids=ids).logits.float()
-        ours = head(backbone(input_ids=ids).last_hidden_state).float()
-    model.train(was_training)
-    if not logits.isfinite().all():
-        raise InputError(f"{name}: its logits are not finite; its weights are damaged, or too large for "
-                         f"{name_of(head.weight.dtype)}")
-    error = ((ours - logits).norm() / logits.norm()).item()
-    if not error < 0.02:  # bf16 alone gives a few thousandths
-        raise InputError(f"{name}: logits computed from its hidden states differ from its own by {error:.0%}; "
-                         "its head is of a kind that is not supported")
+def _first(config: PretrainedConfig, names: Sequence[str]) -> float | None:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def labelled_rows(backbone: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:

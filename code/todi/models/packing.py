@@ -87,7 +87,7 @@ def _difference(model: PreTrainedModel) -> float:
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     was_training = model.training
     model.eval()
-    with _short_windows(model):
+    with short_windows(model):
         together = model.base_model(input_ids=ids, position_ids=positions, use_cache=False,
                                     attention_mask=sample_bounds(lengths).to(device)).last_hidden_state
         apart = [model.base_model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False
@@ -98,7 +98,7 @@ def _difference(model: PreTrainedModel) -> float:
 
 
 @contextmanager
-def _short_windows(model: PreTrainedModel, window: int = 3) -> Iterator[None]:
+def short_windows(model: PreTrainedModel, window: int = 3) -> Iterator[None]:
     """Windows of `window` tokens in configuration and layers, where there are any."""
     owners = [model.config, *model.modules()]
     given = [(owner, name, value) for owner in owners for name in _WINDOWS

@@ -1,10 +1,13 @@
-"""Whether a teacher and a student read text as the same token ids: distillation compares them entry by entry."""
+"""Whether a teacher and a student read text as the same token ids: distillation compares them entry by entry. And
+what a sequence starts with."""
 
 import json
 from itertools import zip_longest
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.errors import InputError
+from todi.models.families import Family
 from todi.runtime.checksums import value_checksum
 
 
@@ -58,3 +61,23 @@ def pipeline(tokenizer: Tokenizer) -> dict[str, object]:
 def tokenizer_checksum(tokenizer: Tokenizer) -> str:
     """Of all that `tokenizer_difference` compares: tokenizers that encode alike have the same."""
     return value_checksum([sorted(tokenizer.get_vocab().items()), pipeline(tokenizer), tokenizer.eos_token_id])
+
+
+def start_ids(tokenizer: Tokenizer, family: Family) -> list[int]:
+    """The token ids that every sequence starts with: BOS, none, or those that the tokenizer itself puts there.
+
+    Raises:
+        InputError: the tokenizer has no BOS token though the family starts with one, or alters the text behind it.
+    """
+    if family.prepend_bos is None:
+        text = "a text"
+        bare, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        starts = [place for place in range(len(whole)) if whole[place:place + len(bare)] == bare]
+        if not starts:
+            raise InputError(f"the tokenizer of {tokenizer.name_or_path} reads a text otherwise when it adds special "
+                             f"tokens: {whole}, without them {bare}")
+        return whole[:starts[0]]
+    if family.prepend_bos and tokenizer.bos_token_id is None:
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no BOS token, and a {family.architecture} "
+                         "model starts with one")
+    return [tokenizer.bos_token_id] if family.prepend_bos else []

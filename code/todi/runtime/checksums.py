@@ -43,7 +43,7 @@ def _weights_checksum(files: tuple[tuple[Path, int, int], ...]) -> str:
     whole = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         for file, size, _ in files:
-            whole.update(f"{file.name} {size}\n".encode())
+            whole.update(f"{file.name} {size}\n".encode("utf-8", "surrogateescape"))
             for digest in pool.map(_piece_digest, *zip(*_pieces(file), strict=True)):
                 whole.update(digest)
     return whole.hexdigest()
@@ -54,7 +54,7 @@ def model_checksum(model: Path) -> str:
     files = sorted(model.iterdir()) if model.is_dir() else [model]
     described = [f"{file.name} {file_checksum(file)}" for file in files
                  if file.suffix in _MODEL_FILES and file.is_file()]
-    return hashlib.sha256("\n".join(described).encode()).hexdigest()
+    return hashlib.sha256("\n".join(described).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _pieces(file: Path) -> Iterator[tuple[Path, int]]:

@@ -2,13 +2,20 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from todi.runtime.waiting import MeetingPlace
+
+TIMEOUT = 7200  # seconds that ranks wait for one another, where no setting says otherwise
+
+_place: MeetingPlace | None = None  # of the process group, as torch has one for all
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,19 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest of each element of `tensor` over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
+    def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The largest of each number over all ranks. A process by itself need not ask its device, which would wait."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]
+        _meet()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -47,7 +57,14 @@ class World:
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
+            _meet()
             dist.barrier()
+
+
+def _meet() -> None:
+    """Before what a rank may come to much later than the others."""
+    if _place:
+        _place.meet()
 
 
 def world_from_environment() -> World:
@@ -57,22 +74,31 @@ def world_from_environment() -> World:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[None]:
+def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     """Within the block the ranks can talk: by NCCL between GPUs, by gloo between CPU processes.
 
     A group that is there already is used, and left as it is.
+
+    Args:
+        timeout: seconds that ranks wait for one another.
+
+    Raises:
+        RunError: a rank did not come in time, here or in `World.gather` or `World.barrier`.
     """
+    global _place
     if dist.is_initialized():
         yield
         return
-    _start_process_group(world, device)
+    _start_process_group(world, device, timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        _place = None
 
 
-def _start_process_group(world: World, device: torch.device) -> None:
+def _start_process_group(world: World, device: torch.device, timeout: float) -> None:
+    global _place
     import deepspeed  # takes seconds, which an evaluation in one process need not wait for
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -85,8 +111,19 @@ def _start_process_group(world: World, device: torch.device) -> None:
     else:
         # DeepSpeed would compile a shared-memory reduction for a minute at the first start; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.size > 1:
+        _place = MeetingPlace(_store(world, timeout), world.rank, world.size, timeout)
+        _place.meet()
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False,
-                               verbose=False)
+                               verbose=False, timeout=timedelta(seconds=timeout))
+
+
+def _store(world: World, timeout: float) -> dist.Store:
+    """Of all ranks: torchrun keeps one, without it the first rank does."""
+    keeps = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=keeps,
+                          wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=timeout))
+    return dist.PrefixStore("todi", store)
 
 
 def _free_port() -> int:

@@ -43,7 +43,7 @@ def log_file(path: Path) -> Iterator[None]:
         StorageError: it cannot be opened.
     """
     with writing(path):
-        file = _LogFile(path, encoding="utf-8")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(_FORMAT)
     ours = logging.getLogger("todi")
     for backlog in [handler for handler in ours.handlers if isinstance(handler, _Backlog)]:
@@ -97,6 +97,12 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory in use so far: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    return peak_resident_bytes() / 2**30
+
+
+def peak_resident_bytes() -> int:
+    """Most RAM that this process has held."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # macOS counts bytes

@@ -41,6 +41,10 @@ class CallableTeacher:
             raise InputError(f"--teacher-callable: {self.name} returned {_described(logits)}; expected "
                              f"floating-point logits of shape ({rows}, V): one row for each of batch.rows, and V at "
                              f"least {self.vocabulary}, the entries that the student's tokenizer makes use of")
+        unknown = logits[:, :self.vocabulary].isneginf().all(1).sum().item()
+        if unknown:  # of no distribution; the divergence would leave the whole row out
+            raise InputError(f"--teacher-callable: {self.name} returned {unknown} of {rows} rows with -inf for each of "
+                             f"the {self.vocabulary} entries that the student's tokenizer makes use of")
         return LogitRows(logits.to(batch.rows.device))
 
     def expect(self, samples: Sequence[int]) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 from todi.data.batches import collate
 from todi.errors import InputError, StorageError
 from todi.models.adapters import merge_adapter
-from todi.models.backbone import check_head
 from todi.models.loading import load_model
 from todi.models.packing import use_packing
+from todi.models.probe import check_model
 from todi.runtime.device import name_of
 from todi.runtime.distributed import World
 from todi.settings import CACHE_MODES, recorded
@@ -161,7 +161,7 @@ def load_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
     model = load_model(path, spec.precision.dtype, device, spec.trust_remote_code)
     if adapter:
         model = merge_adapter(model, adapter)
-    check_head(model, path)
+    check_model(model, path)
     use_packing(model, path)
     logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", path,
                 f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,

@@ -1,12 +1,9 @@
 """The best N models of a run, each in a folder that transformers loads directly."""
 
 import logging
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -14,74 +11,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.runtime.storage import discard, publish, sweep, unfinished, writing
+from todi.training.scores import Kept, Score
 from todi.training.student import is_partitioned
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Score:
-    """How good a model is on dev: by ROUGE-L where it was generated, else by loss.
-
-    Attributes:
-        loss: nats per response token.
-        rouge_l: 0 to 100, or None.
-        accuracy: share of the response tokens that were its first choice; ranks nothing.
-    """
-
-    loss: float
-    rouge_l: float | None = None
-    accuracy: float | None = None
-
-    @property
-    def rank(self) -> float:
-        """Larger is better; what is not a number is worst."""
-        return _or_worst(-self.loss if self.rouge_l is None else self.rouge_l)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What there is, by the name that a reader knows."""
-        return {"loss": self.loss} | ({} if self.rouge_l is None else {"ROUGE-L": self.rouge_l})
-
-    def folder_name(self, epoch: int, step: int) -> str:
-        """The published form, epochA_stepB_lossX_rougelY."""
-        rouge = "" if self.rouge_l is None else f"_rougel{self.rouge_l:.4f}"
-        return f"epoch{epoch}_step{step}_loss{self.loss:.4f}{rouge}"
-
-
-_FOLDER_NAME = re.compile(r"epoch\d+_step(?P<step>\d+)_loss(?P<loss>[^_]+)(?P<rouge>_rougel[^_]+)?")
-
-
-class Kept(NamedTuple):
-    """A checkpoint that is kept.
-
-    Attributes:
-        rank: of its score.
-        name: of its folder.
-        loss: None where version 0.1 kept it; its name has a rounded one.
-    """
-
-    rank: float
-    name: str
-    loss: float | None = None
-
-    @property
-    def order(self) -> tuple[float, float, int]:
-        """Larger is better: the rank, of equal ones the lower loss, of equal ones the later step."""
-        parts = _FOLDER_NAME.fullmatch(self.name)
-        loss = float(parts["loss"]) if self.loss is None else self.loss
-        return _or_worst(self.rank), _or_worst(-loss), int(parts["step"])
-
-    def advantage_over(self, other: "Kept") -> str:
-        """In what a better one is better."""
-        (rank, loss, _), (other_rank, other_loss, _) = self.order, other.order
-        if rank != other_rank:
-            return "a better ROUGE-L" if _FOLDER_NAME.fullmatch(self.name)["rouge"] else "a better loss"
-        return "the same ROUGE-L and a better loss" if loss != other_loss else "the same scores at a later step"
-
-
-def _or_worst(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
 
 
 @dataclass
@@ -131,7 +64,7 @@ class BestCheckpoints:
         sweep(self.folder)
         names = {entry.name for entry in self.kept}
         for path in self.folder.glob("epoch*"):
-            if _FOLDER_NAME.fullmatch(path.name) and path.name not in names:
+            if path.name not in names and Kept.named(path.name):
                 discard(path)
 
 
@@ -145,7 +78,8 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, card: str, 
         folder.mkdir()
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")  # in place of peft's own
+        # in place of peft's own; a path need not be UTF-8
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def gather_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:

@@ -5,121 +5,31 @@ Nothing in a file is ignored in silence: a key is used, or agrees with what is d
 
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import hjson
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from todi.errors import InputError
 from todi.registry import did_you_mean
 from todi.runtime.device import Precision
+from todi.training.deepspeed_keys import (
+    INITIAL_SCALE_POWER,
+    OFF,
+    OLDER_NAMES,
+    PLAN,
+    REFUSED,
+    SECTIONS,
+    VALUES,
+    Section,
+)
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # what the Trainer of transformers fills in; here it leaves a key as if it were not there
-
-
-_Limit = tuple[str, Callable[[Any], bool]]
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A section that is used.
-
-    Attributes:
-        model: DeepSpeed's declaration: which keys there are, and what they may be.
-        used: keys that are handed on. The others must have their default.
-        idle: keys without effect here, whatever they say.
-        limits: beyond DeepSpeed's declaration, where it fails later or not at all: what a key must be, and a test.
-        sections: within it.
-    """
-
-    model: type[BaseModel]
-    used: frozenset[str]
-    idle: frozenset[str] = frozenset()
-    limits: Mapping[str, _Limit] = field(default_factory=dict)
-    sections: Mapping[str, "_Section"] = field(default_factory=dict)
-
-
-def _names(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-_LOSS_SCALE = _names("loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-                     "min_loss_scale")
-_OFFLOADED_OPTIMIZER = _Section(DeepSpeedZeroOffloadOptimizerConfig, _names("device pin_memory"),
-                                idle=_names("nvme_path buffer_count fast_init pipeline_read pipeline_write"))
-_OFFLOADED_PARAMETERS = _Section(DeepSpeedZeroOffloadParamConfig, _names("device pin_memory"),
-                                 idle=_names("nvme_path buffer_count buffer_size max_in_cpu"))
-_SECTIONS = {
-    "zero_optimization": _Section(
-        DeepSpeedZeroConfig,
-        _names("stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
-               "allgather_partitions allgather_bucket_size overlap_comm offload_param offload_optimizer "
-               "sub_group_size round_robin_gradients memory_efficient_linear stage3_prefetch_bucket_size "
-               "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
-               "stage3_max_reuse_distance stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params "
-               "stage3_allgather_sequential"),
-        idle=_names("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
-                    "log_trace_cache_warnings enable_sanity_checks"),
-        limits={"allgather_bucket_size": ("an even number", lambda value: value % 2 == 0),
-                "reduce_bucket_size": ("at most 1e10, for it is allocated", lambda value: value <= 10**10)},
-        sections={"offload_optimizer": _OFFLOADED_OPTIMIZER, "offload_param": _OFFLOADED_PARAMETERS}),
-    "bf16": _Section(DeepSpeedBF16Config, _names("enabled"), idle=_LOSS_SCALE),
-    "fp16": _Section(DeepSpeedFP16Config, _names("enabled") | _LOSS_SCALE, limits={
-        "initial_scale_power": ("in [0, 32]", lambda value: 0 <= value <= 32),
-        "hysteresis": ("at least 1", lambda value: value >= 1)}),
-}
-_OLDER_NAMES = {"bfloat16": "bf16"}
-
-# Single values that are used: what they must be, and a test.
-_VALUES: dict[str, _Limit] = {
-    "gradient_clipping": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
-    "steps_per_print": ("a whole number of at least 1", lambda value: type(value) is int and value > 0),
-    "wall_clock_breakdown": ("true or false", lambda value: isinstance(value, bool)),
-    "memory_breakdown": ("true or false", lambda value: isinstance(value, bool)),
-    "zero_allow_untested_optimizer": ("true", lambda value: value is True),
-    "zero_force_ds_cpu_optimizer": ("false", lambda value: value is False),
-}
-# How a step is cut, and where that is set; a file may repeat it.
-PLAN = {"train_batch_size": "--batch-size, --gradient-accumulation-steps and the number of devices",
-        "train_micro_batch_size_per_gpu": "--batch-size",
-        "gradient_accumulation_steps": "--gradient-accumulation-steps"}
-_UNUSED = "there is no such thing here; leave it out"
-# What would have another effect than it has elsewhere, or none: what to do instead.
-_REFUSED = {
-    "optimizer": "it is AdamW; set it by --lr, --weight-decay, --adam-beta1, --adam-beta2 and --adam-eps",
-    "scheduler": "use --lr-scheduler, --warmup-iters and --lr-min",
-    **dict.fromkeys(("amp", "torch_autocast", "data_types"), "use --precision"),
-    **dict.fromkeys(("communication_data_type", "seq_parallel_communication_data_type"),
-                    "gradients travel in the type of --precision"),
-    **dict.fromkeys(("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
-                    "gradients are divided by the tokens of the whole step"),
-    "activation_checkpointing": "use --gradient-checkpointing",
-    "checkpoint": "use --save-state-every",
-    "managed_gradient_accumulation": "use --gradient-accumulation-steps",
-    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "use --report-to"),
-    "data_efficiency": "use --data-dir and --data-shares",
-    "aio": "nothing is offloaded to nvme here",
-    **dict.fromkeys(
-        ("sequence_parallel_size", "tensor_parallel", "expert_parallel", "pipeline", "hybrid_engine", "compile",
-         "compression_training", "quantize_training", "weight_quantization", "sparse_gradients", "sparse_attention",
-         "eigenvalue", "elasticity", "autotuning", "nebula", "datastates", "curriculum_learning",
-         "progressive_layer_drop", "graph_harvesting", "flops_profiler", "comms_logger", "timers", "dump_state",
-         "disable_allgather", "disable_python_gc", "dataloader_drop_last", "vocabulary_size", "log_level",
-         "use_data_before_expert_parallelism"), _UNUSED),
-}
-# Values of the above with which they are off.
-_OFF = {"gradient_predivide_factor": 1, "gradient_allreduce_op": "mean", "sequence_parallel_size": 1,
-        "managed_gradient_accumulation": True, "seq_parallel_communication_data_type": "fp32"}
 
 
 def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size: int, accumulation: int,
@@ -140,7 +50,7 @@ def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_grad,
         "bf16": {"enabled": precision.name == "bf16"},
-        "fp16": {"enabled": precision.name == "fp16", "loss_scale": 0, "initial_scale_power": 12},
+        "fp16": {"enabled": precision.name == "fp16", "loss_scale": 0, "initial_scale_power": INITIAL_SCALE_POWER},
         "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -162,20 +72,20 @@ def _overridden(config: Mapping[str, Any], plan: Mapping[str, int], file: str) -
     """`config` with what a file says. Raises InputError with everything that is wrong with the file."""
     changed, problems, idle = dict(config), [], []
     for name, value in _read(file).items():
-        if name in _SECTIONS and value != AUTO:
-            found = _values_of(name, _SECTIONS[name], value, problems, idle)
-            changed[name] = config[name] | _checked(name, _SECTIONS[name], config[name], found, problems)
+        if name in SECTIONS and value != AUTO:
+            found = _values_of(name, SECTIONS[name], value, problems, idle)
+            changed[name] = config[name] | _checked(name, SECTIONS[name], config[name], found, problems)
         elif name in plan and value not in (plan[name], AUTO):
             problems.append(f"{name} is {plan[name]}, by {PLAN[name]}; the file says {_spell(value)}")
-        elif name in _VALUES and value != AUTO:
-            must_be, allowed = _VALUES[name]
+        elif name in VALUES and value != AUTO:
+            must_be, allowed = VALUES[name]
             if not allowed(value):
                 problems.append(f"{name} must be {must_be}, got {_spell(value)}")
             changed[name] = value
-        elif name in _REFUSED and not _is_off(name, value):
-            problems.append(f"{name} has no effect here; {_REFUSED[name]}")
-        elif name not in (*config, *plan, *_REFUSED):
-            problems.append(f"there is no {name}; {did_you_mean(name, [*config, *plan, *_REFUSED])}")
+        elif name in REFUSED and not _is_off(name, value):
+            problems.append(f"{name} has no effect here; {REFUSED[name]}")
+        elif name not in (*config, *plan, *REFUSED):
+            problems.append(f"there is no {name}; {did_you_mean(name, [*config, *plan, *REFUSED])}")
     problems += [] if problems else _between(config, changed)
     if problems:
         raise InputError([f"--deepspeed_config {file}: {problem.rstrip('; ')}" for problem in problems])
@@ -189,7 +99,7 @@ def _overridden(config: Mapping[str, Any], plan: Mapping[str, int], file: str) -
 def _read(file: str) -> dict[str, Any]:
     """What a file holds, as DeepSpeed reads it. Raises InputError where it holds no object, or a key twice."""
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        pairs = [(_OLDER_NAMES.get(name, name), value) for name, value in pairs]
+        pairs = [(OLDER_NAMES.get(name, name), value) for name, value in pairs]
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -205,13 +115,12 @@ def _read(file: str) -> dict[str, Any]:
     return found
 
 
-def _values_of(path: str, section: _Section, given: Any, problems: list[str], idle: list[str]) -> dict[str, Any]:
+def _values_of(path: str, section: Section, given: Any, problems: list[str], idle: list[str]) -> dict[str, Any]:
     """The keys of a section that are used; adds what is wrong to `problems`, and keys without effect to `idle`."""
     if not isinstance(given, dict):
         problems.append(f"{path} must be an object, {{...}}, got {_spell(given)}")
         return {}
-    fields = {one.alias or name: one for name, one in section.model.model_fields.items()}
-    values = {}
+    fields, values = section.fields, {}
     for key, value in given.items():
         if key in fields and (value == AUTO or value is None is fields[key].default):
             continue
@@ -229,10 +138,10 @@ def _values_of(path: str, section: _Section, given: Any, problems: list[str], id
     return values
 
 
-def _checked(path: str, section: _Section, base: Mapping[str, Any], values: Mapping[str, Any],
+def _checked(path: str, section: Section, base: Mapping[str, Any], values: Mapping[str, Any],
              problems: list[str]) -> dict[str, Any]:
     """Values of a section in the types that DeepSpeed gives them; adds what is wrong with them to `problems`."""
-    fields = {one.alias or name: one for name, one in section.model.model_fields.items()}
+    fields = section.fields
     plain = {key: value for key, value in values.items() if key not in section.sections}
     found = [f"{path}.{key} must be {'a number' if isinstance(value, bool) else 'true or false'}, got {_spell(value)}"
              for key, value in plain.items()
@@ -287,7 +196,7 @@ def _is_off(name: str, value: Any) -> bool:
         value = value["enabled"]
     if isinstance(value, dict):
         return all(_is_off(key, one) for key, one in value.items())
-    return value in (None, False, AUTO) or (name in _OFF and value == _OFF[name])
+    return value in (None, False, AUTO) or (name in OFF and value == OFF[name])
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -296,10 +205,6 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _spell(value: Any) -> str:

@@ -21,7 +21,7 @@ from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
 from todi.settings import AUTO_TOKENIZER
-from todi.training.checkpoints import Score
+from todi.training.scores import Score
 from todi.training.step import add, means
 from todi.training.student import is_partitioned
 
@@ -46,6 +46,7 @@ class DevSet:
         collate: makes the batch of some examples.
         seed: of the sampling.
         rouge_tokenizer: one of `ROUGE_TOKENIZERS`; auto chooses by the references of all records.
+        samples: responses to each prompt.
     """
 
     records: Sequence[Record]
@@ -58,6 +59,7 @@ class DevSet:
     world: World
     collate: Collate
     rouge_tokenizer: str = AUTO_TOKENIZER
+    samples: int = 1
 
     def __call__(self, engine: deepspeed.DeepSpeedEngine) -> Score:
         mean = self.loss(engine)
@@ -81,15 +83,17 @@ class DevSet:
         return means(sums, self.world)
 
     def rouge_l(self, model: nn.Module) -> float:
-        """Mean ROUGE-L, 0 to 100, of one response per dev prompt.
+        """Mean ROUGE-L, 0 to 100, of `samples` responses to each dev prompt.
 
         Each rank takes its share of the prompts, unless ZeRO-3 has spread the weights: then every forward needs every
         rank, and all of them write the same responses in step.
         """
         stride, first = (1, 0) if is_partitioned(model) else (self.world.size, self.world.rank)
-        mine = range(first, len(self.prompts), stride)
-        responses = generate(model, [self.prompts[i] for i in mine], [stream_key("dev", self.seed, i) for i in mine],
-                             decoding=self.decoding, eos_ids=stop_ids(model, self.tokenizer, self.records),
+        streams = {stream_key("dev", self.seed, i, *([sample] if sample else [])): i
+                   for i in range(first, len(self.prompts), stride) for sample in range(self.samples)}
+        mine = streams.values()
+        responses = generate(model, [self.prompts[i] for i in mine], list(streams), decoding=self.decoding,
+                             eos_ids=stop_ids(model, self.tokenizer, self.records),
                              pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         scores = rouge_l(to_texts(responses, self.tokenizer), [self.records[i].references for i in mine],
                          self._rouge_tokens)

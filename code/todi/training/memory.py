@@ -1,8 +1,11 @@
 """How much memory a training run will need on a device, from the shapes of its models alone."""
 
 import logging
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +14,11 @@ from torch.func import functional_call
 from transformers import PretrainedConfig
 
 from todi.models.backbone import backbone_and_head
+from todi.runtime.logs import peak_resident_bytes
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it reports is dealt with here
 
+_PROC = Path("/proc")
 _FP32, _ADAM = 4, 8  # bytes of a number, and of Adam's two moments of it
 # Batches of many lengths leave holes in the heap of a CPU process: measured, as a share of activations and loss, by
 # bytes of a number (benchmarks/README.md).
@@ -58,6 +63,7 @@ class Memory:
     Attributes:
         base: libraries; on a CPU, what the process holds already.
         working: activations and the loss in the forward, or the copies that the optimizer's step makes; both on a CPU.
+        offloaded: in the computer's memory, and not on the device.
     """
 
     base: int
@@ -66,6 +72,7 @@ class Memory:
     gradients: int
     optimizer: int
     working: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -132,6 +139,24 @@ def training_state(shape: Shape, stage: int, ranks: int) -> State:
     return State(weights, gradients // (ranks if stage >= 2 else 1), optimizer, step)
 
 
+def offload(state: State, zero: Mapping[str, Any]) -> tuple[State, int]:
+    """What stays on a GPU where a DeepSpeed file offloads to the CPU, and the bytes that go there.
+
+    From ZeRO stage 2 on gradients follow the optimizer as they are made.
+
+    Args:
+        zero: the section zero_optimization.
+    """
+    optimizer, parameters = (zero.get(name, {}).get("device", "none") != "none"
+                             for name in ("offload_optimizer", "offload_param"))
+    moved = (state.optimizer + state.step) * optimizer + state.weights * parameters
+    if optimizer:
+        state = replace(state, gradients=state.gradients if zero["stage"] < 2 else 0, optimizer=0, step=0)
+    if parameters:
+        state = replace(state, weights=0)
+    return state, moved
+
+
 def peak(state: State, *, forward: int, accumulates: bool, teacher: int, base: int) -> Memory:
     """The fuller of two moments on a GPU: the end of the forward, and the optimizer's step.
 
@@ -166,14 +191,18 @@ def available_bytes(device: torch.device, processes: int) -> int:
     """What one of `processes` processes of this machine can still take on its device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _proc("/proc/meminfo", "MemAvailable") // processes
+    free = _proc("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // processes
 
 
 def resident_bytes() -> int:
     """What this process holds in RAM."""
-    return _proc("/proc/self/status", "VmRSS")
+    return _proc("self/status", "VmRSS") or peak_resident_bytes()
 
 
-def _proc(file: str, name: str) -> int:
-    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
+def _proc(file: str, name: str) -> int | None:
+    """Bytes, as Linux says; None where there is no /proc, as on macOS."""
+    if not (_PROC / file).is_file():
+        return None
+    line = next(line for line in (_PROC / file).read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) << 10

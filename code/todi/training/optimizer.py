@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -71,7 +72,24 @@ def wrap(model: nn.Module, optimizer: torch.optim.AdamW, schedule: LambdaLR,
         config = config | {"gradient_clipping": 0.0}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
     _check_gradients_once(engine.optimizer)
+    go_on_at_the_least_loss_scale(engine)
     return engine
+
+
+def go_on_at_the_least_loss_scale(engine: deepspeed.DeepSpeedEngine) -> None:
+    """DeepSpeed would raise when an update is left out in fp16 and the loss scale cannot be lowered.
+
+    Such a step is one as any other whose gradients are not finite. A loaded state brings a loss scale of its own.
+    """
+    scale = getattr(engine.optimizer, "loss_scaler", None)
+    if isinstance(scale, DynamicLossScaler):
+        scale.raise_error_at_min_scale = False
+
+
+def lowers_loss_scale(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether an update that was left out, in fp16, may have been so for its loss scale, which can still be lowered."""
+    scale = getattr(engine.optimizer, "loss_scaler", None)
+    return isinstance(scale, DynamicLossScaler) and scale.cur_scale > scale.min_scale
 
 
 def _check_gradients_once(optimizer: object) -> None:

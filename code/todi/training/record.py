@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 from todi.errors import InputError
 from todi.runtime.versions import git_commit, versions
 from todi.settings import TrainConfig
-from todi.training.deepspeed_config import PLAN, flat
+from todi.training.deepspeed_config import flat
+from todi.training.deepspeed_keys import FIXED, PLAN
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # 1 had the checksums of train.jsonl and dev.jsonl among `deciding`, by these names, and no others
 _STUDENT = "the student"
-# What a resume state is laid out by, or counted in: not even --resume force can change it. Everything else comes from
-# the settings again when a run is resumed (training/state.py).
-_FIXED = re.compile(rf"{_STUDENT}|peft|peft_(path|lora_r|lora_targets)|loss_terms|hidden_layers|seed|data_shares|"
-                    r"samples of a step|samples of an epoch|(bf16|fp16)\..*|zero_optimization\.(stage|sub_group_size|"
-                    r"round_robin_gradients|stage3_(param|model)_persistence_threshold|offload_.*)")
+# What a resume state is laid out by, or counted in, besides settings and keys of a DeepSpeed file that say so: not even
+# --resume force can change it. Everything else comes from the settings again when a run is resumed (training/state.py).
+_FIXED = {_STUDENT, "samples of a step", "samples of an epoch"}
 
 
 def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str], teacher: str | None,
@@ -62,7 +60,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         _ = record["deciding"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{file} is not of a run that can be gone on with; choose another --save-dir, or start "
                          "anew with --resume never") from None
     return record
@@ -79,7 +77,7 @@ def check_same_run(folder: Path, run: Mapping[str, Any], force: bool = False) ->
     """
     before = read_record(folder)
     found = {} if before is None else differences(before, run)
-    fixed = [sentence for name, sentence in found.items() if _FIXED.fullmatch(name)]
+    fixed = [sentence for name, sentence in found.items() if _is_fixed(name)]
     anew = "Choose another --save-dir, or start anew with --resume never (removes that run)"
     if force and fixed:
         raise InputError(f"{folder} holds a run that cannot go on with what differs: {'; '.join(fixed)}. {anew}")
@@ -88,6 +86,10 @@ def check_same_run(folder: Path, run: Mapping[str, Any], force: bool = False) ->
         raise InputError(f"{folder} holds a run that differs: {'; '.join(found.values())}. {anew}{going_on}")
     for sentence in found.values():
         logger.warning("going on though %s", sentence)
+
+
+def _is_fixed(name: str) -> bool:
+    return name in _FIXED | TrainConfig.fixed() or FIXED.fullmatch(name) is not None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from todi.criterions import LinearHead
+from todi.data.plans import Cost
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.runtime.peaks import Peak
@@ -24,31 +24,6 @@ T = TypeVar("T")
 
 PHASES = ("data", "teacher", "student", "loss", "optimizer")
 WAITING = "waiting"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Floating-point operations of a model.
-
-    Attributes:
-        token: for each token.
-        row: for each labelled one.
-        pair: for each pair of a token and one that it attends to.
-    """
-
-    token: int = 0
-    row: int = 0
-    pair: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.token + other.token, self.row + other.row, self.pair + other.pair)
-
-    def of(self, examples: Sequence[Example]) -> int:
-        """Of a batch of samples. The last token of a sample is only ever a label; a token attends to all before it."""
-        lengths = [len(example.ids) - 1 for example in examples]
-        rows = sum(example.response_tokens for example in examples)
-        return (self.token * sum(lengths) + self.row * rows
-                + self.pair * sum(length * (length + 1) // 2 for length in lengths))
 
 
 def forward_cost(backbone: nn.Module | None, head: LinearHead) -> Cost:

@@ -28,7 +28,8 @@ from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
-from todi.training.checkpoints import Kept
+from todi.training.optimizer import go_on_at_the_least_loss_scale
+from todi.training.scores import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ class StateStore:
         except pickle.UnpicklingError:
             raise InputError(f"{path} holds more than tensors and numbers, so it was not written by a run; nothing of "
                              "it was executed") from None
+        go_on_at_the_least_loss_scale(engine)
         for change in settings.put_back():
             logger.info("from here on %s", change)
         if own is not None:

@@ -49,7 +49,8 @@ class Student(nn.Module):
     def share_head(self) -> None:
         """Tells ZeRO-3 that this module's own forward reads the head's parameters, so that it gathers them."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        for parameter in model.get_output_embeddings().parameters(recurse=False):
+        head = model.get_output_embeddings()  # peft may have wrapped it; the loss asks for these by the same names
+        for parameter in (head.weight, getattr(head, "bias", None)):
             if hasattr(parameter, "ds_id"):
                 deepspeed.zero.register_external_parameter(self, parameter)
 

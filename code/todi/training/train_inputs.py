@@ -18,10 +18,10 @@ from todi.data.sample_sources import epoch_counts
 from todi.data.template_date import TemplateDate
 from todi.errors import InputError, collecting
 from todi.models.adapters import check_adapter, check_lora
-from todi.models.checks import check_positions, check_vocabulary
+from todi.models.checks import check_architecture, check_checkpointing, check_positions, check_vocabulary
 from todi.models.families import Family, family_of
 from todi.models.loading import check_weights, checksum_or_commit, load_config, load_tokenizer
-from todi.models.tokenizers import tokenizer_difference
+from todi.models.tokenizers import start_ids, tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
@@ -106,6 +106,8 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
         with collecting(problems):
             student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
                                  precision, config.data.max_length, config.student.trust_remote_code, trained=True)
+            if config.student.gradient_checkpointing:
+                check_checkpointing(student.config, student.path, config.student.trust_remote_code)
             if config.student.peft and not config.student.peft_path:
                 check_lora(student.config, student.family, config.student.peft_lora_targets, student.path,
                            config.student.trust_remote_code)
@@ -171,12 +173,18 @@ def read_model(path: str, model_type: str, adapter: str | None, precision: Preci
         with collecting(problems):
             check_adapter(adapter, model_config, path, trust_remote_code, trained)
     with collecting(problems):
+        check_architecture(model_config, path, trained, trust_remote_code)
         check_weights(path, trust_remote_code)
     with collecting(problems):
         check_positions(model_config, max_length, path)
     with collecting(problems):
         tokenizer = load_tokenizer(path, trust_remote_code)
         check_vocabulary(model_config, tokenizer, path)
+    if trained and family and tokenizer:
+        with collecting(problems):
+            start = tokenizer.convert_ids_to_tokens(start_ids(tokenizer, family))
+            if start and family.prepend_bos is None:
+                logger.info("every sequence starts with %s, which the tokenizer of %s adds", " ".join(start), path)
     if problems:
         raise InputError(problems)
     return ModelInputs(path, model_config, family, tokenizer, precision, adapter)

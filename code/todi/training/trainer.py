@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from todi.data.plans import StepPlan
 from todi.data.sample_sources import SampleSource
 from todi.errors import RunError
@@ -19,10 +17,11 @@ from todi.runtime.distributed import World
 from todi.runtime.logs import peak_memory_gib
 from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
-from todi.training.checkpoints import Score
 from todi.training.dev import Judge
 from todi.training.monitors import Monitors
+from todi.training.optimizer import lowers_loss_scale
 from todi.training.run_folder import RunFolder
+from todi.training.scores import Score
 from todi.training.speed import Meter, in_words
 from todi.training.state import Position
 from todi.training.step import Sums, TrainStep, add, means
@@ -142,7 +141,7 @@ class Trainer:
         micro_batches = [[example.sample_id for example in part] for part in plan.micro_batches]
         bad = [ids for ids, is_finite in zip(micro_batches, finite, strict=True) if not is_finite]
         everywhere = [ids for part in self.world.gather(bad) for ids in part]
-        if self.step.engine.fp16_enabled() and self.step.engine.dynamic_loss_scale() and not everywhere:
+        if lowers_loss_scale(self.step.engine) and not everywhere:
             return  # the loss scale was too high and is lowered: part of training in fp16
         self.at.skipped += 1
         self.bad_steps += 1
@@ -160,8 +159,7 @@ class Trainer:
     def _heed_signals_and_clock(self) -> None:
         """Saves the state when it is due or when a signal asks to stop: all ranks at the same step."""
         due = self.pace.cadence.is_due(self.at.step)
-        wishes = torch.tensor([self.signals.received, due], device=self.step.engine.device)
-        signal, due = self.world.max(wishes).tolist()
+        signal, due = self.world.largest([self.signals.received, due], self.step.engine.device)
         if signal or due:
             self._save_state()
         if signal:
@@ -169,7 +167,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Heeds a signal that came during an evaluation; the state has just been saved."""
-        signal = self.world.max(torch.tensor([self.signals.received], device=self.step.engine.device)).item()
+        signal, = self.world.largest([self.signals.received], self.step.engine.device)
         if signal:
             raise Interrupted(signal)
 
@@ -186,7 +184,7 @@ class Trainer:
     def _log_train(self, epoch: int, mean: Mapping[str, float], lr: float, diagnostics: Mapping[str, float]) -> None:
         engine, losses = self.step.engine, {name: value for name, value in mean.items() if name != "correct"}
         norm = engine.get_global_grad_norm()
-        peak = self.world.max(torch.tensor(peak_memory_gib(engine.device), device=engine.device)).item()
+        peak, = self.world.largest([peak_memory_gib(engine.device)], engine.device)
         speed = self.meter.report(self.progress.lap())
         values = {**losses, "accuracy": mean["correct"], "lr": lr,
                   "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,

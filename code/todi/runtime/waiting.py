@@ -1,0 +1,82 @@
+"""Ranks wait for one another, and say for whom.
+
+A collective operation gives up after a fixed time and does not say who was missing. What a single rank does for all of
+them (checksums, a checkpoint, scores) may take longer than that, so the ranks meet in a store before they begin one.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import DistNetworkError, DistStoreError, Store
+
+from todi.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+_REPORT = 30.0  # seconds between two lines about who is missing
+
+
+@dataclass
+class MeetingPlace:
+    """Where the ranks meet again and again. Every rank has one, of a store that all of them see.
+
+    Attributes:
+        limit: seconds that a rank waits for the others.
+        meetings: that this rank has come to.
+    """
+
+    store: Store
+    rank: int
+    size: int
+    limit: float
+    meetings: int = 0
+
+    def meet(self) -> None:
+        """Returns when every rank has called it as often as this one. Raises RunError when one does not in time."""
+        try:
+            self._meet()
+        except DistNetworkError:
+            raise RunError(f"rank {self.rank} cannot reach the process that keeps the ranks together: rank 0, or the "
+                           "first node's torchrun, has ended") from None
+
+    def _meet(self) -> None:
+        self.meetings += 1
+        self.store.set(_at(self.rank), str(self.meetings))
+        if self.store.add("arrivals", 1) == self.meetings * self.size:
+            self.store.set(_complete(self.meetings), "")
+            self.store.delete_key(_complete(self.meetings - 1))  # all have left it
+            return
+        started = time.monotonic()
+        while not self._is_complete(min(_REPORT, self.limit)):
+            self._report(time.monotonic() - started)
+
+    def _is_complete(self, seconds: float) -> bool:
+        """Whether this meeting is, within so many seconds."""
+        try:
+            self.store.wait([_complete(self.meetings)], timedelta(seconds=seconds))
+        except DistStoreError:
+            return False
+        return True
+
+    def _report(self, seconds: float) -> None:
+        """Says who is missing: the first of those that wait does. Raises RunError when the time is over."""
+        missing = [rank for rank in range(self.size) if self._meetings_of(rank) < self.meetings]
+        names = ", ".join(map(str, missing))
+        if seconds >= self.limit:
+            raise RunError(f"rank {names} did not come to where rank {self.rank} waits within {self.limit:g} s "
+                           "(PROCESS_GROUP_TIMEOUT)")
+        if self.rank not in missing and all(rank in missing for rank in range(self.rank)):
+            logger.warning("rank %d waits for rank %s, %.0f s so far", self.rank, names, seconds)
+
+    def _meetings_of(self, rank: int) -> int:
+        return int(self.store.get(_at(rank))) if self.store.check([_at(rank)]) else 0
+
+
+def _at(rank: int) -> str:
+    return f"meetings of rank {rank}"
+
+
+def _complete(meeting: int) -> str:
+    return f"meeting {meeting}"
