@@ -29,9 +29,10 @@ from todi.data.records import load_records
 from todi.data.template_date import TemplateDate
 from todi.data.tokenize import Example, encode_examples, examples_checksum
 from todi.errors import InputError
-from todi.models.backbone import backbone_and_head, check_head, labelled_rows
+from todi.models.backbone import backbone_and_head, labelled_rows
 from todi.models.families import family_of
 from todi.models.loading import load_model, load_tokenizer
+from todi.models.probe import check_model
 from todi.models.tokenizers import tokenizer_difference
 from todi.settings import CROSS_ENTROPY
 from todi.teacher.cache_files import CacheStore
@@ -262,7 +263,7 @@ def _base(model: nn.Module) -> nn.Module:
 def _check(model: nn.Module) -> None:
     """Whether hidden states and head give the logits of a model. Raises InputError."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 has taken them apart
-        check_head(model, getattr(model, "name_or_path", "") or type(model).__name__)
+        check_model(model, getattr(model, "name_or_path", "") or type(model).__name__)
 
 
 def _next_tokens(inputs: Mapping[str, Any]) -> Tensor:
