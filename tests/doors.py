@@ -49,10 +49,11 @@ def lora(run: dict) -> dict[str, str]:
     return {"peft": "lora", "peft_path": run["peft_path"]} if run["peft_path"] else {}
 
 
-def trainer(plan: dict, run: dict) -> list[dict[str, float]]:
+def trainer(plan: dict, run: dict, **more: object) -> list[dict[str, float]]:
     """By `ToDiTrainer`, over the samples in the order in which the others take them."""
     settings = plan["settings"]
-    model = AutoModelForCausalLM.from_pretrained(plan["student"])
+    # before TrainingArguments: with ZeRO-3 in them, transformers takes models apart as it loads them
+    model, taught_by = (AutoModelForCausalLM.from_pretrained(plan[role]) for role in ("student", "teacher"))
     if run["peft_path"]:
         model = PeftModel.from_pretrained(model, run["peft_path"], is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(plan["student"])
@@ -69,21 +70,28 @@ def trainer(plan: dict, run: dict) -> list[dict[str, float]]:
         f"{run['folder']}-trainer", per_device_train_batch_size=2, gradient_accumulation_steps=size // 2 // ranks,
         num_train_epochs=1, learning_rate=settings["lr"], weight_decay=0.01, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": 1e-7}, optim="adamw_torch", train_sampling_strategy="sequential",
-        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
-    teacher = {} if run["objective"] != "ToDi" else {"teacher": AutoModelForCausalLM.from_pretrained(plan["teacher"])}
+        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **more)
+    teacher = {"teacher": taught_by} if run["objective"] == "ToDi" else {}
     made = todi.ToDiTrainer(model, arguments, objective=run["objective"], train_dataset=[rows[i] for i in order],
                             data_collator=DataCollatorForSeq2Seq(tokenizer), **teacher)
     made.train()
     return losses([line for line in made.state.log_history if "loss" in line])
 
 
+def zero(plan: dict, run: dict) -> list[dict[str, float]]:
+    """By `ToDiTrainer` with DeepSpeed's ZeRO-3 under it."""
+    return trainer(plan, run, deepspeed={
+        "zero_optimization": {"stage": 3}, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False, "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto"})
+
+
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    found = {}
-    for run in plan["runs"]:  # a group that a Trainer has made stays, and is used by those after it
-        for door in (script, notebook, trainer):
-            found[f"{run['name']} {door.__name__}"] = door(plan, run)
+    # a group that a Trainer has made stays, and is used by those after it; what it says of DeepSpeed stays too
+    found = {f"{run['name']} {door.__name__}": door(plan, run)
+             for doors in ((script, notebook, trainer), (zero,)) for run in plan["runs"] for door in doors}
     if int(os.environ.get("RANK", 0)) == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))
 

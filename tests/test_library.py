@@ -89,7 +89,7 @@ def test_two_ranks_under_torchrun(workshop, tmp_path, own_group):
     assert found.get("all reduced") == (2.0 if own_group else None)
 
 
-DOORS = ("script", "notebook", "trainer")
+DOORS = ("script", "notebook", "trainer", "zero")
 RUNS = {"SFT": ("cross_entropy", None), "SFT, LoRA": ("cross_entropy", "lora"), "ToDi": ("ToDi", None),
         "ToDi, LoRA": ("ToDi", "lora")}
 
@@ -97,7 +97,7 @@ RUNS = {"SFT": ("cross_entropy", None), "SFT, LoRA": ("cross_entropy", "lora"), 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_door_gives_the_same_losses(workshop, tmp_path, ranks):
-    """A notebook, a script, ToDiTrainer and the launcher: fp32, to 1e-6."""
+    """A notebook, a script, ToDiTrainer, by itself and with ZeRO-3, and the launcher: fp32, to 1e-6."""
     from evaluating import add_adapter  # imports DeepSpeed
 
     student, teacher = workshop.model("gpt2-student", seed=2), workshop.model("gpt2-teacher", hidden=48, seed=1)

@@ -130,6 +130,7 @@ class ToDiTrainer(Trainer):
 
     def _sums(self, model: nn.Module, inputs: Mapping[str, Any],
               teacher: "_Model | _Cache | None") -> dict[str, Tensor]:
+        _share_head(_base(self.model))
         labels = _next_tokens(inputs).flatten()
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
         inputs_of_models = _for_models(inputs)
@@ -264,6 +265,15 @@ def _check(model: nn.Module, trained: bool = False) -> None:
     """Whether hidden states and head give the logits of a model, and so on. Raises InputError."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 has taken them apart
         check_model(model, getattr(model, "name_or_path", "") or type(model).__name__, trained)
+
+
+def _share_head(model: nn.Module) -> None:
+    """Tells ZeRO-3 that the model's own forward reads the head's parameters, so that it gathers them."""
+    for parameter in model.get_output_embeddings().parameters(recurse=False):
+        if hasattr(parameter, "ds_id") and parameter.ds_id not in getattr(model, "_external_params", {}):
+            import deepspeed  # only who uses it has it loaded
+
+            deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def _next_tokens(inputs: Mapping[str, Any]) -> Tensor:
