@@ -69,8 +69,9 @@ def trainer(plan: dict, run: dict, **more: object) -> list[dict[str, float]]:
     arguments = TrainingArguments(
         f"{run['folder']}-trainer", per_device_train_batch_size=2, gradient_accumulation_steps=size // 2 // ranks,
         num_train_epochs=1, learning_rate=settings["lr"], weight_decay=0.01, lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 1e-7 / settings["lr"]}, optim="adamw_torch", train_sampling_strategy="sequential",
-        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **more)
+        lr_scheduler_kwargs={"min_lr_rate": 1e-7 / settings["lr"]}, optim="adamw_torch",
+        train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", use_cpu=True,
+        disable_tqdm=True, **more)
     teacher = {"teacher": taught_by} if run["objective"] == "ToDi" else {}
     made = todi.ToDiTrainer(model, arguments, objective=run["objective"], train_dataset=[rows[i] for i in order],
                             data_collator=DataCollatorForSeq2Seq(tokenizer), **teacher)
@@ -89,9 +90,12 @@ def zero(plan: dict, run: dict) -> list[dict[str, float]]:
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    # a group that a Trainer has made stays, and is used by those after it; what it says of DeepSpeed stays too
+    # a group that a Trainer has made stays, and is used by those after it
     found = {f"{run['name']} {door.__name__}": door(plan, run)
-             for doors in ((script, notebook, trainer), (zero,)) for run in plan["runs"] for door in doors}
+             for run in plan["runs"] for door in (script, notebook, trainer)}
+    if "RANK" in os.environ:  # DeepSpeed asks for torchrun; and once, for what a Trainer says of ZeRO-3 stays too
+        run = next(run for run in plan["runs"] if run["name"] == "ToDi")
+        found["ToDi zero"] = zero(plan, run)
     if int(os.environ.get("RANK", 0)) == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))
 
