@@ -9,5 +9,5 @@ if [[ ${1:-} == --all ]]; then which=(); shift; fi
 set_up pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 psutil==7.2.2 py-cpuinfo==9.0.0 pyyaml==6.0.4 tokenizers==0.23.3 triton==3.7.1
 cd "$ROOT"
 export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
-"$PYTHON" -m ruff check code tests benchmarks data
+"$PYTHON" -m ruff check code tests benchmarks data examples
 exec "$PYTHON" -m pytest ${which[@]+"${which[@]}"} "$@"

@@ -30,7 +30,7 @@ def spec(workshop):
 
 @pytest.fixture(scope="session")
 def only_process_group():
-    """A group of one process, for all tests: DeepSpeed does not get over a second one."""
+    """A group of one process, for all tests."""
     import torch
     from todi.runtime.distributed import process_group, world_from_environment
 

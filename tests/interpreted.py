@@ -26,7 +26,7 @@ class Case:
     name: str | None = "ToDi"
     params: dict[str, float] = field(default_factory=dict)
     rows: int = 3
-    vocabulary: int = 9001
+    vocabulary: int = 2501
     dtype: str = "fp32"
     spread: float = 4
     temperature: float = 2.0
@@ -50,7 +50,7 @@ CASES = {
     "skewed_reverse_kl-0.7": Case("skewed_reverse_kl", {"skew_lambda": 0.7}),
     "adaptive_kl-0.2": Case("adaptive_kl", {"alpha": 0.2}),
     "cross-entropy": Case(None, kd_rate=0), "cross-entropy-smoothed": Case(None, kd_rate=0, label_smoothing=0.1),
-    "odd": Case(vocabulary=37), "one-row": Case(rows=1), "one-block": Case(vocabulary=4096),
+    "odd": Case(vocabulary=37), "one-row": Case(rows=1), "one-block": Case(vocabulary=1024),
     "no-label": Case(unlabelled=3), "some-labels": Case(unlabelled=2), "temperature-1": Case(temperature=1.0, spread=2),
     "temperature-0.7": Case(temperature=0.7, spread=2), "divergence-alone": Case(kd_rate=1.0),
     "head": Case(softcap=30.0, scale=0.3, label_smoothing=0.1), "masked": Case(masked=100, label_smoothing=0.1),

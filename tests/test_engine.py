@@ -81,8 +81,8 @@ def test_dev_scores_are_means_over_several_samples_of_a_prompt(tmp_path, monkeyp
         written.append(list(zip(keys, prompts, responses, strict=True)))
         return responses
     monkeypatch.setattr("todi.training.dev.generate", noted)
-    score = [DevSet(records, (), prompts, tokenizer, Decoding(16), 2, seed=1, world=World(0, 1, 0, 1), samples=samples
-                    ).rouge_l(model) for samples in (1, 3)]
+    score = [DevSet(records, (), prompts, tokenizer, Decoding(16), 2, seed=1, world=World(0, 1, 0, 1), collate=None,
+                    samples=samples).rouge_l(model) for samples in (1, 3)]
     once, thrice = written
     assert thrice[::3] == once  # the first is what it is alone
     assert [prompt for _, prompt, _ in thrice] == [prompt for prompt in prompts for _ in range(3)]

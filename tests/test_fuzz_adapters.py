@@ -138,7 +138,7 @@ class Adapters:
 
     def train(self, model: torch.nn.Module, base: str) -> None:
         """A step; what is saved afterwards is an adapter that can be gone on with."""
-        check_model(model, "the adapter")
+        check_model(model, "the adapter", trained=True)
         student = Student(model)
         optimizer = build_optimizer(student, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, clip_grad=1.0,
                                     stage=0)

@@ -86,7 +86,8 @@ def test_what_is_imported_is_declared():
     declared = {extra: names([*PROJECT["dependencies"], *EXTRAS[extra]]) for extra in EXTRAS}
     undeclared = packages(modules(), ["todi"]) - declared["monitors"] - declared["gpu"]
     assert not undeclared, f"the package imports {', '.join(undeclared)}, which pyproject.toml does not name"
-    others = [file for folder in ("tests", "benchmarks", "data/demo") for file in (ROOT / folder).glob("*.py")]
+    folders = ("tests", "benchmarks", "data/demo", "examples")
+    others = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     undeclared = packages(others, ["todi", *(file.stem for file in others)]) - declared["test"]
     assert not undeclared, f"tests or tools import {', '.join(undeclared)}, which pyproject.toml does not name"
 

@@ -203,7 +203,7 @@ def overflow(engine) -> None:
 @pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]},
                                   {}], ids=str)
 def test_a_head_that_peft_has_wrapped(lora, tied, tmp_path):
-    """Its weight is in a module within it, which ZeRO-3 gathers for the loss only when it is told of it."""
+    """Its weight is in a module within it, whose forward nobody calls, so that ZeRO-3 has to be told of it."""
     base = tiny_model(tmp_path / "base", "llama", tie_word_embeddings=tied)
     save_adapter(base, tmp_path / "adapter", **lora)
     batch = collate([Example((1, 2, 3, 4, 5), 2, 0), Example((7, 8, 9), 1, 1)], 0)

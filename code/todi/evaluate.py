@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from todi.data.records import Record
@@ -57,31 +59,40 @@ def main() -> None:
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
     logger.info("memory: %s", settle_allocator(config.allocator, device))
+    results = evaluate(config, world, device)
+    if results and world.is_main:
+        print(annotated_table({config.folder.name: results}))
+
+
+def evaluate(config: EvalConfig, world: World, device: torch.device) -> dict[str, Any] | None:
+    """Checks everything, then does what is left of every set.
+
+    Returns:
+        what results.json holds, on every rank; None where only the input was to be checked.
+
+    Raises:
+        RunError: see its kinds.
+    """
     inputs = read_inputs(config, device)
     description = what_must_agree(vars(config), {name: questions_checksum(records)
                                                  for name, records in inputs.sets.items()}, world)
     if config.check_only:
         if nodes := nodes_from_environment():
             agree(nodes, description)
-        return
+        return None
     with process_group(world, device, config.process_group_timeout) if world.size > 1 else nullcontext():
         check_ranks(world, description)
-        evaluate(config, inputs, world, device)
-
-
-def evaluate(config: EvalConfig, inputs: EvalInputs, world: World, device: torch.device) -> None:
-    """Does what is left of every set; the first rank keeps the files and prints the table."""
-    check_same_date(inputs.template_date, world)
-    layout = Layout(config.batch_size, world.size)
-    stores = open_stores(config, inputs, device, layout) if world.is_main else {}
-    done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
-    left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
-    if any(left.values()):
-        write_sets(config, inputs, {name: seeds for name, seeds in left.items() if seeds}, done, stores, world, device)
-    else:
-        logger.info("every set and seed is there already, made with the same settings")
-    if world.is_main:
-        report(config, inputs, stores)
+        check_same_date(inputs.template_date, world)
+        layout = Layout(config.batch_size, world.size)
+        stores = open_stores(config, inputs, device, layout) if world.is_main else {}
+        done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
+        left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
+        if any(left.values()):
+            write_sets(config, inputs, {name: seeds for name, seeds in left.items() if seeds}, done, stores, world,
+                       device)
+        else:
+            logger.info("every set and seed is there already, made with the same settings")
+        return world.gather(report(config, inputs, stores) if world.is_main else None)[0]
 
 
 def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device, layout: Layout) -> dict[str, SetStore]:
@@ -153,8 +164,8 @@ def build_model(inputs: EvalInputs, config: EvalConfig, world: World, device: to
     return model
 
 
-def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore]) -> None:
-    """Writes results.json from the files of all sets, and prints its table."""
+def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore]) -> dict[str, Any]:
+    """Writes results.json from the files of all sets; what it holds."""
     sets, scores = {}, []
     for name, store in stores.items():
         by_seed = store.generations(config.streams)
@@ -170,7 +181,19 @@ def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore
     }
     write_results(config.folder, results)
     logger.info("results are in %s", config.folder / "eval")
-    print(annotated_table({config.folder.name: results}))
+    return results
+
+
+class _Callable(ModuleType):
+    """todi.evaluate is this module, and is called as the library's function."""
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        from todi.api import evaluate
+
+        return evaluate(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":

@@ -209,11 +209,14 @@ def _folder(root: str, family: str, name: str) -> str:
 
 def best_checkpoint(runs: Path) -> str:
     """The best checkpoint of the newest run in a folder of runs, or the folder itself where there is none yet."""
-    checkpoints = {path: kept for path in runs.glob("*/epoch*") if (kept := Kept.named(path.name))}
-    if not checkpoints:
-        return str(runs)
-    newest = max(checkpoints, key=_written).parent
-    return str(max((path for path in checkpoints if path.parent == newest), key=lambda path: checkpoints[path].order))
+    checkpoints = [path for path in runs.glob("*/epoch*") if Kept.named(path.name)]
+    return str(best_of_run(max(checkpoints, key=_written).parent)) if checkpoints else str(runs)
+
+
+def best_of_run(run: Path) -> Path | None:
+    """The best of the checkpoints that a run keeps; None where there is none yet."""
+    checkpoints = {path: kept for path in run.glob("epoch*") if (kept := Kept.named(path.name))}
+    return max(checkpoints, key=lambda path: checkpoints[path].order, default=None)
 
 
 def _written(checkpoint: Path) -> float:

@@ -17,6 +17,7 @@ A dataclass may hold others: each is a titled group.
 import argparse
 import dataclasses
 import math
+import numbers
 import os
 import re
 import types
@@ -25,7 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from todi.errors import InputError
+from todi.errors import InputError, collecting
 from todi.registry import Registry, did_you_mean
 
 C = TypeVar("C")
@@ -131,6 +132,27 @@ class Option:
             elif isinstance(one, int) and not -2**63 <= one < 2**63:
                 yield f"{self.flag} must be a number of 64 bits, got {one}"
 
+    def read(self, value: Any) -> Any:
+        """A value that was given in Python, as the setting has it. Raises InputError where it is of another type."""
+        if value is None and self.default is None:
+            return None
+        if not self.many:
+            return self._read_one(value)
+        if isinstance(value, Mapping):
+            value = [f"{name}={number}" for name, number in value.items()]
+        elif isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable):
+            value = [value]
+        return tuple(map(self._read_one, value))
+
+    def _read_one(self, value: Any) -> Any:
+        if self.type is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        kind = {int: numbers.Integral, float: numbers.Real}.get(self.type, self.type)
+        if not isinstance(value, kind) or (isinstance(value, bool) and self.type is not bool):
+            raise InputError(f"{self.flag} must be {_TYPES[self.type] or 'text'}{' or several' * self.many}, "
+                             f"got {value!r}")
+        return self.type(value)
+
     def _allows(self, value: Any) -> bool:
         if self.type in (int, float):
             return self.limits.allow(value)
@@ -186,6 +208,29 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, prog: str | N
     if unknown:
         raise InputError(_explain_unknown(unknown, parser))
     return _build(config_type, vars(values))
+
+
+def from_keywords(config_type: type[C], values: Mapping[str, Any]) -> C:
+    """Builds `config_type`, like `parse`, from values by the names of the settings.
+
+    A path counts as its text, a single value as a list of it, and {"beta": 0.5} as a list of beta=0.5.
+
+    Raises:
+        InputError: everything that is wrong: unknown names (with the nearest known one), values of the wrong type, and
+            what `check` would find in the rest.
+    """
+    known = {one.name: one for options in declared(config_type).values() for one in options}
+    found = [f"there is no setting {name}; {did_you_mean(name, list(known))}".rstrip("; ")
+             for name in values if name not in known]
+    taken = {name: one.default for name, one in known.items()}
+    for name in filter(known.__contains__, values):
+        with collecting(found):
+            taken[name] = known[name].read(values[name])
+    config = _build(config_type, taken)
+    found += problems(config)
+    if found:
+        raise InputError(found)
+    return config
 
 
 def spell(value: Any) -> str:

@@ -139,9 +139,11 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
                                      meter.cost)
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
         step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
+        stack.enter_context(closing(step))
         dev = dataclasses.replace(dev, collate=batch)
         trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
-                          folder, build_monitors(config, folder), build_pace(config.run, max_steps), world, meter)
+                          folder, build_monitors(config, folder, max_steps), build_pace(config.run, max_steps), world,
+                          meter)
         stack.enter_context(closing(trainer.monitors))
         stack.enter_context(closing(meter))
         try:
@@ -197,11 +199,11 @@ def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: C
     return export
 
 
-def build_monitors(config: TrainConfig, folder: RunFolder) -> Monitors:
+def build_monitors(config: TrainConfig, folder: RunFolder, total_steps: int) -> Monitors:
     """metrics.jsonl and the trackers that the settings name, on the first rank; none on the others."""
     if folder.metrics is None:
         return Monitors()
-    run = RunInfo(folder.path, str(folder.path), dataclasses.asdict(config))
+    run = RunInfo(folder.path, str(folder.path), dataclasses.asdict(config), total_steps=total_steps)
     return Monitors({"metrics.jsonl": folder.metrics}, config.run.report_to, run)
 
 

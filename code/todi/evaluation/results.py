@@ -159,12 +159,17 @@ def markdown_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
     A cell is "mean ± standard deviation over seeds [95 % interval over examples]".
     """
+    return aligned(result_cells(rows))
+
+
+def result_cells(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of `markdown_table`; the first row is its head."""
     sets = column_titles(rows)
     cells = [["ROUGE-L", *sets.values(), "average"]]
     for name, results in rows.items():
         summaries = [results["sets"].get(set_name) for set_name in sets]
         cells.append([name, *map(_score, [*summaries, results["average"]])])
-    return aligned(cells)
+    return cells
 
 
 def annotated_table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """The process group: one process per device, also when there is only one."""
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -68,8 +69,11 @@ def _meet() -> None:
 
 
 def world_from_environment() -> World:
-    """Reads what torchrun sets; a process that was started without it is a world of its own."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Of a process group that is there already, else what torchrun sets; without either a world of its own."""
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
@@ -77,7 +81,8 @@ def world_from_environment() -> World:
 def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     """Within the block the ranks can talk: by NCCL between GPUs, by gloo between CPU processes.
 
-    A group that is there already is used, and left as it is.
+    A group that is there already is used, and left as it is. After the block DeepSpeed remembers no group of it, so
+    that another block may follow.
 
     Args:
         timeout: seconds that ranks wait for one another.
@@ -86,44 +91,75 @@ def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) 
         RunError: a rank did not come in time, here or in `World.gather` or `World.barrier`.
     """
     global _place
+    import deepspeed  # takes seconds, which an evaluation in one process need not wait for
+    from deepspeed.utils import groups
+
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory reduction for a minute at the first start; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized():
-        yield
+        before = groups._WORLD_GROUP
+        try:
+            yield
+        finally:
+            if before is None and groups._WORLD_GROUP is not None:  # DeepSpeed's copy of the caller's group
+                dist.destroy_process_group(groups._WORLD_GROUP)
+                groups._WORLD_GROUP = None
         return
-    _start_process_group(world, device, timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        _place = None
+    with _environment(world):
+        _start_process_group(world, device, timeout)
+        try:
+            yield
+        finally:
+            deepspeed.comm.destroy_process_group()  # torch's, and all that DeepSpeed keeps of it
+            _place = None
+
+
+_groups_started = itertools.count()
 
 
 def _start_process_group(world: World, device: torch.device, timeout: float) -> None:
     global _place
-    import deepspeed  # takes seconds, which an evaluation in one process need not wait for
+    import deepspeed
 
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank),
-                        ("LOCAL_SIZE", world.local_size)):
-        os.environ.setdefault(name, str(value))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        # DeepSpeed would compile a shared-memory reduction for a minute at the first start; gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    store = _store(world, timeout)
     if world.size > 1:
-        _place = MeetingPlace(_store(world, timeout), world.rank, world.size, timeout)
+        _place = MeetingPlace(dist.PrefixStore("meetings", store), world.rank, world.size, timeout)
         _place.meet()
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False,
-                               verbose=False, timeout=timedelta(seconds=timeout))
+    binding = {"device_id": device} if device.type == "cuda" and world.size > 1 else {}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
+                            rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout), **binding)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def _store(world: World, timeout: float) -> dist.Store:
-    """Of all ranks: torchrun keeps one, without it the first rank does."""
+    """Of all ranks: torchrun keeps one, without it the first rank does.
+
+    torchrun's outlives a group, and a second group would read what the first one wrote there: each has a part of its
+    own.
+    """
+    if world.size == 1:
+        return dist.HashStore()
     keeps = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=keeps,
                           wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=timeout))
-    return dist.PrefixStore("todi", store)
+    return dist.PrefixStore(f"todi/{next(_groups_started)}", store)
+
+
+@contextmanager
+def _environment(world: World) -> Iterator[None]:
+    """Within the block, sets what DeepSpeed and the meeting of the ranks read, as far as torchrun has not set it."""
+    wanted = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "RANK": world.rank, "WORLD_SIZE": world.size,
+              "LOCAL_RANK": world.local_rank, "LOCAL_SIZE": world.local_size}
+    ours = {name: str(value) for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _free_port() -> int:

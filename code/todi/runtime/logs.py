@@ -27,7 +27,7 @@ def set_up_logging(is_main: bool) -> None:
     shown = logging.StreamHandler(sys.stdout)
     shown.setFormatter(_FORMAT)
     ours = logging.getLogger("todi")
-    ours.handlers, ours.propagate = [shown, _Backlog()], False
+    ours.handlers, ours.propagate = [shown, Backlog()], False
     ours.setLevel(logging.INFO if is_main else logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -46,7 +46,7 @@ def log_file(path: Path) -> Iterator[None]:
         file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(_FORMAT)
     ours = logging.getLogger("todi")
-    for backlog in [handler for handler in ours.handlers if isinstance(handler, _Backlog)]:
+    for backlog in [handler for handler in ours.handlers if isinstance(handler, Backlog)]:
         backlog.setTarget(file)
         backlog.close()
         ours.removeHandler(backlog)
@@ -63,7 +63,7 @@ def log_file(path: Path) -> Iterator[None]:
         file.close()
 
 
-class _Backlog(logging.handlers.MemoryHandler):
+class Backlog(logging.handlers.MemoryHandler):
     """Keeps all log lines until it has a target."""
 
     def __init__(self):

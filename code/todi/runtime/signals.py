@@ -1,6 +1,7 @@
 """Requests to stop: noted when they arrive, heeded between two steps."""
 
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -18,7 +19,9 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Within its block, takes note of the first signal; a second one ends the process at once.
+    """Within its block, takes note of the first signal; a second one does what it would have done without us.
+
+    Only in the main thread, where Python allows it; in another one signals are not seen.
 
     Attributes:
         received: the signal's number, or 0.
@@ -30,7 +33,8 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -41,5 +45,5 @@ class StopSignals:
         if not self.received:
             self.received, self._when = number, time.monotonic()
         elif time.monotonic() - self._when > SAME_REQUEST:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self._before[number])
             signal.raise_signal(number)

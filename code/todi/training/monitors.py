@@ -67,12 +67,14 @@ class RunInfo:
         settings: by name, as in args.json.
         step: where the run starts: 0, or the step of the state that it goes on from. What was reported after that step
             is done again.
+        total_steps: where it will end.
     """
 
     folder: Path
     name: str
     settings: Mapping[str, Any]
     step: int = 0
+    total_steps: int = 0
 
 
 # A factory that needs a package of its own names it in an attribute `package`, so that its lack is found early.

@@ -1,0 +1,291 @@
+"""`todi.ToDiTrainer`: transformers' Trainer with this project's loss, for those who have a training script already.
+
+    trainer = todi.ToDiTrainer(model, args, teacher=teacher, train_dataset=rows, data_collator=collator)
+    trainer.train()
+
+Labels are as collators of transformers make them: token ids, -100 where nothing is learnt, not shifted. The loss is
+made within the model's own forward, from hidden states: no logits of a whole batch are ever there, and what wraps the
+model (DDP, FSDP, DeepSpeed) sees a forward as always.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from os import PathLike, fspath
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from todi.criterions import DistillationCriterion, HeadRows, TeacherRows, build_divergence
+from todi.criterions.linear import IGNORE_INDEX
+from todi.data.chat import render
+from todi.data.records import load_records
+from todi.data.template_date import TemplateDate
+from todi.data.tokenize import Example, encode_examples, examples_checksum
+from todi.errors import InputError
+from todi.models.backbone import backbone_and_head, labelled_rows
+from todi.models.families import family_of
+from todi.models.loading import load_model, load_tokenizer
+from todi.models.probe import check_model
+from todi.models.tokenizers import tokenizer_difference
+from todi.settings import CROSS_ENTROPY
+from todi.teacher.cache_files import CacheStore
+
+SAMPLES = "sample_ids"  # the column that says which samples of a teacher cache a batch has
+_NOT_FOR_MODELS = ("labels", "shift_labels", "num_items_in_batch", SAMPLES)
+
+
+class ToDiTrainer(Trainer):
+    """Distils: (1 - kd_rate) cross-entropy + kd_rate divergence, per label, as `todi.distil` does.
+
+    The sums of all micro-batches and ranks are divided once by the labels of the whole step, however it is cut.
+    Beside `loss` the logs have `kd`, `ce` and `accuracy`. `eval_loss` is the same loss over all labels of the
+    evaluation set; with a cache it is the cross-entropy, for a cache knows training samples alone.
+
+    Args:
+        model: a causal language model, or a PeftModel around one.
+        teacher: a model, frozen from here on and moved to the device; the path of one; or the folder of a teacher
+            cache (`python -m todi.cache build`), for a data set from `encode_file`. None for cross_entropy.
+        objective: a divergence, or cross_entropy (SFT).
+        kd_rate, kd_temperature: share of the divergence; temperature of both softmaxes in it.
+        kd_params: parameters of the divergence, e.g. {"beta": 0.5}.
+        loss_chunk_size: rows of the vocabulary projection at a time; chosen when not given.
+        trainer: what `transformers.Trainer` takes.
+
+    Raises:
+        InputError: the teacher, the model or the cache does not fit.
+        ValueError: there is no such divergence, or no such parameter of it.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *positional: Any,
+                 teacher: nn.Module | str | PathLike | None = None, objective: str = "ToDi", kd_rate: float = 0.5,
+                 kd_temperature: float = 2.0, kd_params: Mapping[str, float] | None = None,
+                 loss_chunk_size: int | None = None, **trainer: Any):
+        if (teacher is None) != (objective == CROSS_ENTROPY):
+            raise InputError(f"objective {objective!r} and teacher {'None' if teacher is None else 'given'}: a "
+                             f"divergence needs a teacher, and {CROSS_ENTROPY} has none")
+        super().__init__(model, *positional, **trainer)
+        if self.args.n_gpu > 1:
+            raise InputError(f"{self.args.n_gpu} GPUs in one process (DataParallel): start with torchrun or accelerate "
+                             "launch, or choose one with CUDA_VISIBLE_DEVICES")
+        divergence = None if teacher is None else build_divergence(objective, **kd_params or {})
+        self.criterion = DistillationCriterion(divergence, kd_temperature, 0.0 if teacher is None else kd_rate,
+                                               self.args.label_smoothing_factor, loss_chunk_size)
+        self.teacher = None if teacher is None else self._open_teacher(teacher)
+        # what Trainer asks of a model's own loss: that it is divided by the labels of a whole step, which it counts
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self._window: list[Tensor] = []  # sums since the last line of the log
+        self._evaluated: list[Tensor] = []
+        _check(model, trained=True)
+        _add_loss(model)
+
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: Tensor | int | None = None) -> Any:
+        """The loss of a micro-batch as `Trainer` wants it: over the labels of the step, times the ranks that DDP will
+        divide by; its mean without `num_items_in_batch`."""
+        sums = self._sums(model, inputs, self.teacher)
+        self._window.append(_stacked(sums))
+        loss = sums["loss"] / (sums["tokens"].clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, model(**_for_models(inputs))) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
+                        ignore_keys: Sequence[str] | None = None) -> tuple[Tensor | None, Any, Any]:
+        """The mean loss of a batch, and the logits where a metric wants them."""
+        if "labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            counted = inputs | {"labels": self._without_repeats(inputs["labels"])}
+            sums = self._sums(model, counted, self.teacher if isinstance(self.teacher, _Model) else None)
+            self._evaluated.append(_stacked(sums))
+            loss = (sums["loss"] / sums["tokens"].clamp(min=1)).detach()
+            if prediction_loss_only:
+                return loss, None, None
+            return loss, model(**_for_models(inputs)).logits, inputs["labels"]
+
+    def evaluation_loop(self, *words: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """As `Trainer`'s, with a loss that does not depend on how the set was cut into batches."""
+        self._evaluated = []
+        output = super().evaluation_loop(*words, metric_key_prefix=metric_key_prefix, **options)
+        means = self._means(self._evaluated, with_loss=True)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], *words: Any, **options: Any) -> None:
+        """Adds the parts of the loss to a line about training."""
+        if "loss" in logs:
+            logs |= self._means(self._window, with_loss=False)
+            self._window = []
+        super().log(logs, *words, **options)
+
+    def _sums(self, model: nn.Module, inputs: Mapping[str, Any],
+              teacher: "_Model | _Cache | None") -> dict[str, Tensor]:
+        labels = _next_tokens(inputs).flatten()
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+        inputs_of_models = _for_models(inputs)
+        said = None if teacher is None else teacher.rows(inputs_of_models, rows, inputs.get(SAMPLES))
+        criterion = self.criterion if said else DistillationCriterion(
+            label_smoothing=self.criterion.label_smoothing, chunk_size=self.criterion.chunk_size)
+        return model(**inputs_of_models, distillation=_Loss(criterion, rows, labels[rows], said))
+
+    def _means(self, parts: list[Tensor], with_loss: bool) -> dict[str, float]:
+        """Of the sums of all ranks, per label."""
+        mine = torch.stack(parts).sum(0) if parts else torch.zeros(len(_SUMS), device=self.args.device)
+        sums = dict(zip(_SUMS, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
+        means = {name: sums[name] / max(sums["tokens"], 1.0) for name in _SUMS[:-1]}
+        means["accuracy"] = means.pop("correct")
+        leave_out = {*(() if with_loss else ("loss",)), *(() if self.criterion.divergence else ("kd",))}
+        return {name: value for name, value in means.items() if name not in leave_out}
+
+    def _without_repeats(self, labels: Tensor) -> Tensor:
+        """None of the samples that accelerate repeats to fill the last batches of an evaluation over several ranks."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        genuine = max(0, state.remainder - self.accelerator.process_index * len(labels))
+        return labels.index_fill(0, torch.arange(min(genuine, len(labels)), len(labels), device=labels.device),
+                                 IGNORE_INDEX)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if SAMPLES not in self._signature_columns:
+            self._signature_columns.append(SAMPLES)
+
+    def _open_teacher(self, teacher: nn.Module | str | PathLike) -> "_Model | _Cache":
+        device = self.args.device
+        if isinstance(teacher, nn.Module):
+            return _Model(teacher.to(device))
+        if (Path(teacher) / "cache.json").is_file():
+            return _Cache(CacheStore(Path(teacher)), device, self.train_dataset)
+        if isinstance(self.processing_class, Tokenizer):
+            difference = tokenizer_difference(self.processing_class, load_tokenizer(fspath(teacher)))
+            if difference:
+                raise InputError(f"the teacher {teacher} and the student have different tokenizers: {difference}")
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        return _Model(load_model(fspath(teacher), dtype, device))
+
+
+def encode_file(file: str | PathLike, tokenizer: Tokenizer, *, model_type: str, max_length: int = 512,
+                max_prompt_length: int = 256) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file as this project encodes them, for a Trainer: prompts carry no label.
+
+    Args:
+        model_type: of the student, `model.config.model_type`: some families begin with BOS.
+
+    Returns:
+        `input_ids` and `labels` of each record, and `sample_ids`, its number, by which a teacher cache knows it.
+
+    Raises:
+        InputError: the file is missing or has bad lines.
+    """
+    records = render(load_records(file), tokenizer, Path(file), TemplateDate())
+    examples = encode_examples(records, tokenizer, family_of("auto", model_type), max_length, max_prompt_length)
+    return [{"input_ids": list(example.ids), SAMPLES: example.sample_id,
+             "labels": [IGNORE_INDEX] * example.prompt_length + list(example.ids[example.prompt_length:])}
+            for example in examples]
+
+
+class _Model:
+    """A teacher that is run on every batch."""
+
+    def __init__(self, model: nn.Module):
+        _check(model)
+        self.backbone, self.head = backbone_and_head(model.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def rows(self, inputs: Mapping[str, Any], rows: Tensor, samples: Tensor | None) -> HeadRows:
+        return HeadRows(labelled_rows(self.backbone, inputs, rows), self.head)
+
+
+class _Cache:
+    """A teacher's hidden states, made by `python -m todi.cache build` for the samples of `dataset`."""
+
+    def __init__(self, store: CacheStore, device: torch.device, dataset: Any):
+        self.store, self.device = store, device
+        self.head = store.head(device)
+        if store.missing():
+            raise InputError(f"the teacher cache {store.folder} is not complete; python -m todi.cache build goes on")
+        examples = [_as_example(row) for row in dataset]
+        if store.fingerprint["token ids"] != examples_checksum(examples):
+            raise InputError(f"the teacher cache {store.folder} is of other samples than train_dataset; make it of the "
+                             "same file, lengths and tokenizer, and the data set by todi.encode_file")
+
+    def rows(self, inputs: Mapping[str, Any], rows: Tensor, samples: Tensor | None) -> HeadRows:
+        """Raises InputError where a batch does not say which samples it has."""
+        if samples is None:
+            raise InputError(f"with a teacher cache every batch needs {SAMPLES}; the data collator must keep them")
+        return HeadRows(self.store.read(samples.tolist()).to(self.device), self.head)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """What a model's forward makes instead of logits: the criterion's sums over its labelled rows."""
+
+    criterion: DistillationCriterion
+    rows: Tensor
+    labels: Tensor
+    teacher: TeacherRows | None
+
+    def __call__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        backbone, head = backbone_and_head(model)
+        hidden = labelled_rows(backbone, inputs, self.rows)
+        return dict(self.criterion(hidden, head, self.labels, self.teacher))
+
+
+def _add_loss(model: PreTrainedModel | PeftModel) -> None:
+    """Has the model's forward take `distillation`, and otherwise be what it was."""
+    base = _base(model)
+    plain = type(base).forward
+
+    @wraps(plain)  # Trainer looks at the names of its arguments
+    def forward(self: PreTrainedModel, *inputs: Any, distillation: _Loss | None = None, **named: Any) -> Any:
+        if distillation is None:
+            return plain(self, *inputs, **named)
+        return distillation(self, {name: value for name, value in named.items() if value is not None})
+
+    base.forward = MethodType(forward, base)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _check(model: nn.Module, trained: bool = False) -> None:
+    """Whether hidden states and head give the logits of a model, and so on. Raises InputError."""
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 has taken them apart
+        check_model(model, getattr(model, "name_or_path", "") or type(model).__name__, trained)
+
+
+def _next_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T) the label of the token after each; a collator may have shifted them already."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+
+
+def _for_models(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in _NOT_FOR_MODELS}
+
+
+def _as_example(row: Mapping[str, Any]) -> Example:
+    """As it was encoded: its labels begin behind the prompt."""
+    labels = list(row["labels"])
+    prompt = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    return Example(tuple(row["input_ids"]), prompt)
+
+
+_SUMS = ("loss", "kd", "ce", "correct", "tokens")
+
+
+def _stacked(sums: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([sums[name].detach() if name in sums else sums["loss"].new_zeros(()) for name in _SUMS])

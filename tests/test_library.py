@@ -1,0 +1,223 @@
+"""todi.distil and todi.evaluate in somebody's process: what they return, and that the process is what it was."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, Workshop, write_data
+from todi.errors import InputError
+from todi.given import data_folders, model_path, rows_of, sets_folder
+from todi.options import from_keywords
+from todi.settings import TrainConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SETTINGS = {"num_epochs": 2, "max_length": 64, "max_prompt_length": 48, "precision": "fp32", "log_interval": 1,
+            "lr": 1e-2, "teacher_cache": "off", "eval_gen": False}
+
+
+def environment() -> dict[str, str]:
+    ours = {"PYTHONPATH": f"{ROOT / 'code'}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | ours
+
+
+def run_program(program: str, plan: dict, folder: Path, ranks: int = 1) -> dict:
+    """What tests/<program>.py writes, in a process of its own or in several under torchrun."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan, default=str))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    words = [ROOT / "tests" / f"{program}.py", folder / "plan.json", folder / "out.json"]
+    done = subprocess.run([sys.executable, *torchrun, *words], env=environment(), cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+    assert done.returncode == 0, done.stdout
+    return json.loads((folder / "out.json").read_text())
+
+
+def host_plan(workshop: Workshop, folder: Path, own_group: bool = False) -> dict:
+    return {"student": workshop.model("gpt2-student", seed=2),
+            "teacher": workshop.model("gpt2-teacher", hidden=48, seed=1), "data": workshop.data,
+            "sets_dir": workshop.data.parent, "folder": folder / "runs", "settings": SETTINGS, "own_group": own_group}
+
+
+class TestAGuest:
+    @pytest.fixture(scope="class")
+    def found(self, workshop, tmp_path_factory) -> dict:
+        folder = tmp_path_factory.mktemp("guest")
+        return run_program("guest", host_plan(workshop, folder), folder)
+
+    def test_the_process_is_what_it_was(self, found):
+        assert found["changed"] == {name: {} for name in (
+            "distil", "another", "evaluate", "refused", "in a script", "early", "late", "terminated")}
+        assert found["free"] == [True, True]
+
+    def test_a_second_run_in_the_same_process_is_one_of_its_own(self, found):
+        assert len(found["first"]) == len(found["second"]) == 6
+        assert found["first"] == found["thread"] != found["second"]
+
+    def test_what_is_returned_shows_itself(self, found):
+        assert Path(found["best"][0]).is_dir() and (Path(found["best"][1]) / "adapter_config.json").is_file()
+        assert "finished. Best checkpoint: epoch" in found["text"][0] and "| epoch | step" in found["text"][0]
+        assert f"{found['scores']['tiny']:.2f}" in found["text"][1]
+        assert "<table>" in found["html"][0] and 'src="data:image/png;base64,' in found["html"][0]
+        assert "<th>tiny</th>" in found["html"][1]
+
+    def test_an_unknown_setting_is_refused(self, found):
+        assert found["refused"] == "there is no setting lr_rate; did you mean kd_rate?"
+
+    def test_ctrl_c_saves_the_state(self, found):
+        """A script gets its KeyboardInterrupt; at a prompt what there is comes back, and the same call goes on."""
+        assert found["script"].startswith("KeyboardInterrupt('stopped by SIGINT")
+        assert "stopped by SIGINT" in found["early"]["stopped"] and "stopped by SIGINT" in found["early"]["text"]
+        assert found["early"]["losses"] == found["first"][:3]
+        assert found["late"]["stopped"] is None and found["late"]["losses"] == found["first"]
+
+    def test_another_signal_reaches_the_host(self, found):
+        assert found["heard"] == ["SIGTERM"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_group", [False, True], ids=["no group", "a group of the host's"])
+def test_two_ranks_under_torchrun(workshop, tmp_path, own_group):
+    """Twice in a process: a group that the host has made is used and stays; else there is none afterwards."""
+    found = run_program("guest", host_plan(workshop, tmp_path, own_group), tmp_path, ranks=2)
+    assert not any(found["changed"].values()) and len(found["changed"]) == 4
+    assert len(found["first"]) == len(found["second"]) and Path(found["best"][1]).is_dir()
+    assert found.get("all reduced") == (2.0 if own_group else None)
+
+
+DOORS = ("script", "notebook", "trainer")
+RUNS = {"SFT": ("cross_entropy", None), "SFT, LoRA": ("cross_entropy", "lora"), "ToDi": ("ToDi", None),
+        "ToDi, LoRA": ("ToDi", "lora")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_door_gives_the_same_losses(workshop, tmp_path, ranks):
+    """A notebook, a script, ToDiTrainer and the launcher: fp32, to 1e-6."""
+    from evaluating import add_adapter  # imports DeepSpeed
+
+    student, teacher = workshop.model("gpt2-student", seed=2), workshop.model("gpt2-teacher", hidden=48, seed=1)
+    add_adapter(student, tmp_path / "adapter")
+    data = write_data(tmp_path / "data" / "doors", train=16, dev=4)
+    settings = SETTINGS | {"global_batch_size": 8, "batch_size": 2, "seed": 10, "progress": False}
+    runs = [{"name": name, "objective": objective, "peft_path": peft and tmp_path / "adapter",
+             "folder": str(tmp_path / name.replace(", ", "-"))} for name, (objective, peft) in RUNS.items()]
+    variables = {"MODEL_PATH": student, "TEACHER_MODEL_PATH": teacher, "DATA_DIR": data, "EPOCH": 2, "LR": 1e-2,
+                 "EVAL_GEN": 0, "GLOBAL_BATCH_SIZE": 8, "BATCH_SIZE": 2, "NPROC": ranks}
+    launched = {run["name"]: workshop.train(
+        "gpt2/vanilla_kd_gpt2_base" if run["objective"] == "ToDi" else "gpt2/sft_gpt2_base",
+        f"doors-{ranks}-{run['name']}", **variables,
+        **{"PEFT": "lora", "PEFT_PATH": run["peft_path"]} if run["peft_path"] else {}) for run in runs}
+    found = run_program("doors", {"student": student, "teacher": teacher, "data": data, "settings": settings,
+                                  "runs": runs}, tmp_path, ranks)
+    for name, started in launched.items():
+        lines = started.result()
+        assert lines.exit_code == 0, lines.output
+        train = lines.metrics("train")
+        assert len(train) == 4
+        for door in DOORS:
+            ours = found[f"{name} {door}"]
+            assert len(ours) == len(train)
+            for line, expected in zip(ours, train, strict=True):
+                assert {"loss", "ce", "accuracy"} <= line.keys() and ("kd" in line) == ("kd" in expected)
+                assert line == pytest.approx({part: expected[part] for part in line}, abs=1e-6), f"{name} {door}"
+
+
+class TestSettings:
+    """from_keywords: what the command line reads from flags."""
+
+    def test_they_are_those_of_the_command_line(self):
+        config = from_keywords(TrainConfig, {"model_path": Path("a"), "teacher_model_path": ["b"], "lr": 1,
+                                             "kd_params": {"beta": 0.5}, "data_dir": "d", "peft": None})
+        assert (config.student.model_path, config.teacher.teacher_model_path, config.optim.lr) == ("a", ("b",), 1.0)
+        assert (config.objective.kd_params, config.data.data_dir) == (("beta=0.5",), ("d",))
+        assert isinstance(config.optim.lr, float)
+
+    def test_all_that_is_wrong_is_said_at_once(self):
+        with pytest.raises(InputError) as refused:
+            from_keywords(TrainConfig, {"kd_rat": 1, "batch_size": True, "lr": "x", "kd_temperature": -1, "seed": 1.5})
+        assert refused.value.problems == [
+            "there is no setting kd_rat; did you mean kd_rate?", "--batch-size must be a whole number, got True",
+            "--lr must be a number, got 'x'", "--seed must be a whole number, got 1.5",
+            "--model-path is required", "--kd-temperature must be above 0, got -1.0",
+            "--criterion vanilla_kd needs --teacher-model-path or --teacher-callable"]
+
+
+ROWS = [{"prompt": f"Say {number}:", "output": f"{number}."} for number in range(25)]
+
+
+class Rows:
+    """As a datasets.Dataset: it yields rows and has a length, and is neither a list nor a Sequence."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+    def __len__(self):
+        return len(ROWS)
+
+
+class TestWhatIsGiven:
+    """given.py: objects as files."""
+
+    def lines(self, folder: str, split: str) -> list[dict]:
+        return [json.loads(line) for line in Path(folder, f"{split}.jsonl").read_text().splitlines()]
+
+    def test_of_records_every_tenth_is_kept_apart(self, tmp_path):
+        folder, = data_folders(Rows(), tmp_path)
+        assert self.lines(folder, "dev") == [ROWS[9], ROWS[19]]
+        assert self.lines(folder, "train") == [row for number, row in enumerate(ROWS) if number not in (9, 19)]
+
+    def test_splits_have_their_names(self, tmp_path):
+        folder, = data_folders({"train": ROWS[:3], "validation": Rows(), "test": ROWS[:1]}, tmp_path)
+        assert (self.lines(folder, "train"), self.lines(folder, "dev")) == (ROWS[:3], ROWS)
+
+    def test_a_folder_is_named_by_its_contents(self, tmp_path):
+        """The same again is the same folder, so a run resumes; nothing is ever written over."""
+        (first,), (again,), (other,) = (data_folders(rows, tmp_path) for rows in (ROWS, Rows(), ROWS[:9]))
+        assert first == again != other
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_folders_stay_what_they_are(self, tmp_path):
+        assert data_folders("a", tmp_path) == ["a"] and data_folders([Path("a"), "b"], tmp_path) == ["a", "b"]
+
+    @pytest.mark.parametrize("data", [[], [1, 2], 7, {"train": ROWS}, ROWS[:1], b"text"])
+    def test_other_data_is_refused(self, tmp_path, data):
+        with pytest.raises(InputError, match="data"):
+            data_folders(data, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_loaded_model_is_written_with_its_tokenizer(self, workshop, tmp_path):
+        path = workshop.model("gpt2-student", seed=2)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        written = model_path(model, None, tmp_path, "student")
+        assert written == model_path(model, AutoTokenizer.from_pretrained(path), tmp_path, "student")
+        again = AutoModelForCausalLM.from_pretrained(written).state_dict()
+        assert all(again[name].equal(value) for name, value in model.state_dict().items())
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        assert model_path(model, None, tmp_path, "student") != written
+
+    def test_what_is_no_model_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="teacher must be a path, a Hub name or a transformers model, got a int"):
+            model_path(3, None, tmp_path, "teacher")
+
+    def test_sets_stay_below_their_folder(self, tmp_path):
+        assert self.lines(Path(sets_folder({"a/b": ROWS}, tmp_path)) / "a" / "b", "valid") == ROWS
+        with pytest.raises(InputError, match="'../a' cannot be the name of a folder"):
+            sets_folder({"../a": ROWS}, tmp_path)
+
+    def test_rows_are_dicts(self):
+        with pytest.raises(InputError, match="got a list of str"):
+            rows_of(["a"], "data")
+
+
+def test_importing_it_is_light():
+    """What is named in todi is imported when it is used."""
+    code = ("import sys, todi; assert not {'torch', 'transformers'} & set(sys.modules); assert 'distil' in dir(todi); "
+            "import todi.evaluate; assert callable(todi.evaluate)")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
