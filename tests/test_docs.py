@@ -155,8 +155,14 @@ QUICK = {"SEEDS": 1, "LIMIT": 20, "DEV_NUM": 4, "EVAL_GEN": 0, "MAX_STEPS": 2, "
 # With what besides some pages are typed in, each page in a checkout of its own.
 BESIDES = {"docs/several-devices.md": {"DRY_RUN": 1}}
 LONG = ["docs/reproducing.md"]  # minutes
+WITH_PYTHON = ["README.md"]  # whose Python is a program that is run too
 # Run by tests of their own: the quickstart below, and this suite.
 APART = ("bash scripts/quickstart.sh", "bash scripts/test.sh")
+
+
+def python_of(file: Path) -> str:
+    """The Python of a page, as one program."""
+    return "".join(re.findall(r"^```python\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL))
 
 
 def typed(file: Path) -> str:
@@ -212,7 +218,9 @@ def follow(workshop, tmp_path_factory) -> Callable[[str], subprocess.CompletedPr
         variables = environment(SMALL | QUICK | BESIDES.get(name, {})) | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root / "code"),
             "DS_ACCELERATOR": "cpu"}
-        return subprocess.run(["bash", "-exc", typed(ROOT / name)], cwd=root, env=variables, text=True, timeout=1200,
+        (root / "page.py").write_text(python_of(ROOT / name))
+        commands = typed(ROOT / name) + ("python page.py" if name in WITH_PYTHON else "")
+        return subprocess.run(["bash", "-exc", commands], cwd=root, env=variables, text=True, timeout=1200,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     return follow
