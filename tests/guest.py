@@ -49,7 +49,8 @@ def snapshot() -> dict[str, object]:
                   torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()],
         "threads": sorted(thread.name for thread in threading.enumerate() if "TMonitor" not in type(thread).__name__),
         "files": sorted(file.path for file in psutil.Process().open_files()),
-        "warnings": str(warnings.filters), "excepthook": str(sys.excepthook), "path": list(sys.path),
+        "warnings": str(warnings.filters), "excepthook": str(sys.excepthook),
+        "path": [place for place in sys.path if "setuptools" not in place],  # it adds to it when DeepSpeed imports it
         "others": [os.getcwd(), gc.isenabled(), matplotlib.rcParams._get_backend_or_none()],
     }
 

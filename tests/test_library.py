@@ -66,7 +66,7 @@ class TestAGuest:
         assert "<th>tiny</th>" in found["html"][1]
 
     def test_an_unknown_setting_is_refused(self, found):
-        assert found["refused"] == "there is no setting lr_rate; did you mean lr?"
+        assert found["refused"] == "there is no setting lr_rate; did you mean kd_rate?"
 
     def test_ctrl_c_saves_the_state(self, found):
         """A script gets its KeyboardInterrupt; at a prompt what there is comes back, and the same call goes on."""

@@ -84,7 +84,7 @@ class ToDiTrainer(Trainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._window: list[Tensor] = []  # sums since the last line of the log
         self._evaluated: list[Tensor] = []
-        _check(model)
+        _check(model, trained=True)
         _add_loss(model)
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False,
@@ -260,10 +260,10 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _check(model: nn.Module) -> None:
-    """Whether hidden states and head give the logits of a model. Raises InputError."""
+def _check(model: nn.Module, trained: bool = False) -> None:
+    """Whether hidden states and head give the logits of a model, and so on. Raises InputError."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 has taken them apart
-        check_model(model, getattr(model, "name_or_path", "") or type(model).__name__)
+        check_model(model, getattr(model, "name_or_path", "") or type(model).__name__, trained)
 
 
 def _next_tokens(inputs: Mapping[str, Any]) -> Tensor:

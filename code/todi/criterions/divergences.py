@@ -133,7 +133,7 @@ def adaptive_kl_weight(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
 
 def _sorted(values: Tensor) -> Tensor:
     """Ascending along the last dimension. On a CPU NumPy is 20 times as fast as torch, which sorts indices along."""
-    return values.sort(-1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), -1))
+    return torch.from_numpy(np.sort(values.numpy(), -1)) if values.device.type == "cpu" else values.sort(-1).values
 
 
 def adaptive_kl_gradient(log_p: Tensor, log_q: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from todi.criterions.linear_head import LinearHead
 from todi.criterions.rows import IGNORE_INDEX, RowFunction, RowTask, block_bytes, rows_within, slices
 from todi.criterions.teacher_rows import HeadRows, TeacherRows
 
-# Bytes of one (chunk, V) tensor. Larger chunks make larger matrix products; past these the gain is below the noise.
+# Bytes of one (chunk, V) tensor. Larger chunks make larger matrix products, and fewer sums of gradients of the head;
+# past these the gain is below the noise.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
@@ -103,13 +104,20 @@ def distillation_loss(student_hidden: Tensor, student_head: LinearHead, teacher:
                    sparse=teacher is not None and teacher.sparse, dtype=compute_dtype(student_hidden), device=device,
                    wants_gradients=wants_hidden or wants_weight or wants_bias)
     job = _Job(teacher, labels, task, choose_rows(kernels, student_head.weight.dtype, task),
-               chunk_size or default_chunk_size(vocabulary, device), wants_hidden, wants_weight, wants_bias)
+               chunk_size or _even(len(labels), default_chunk_size(vocabulary, device,
+                                                                   student_head.weight.element_size())),
+               wants_hidden, wants_weight, wants_bias)
     return LossSums(*_LinearDistillation.apply(student_hidden, student_head.weight, student_head.bias, job))
 
 
-def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Rows whose float32 logits fill the memory budget of the device, at least 1."""
-    return rows_within(_CHUNK_BYTES, vocabulary, device)
+def default_chunk_size(vocabulary: int, device: torch.device, width: int = 4) -> int:
+    """Rows whose logits, of `width` bytes each, fill the memory budget of the device, at least 1."""
+    return rows_within(_CHUNK_BYTES, vocabulary, device, width)
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows of each of the fewest equal parts that have at most so many."""
+    return -(-rows // max(1, -(-rows // most))) or 1
 
 
 def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trained: bool, teachers: int,
@@ -122,7 +130,7 @@ def peak_bytes(rows: int, vocabulary: int, hidden: int, *, width: int, head_trai
         width: bytes of a number of the models.
         teachers: 0 for cross-entropy alone, more than 1 for a mean.
     """
-    chunk = min(rows, chunk_size or default_chunk_size(vocabulary, device))
+    chunk = min(rows, chunk_size or default_chunk_size(vocabulary, device, width))
     # a mean is in fp32, like what is added to it and its log-softmax
     logits = chunk * vocabulary * (width * (1 + min(teachers, 1)) + (3 * 4 if teachers > 1 else 0))
     block = 8 * min(chunk * vocabulary * 4, block_bytes(device))
@@ -172,14 +180,15 @@ class _LinearDistillation(torch.autograd.Function):
 class _Gradients:
     """Where the gradients of hidden states, weight and bias gather, chunk by chunk; None for what is frozen.
 
-    Sums over many chunks are kept in the compute precision: bfloat16 would lose the small ones.
+    Sums over several chunks are kept in the compute precision: bfloat16 would lose the small ones.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job):
         self.vocabulary, self.dtype = job.task.vocabulary, job.task.dtype
         self.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         self.hidden = torch.zeros_like(hidden) if job.wants_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=self.dtype) if job.wants_weight else None
+        self.weight = weight.new_zeros(0) if job.wants_weight else None  # until the first chunk, whose share it takes
+        self.size = weight.shape
         self.bias = torch.zeros_like(bias, dtype=self.dtype) if job.wants_bias else None
 
     def add(self, rows: slice, d_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -189,17 +198,22 @@ class _Gradients:
         if self.hidden is not None:
             self.hidden[rows] = d_logits @ weight
         if self.weight is not None:
-            total = self.weight[:self.vocabulary]
-            if total.dtype == weight.dtype:
-                total.addmm_(d_logits.t(), hidden.to(weight.dtype))
+            hidden = hidden.to(weight.dtype)
+            if not len(self.weight):
+                self.weight = d_logits.t() @ hidden
+            elif weight.dtype == self.dtype:
+                self.weight.addmm_(d_logits.t(), hidden)
             else:
-                total.add_(d_logits.t() @ hidden.to(weight.dtype))
+                self.weight = self.weight.to(self.dtype).add_(d_logits.t() @ hidden)
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, ...]:
         """All three times `factor`, each in the precision of what it belongs to; once, for it works in place.
 
         The sums are scaled before they are rounded: in float16, a small one would be 0 without the loss scale.
         """
+        if self.weight is not None and len(self.weight) < self.size[0]:  # without rows, or with a longer vocabulary
+            rest = self.weight.new_zeros(self.size[0] - len(self.weight), self.size[1])
+            self.weight = torch.cat([self.weight, rest]) if len(self.weight) else rest
         grads = self.hidden, self.weight, self.bias
         return tuple(None if grad is None else grad.mul_(factor).to(dtype)
                      for grad, dtype in zip(grads, self.dtypes, strict=True))

@@ -124,9 +124,9 @@ def eager_block(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, t
 eager_rows = in_blocks(eager_block)
 
 
-def rows_within(budgets: dict[str, int], vocabulary: int, device: torch.device) -> int:
-    """Rows of float32 numbers that fill the budget of the device, in bytes; at least 1."""
-    return max(1, budgets.get(device.type, budgets["cuda"]) // (4 * vocabulary))
+def rows_within(budgets: dict[str, int], vocabulary: int, device: torch.device, width: int = 4) -> int:
+    """Rows of numbers of `width` bytes that fill the budget of the device, in bytes; at least 1."""
+    return max(1, budgets.get(device.type, budgets["cuda"]) // (width * vocabulary))
 
 
 def block_bytes(device: torch.device) -> int:
