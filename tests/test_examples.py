@@ -11,7 +11,7 @@ from launching import ROOT, write_data
 from test_library import environment
 
 EXAMPLES = ROOT / "examples"
-# Runs the code cells of a notebook in one process, and shows what the last line of each is, as Jupyter does.
+# Runs the code cells of a notebook in one process, and shows the value of the last line of each, as Jupyter does.
 CELLS = """
 import ast, json, sys
 names = {"__name__": "__main__"}
@@ -23,7 +23,8 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
         exec(compile(ast.Module(body, []), "cell", "exec"), names)
         if last:
             value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
-            print("SHOWN", json.dumps([repr(value), getattr(value, "_repr_html_", str)()]))
+            if value is not None:
+                print("SHOWN", json.dumps([repr(value), getattr(value, "_repr_html_", str)()]))
 """
 
 
