@@ -70,7 +70,8 @@ def trainer(plan: dict, run: dict, **more: object) -> list[dict[str, float]]:
         f"{run['folder']}-trainer", per_device_train_batch_size=2, gradient_accumulation_steps=size // 2 // ranks,
         num_train_epochs=1, learning_rate=settings["lr"], weight_decay=0.01, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 1e-7 / settings["lr"]}, optim="adamw_torch",
-        train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **more)
+        train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", use_cpu=True,
+        disable_tqdm=True, **more)
     teacher = {"teacher": taught_by} if run["objective"] == "ToDi" else {}
     made = todi.ToDiTrainer(model, arguments, objective=run["objective"], train_dataset=[rows[i] for i in order],
                             data_collator=DataCollatorForSeq2Seq(tokenizer), **teacher)
