@@ -89,7 +89,7 @@ def test_two_ranks_under_torchrun(workshop, tmp_path, own_group):
     assert found.get("all reduced") == (2.0 if own_group else None)
 
 
-DOORS = ("script", "notebook", "trainer", "zero")
+DOORS = ("script", "notebook", "trainer")
 RUNS = {"SFT": ("cross_entropy", None), "SFT, LoRA": ("cross_entropy", "lora"), "ToDi": ("ToDi", None),
         "ToDi, LoRA": ("ToDi", "lora")}
 
@@ -119,7 +119,7 @@ def test_every_door_gives_the_same_losses(workshop, tmp_path, ranks):
         assert lines.exit_code == 0, lines.output
         train = lines.metrics("train")
         assert len(train) == 4
-        for door in DOORS:
+        for door in (*DOORS, "zero") if ranks > 1 and name == "ToDi" else DOORS:
             ours = found[f"{name} {door}"]
             assert len(ours) == len(train)
             for line, expected in zip(ours, train, strict=True):
