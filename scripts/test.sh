@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lints and tests on the CPU:  bash scripts/test.sh [--all] [PYTEST OPTION...]
-# --all adds the long tests. Sets up what it needs in .venv by itself.
+# --all adds the long tests; of the longest, fuzzes of ten thousand tries, a tenth (TENTHS=10 for all of them).
+# Sets up what it needs in .venv by itself.
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 source "$ROOT/scripts/lib/setup.sh"
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
+# Of the long fuzzes, which take an hour in all: TENTHS=10 bash scripts/test.sh --all -k tries
+TENTHS = range(1, 1 + int(os.environ.get("TENTHS", 1)))
 
 
 def environment(settings: Mapping[str, object]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from launching import TENTHS
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_adapters import MERGED, save_adapter
@@ -178,7 +179,7 @@ def test_an_adapter_that_passes_the_check_runs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1, 11))
+@pytest.mark.parametrize("first", TENTHS)
 def test_an_adapter_that_passes_the_check_runs_in_ten_thousand_tries(first, tmp_path):
     counts = try_adapters(tmp_path, 1000, first)
     print("counts", counts)

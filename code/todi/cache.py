@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from todi.data.batches import collate
 from todi.data.chat import render_sets
 from todi.data.records import load_sets
 from todi.data.template_date import TemplateDate
@@ -138,13 +140,14 @@ def _recompute(config: CacheConfig, store: CacheStore, device: torch.device) -> 
     chosen = set(random.Random(config.seed).sample(range(len(spec.examples)),
                                                    min(config.samples, len(spec.examples))))
     teacher = LiveTeacher(load_teacher(spec, device))
+    batch = partial(collate, pad_id=spec.tokenizer.pad_token_id, packed=teacher.takes_packed)  # as it was filled
     tolerance = max(_TOLERANCE[store.dtype], _TOLERANCE[spec.precision.dtype])
     differences = []
     for shard in store.shards:
         for samples in batches(spec.examples, shard, BATCH_TOKENS[device.type]):
             if chosen.isdisjoint(samples):
                 continue
-            hidden = batch_rows(teacher, spec.examples, samples, spec.tokenizer.pad_token_id, device)
+            hidden = batch_rows(teacher, spec.examples, samples, batch, device)
             for sample in chosen.intersection(samples):
                 differences.append(_difference(store.read([sample]), hidden[sample].to(store.dtype)))
                 if not differences[-1] <= tolerance:

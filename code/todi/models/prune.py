@@ -44,7 +44,7 @@ def main() -> None:
         logger.info("%s is already there", folder)
         return
     model_config = load_config(config.model_path)
-    layers = model_config.num_hidden_layers
+    layers = layer_count(model_config)
     bad = [i for i in config.keep_layers if not 0 <= i < layers]
     if bad or list(config.keep_layers) != sorted(set(config.keep_layers)):
         raise InputError(f"--keep-layers must ascend within 0 to {layers - 1}, got {config.keep_layers}")
@@ -56,6 +56,14 @@ def main() -> None:
     load_tokenizer(config.model_path).save_pretrained(folder)
     logger.info("%s: %d of %d layers, %.1f of %.1f M parameters", folder, len(config.keep_layers), layers,
                 student.num_parameters() / 1e6, model.num_parameters() / 1e6)
+
+
+def layer_count(config: PretrainedConfig) -> int:
+    """Layers of a model's one stack. Raises InputError where its configuration tells of none."""
+    count = getattr(config, "num_hidden_layers", None)
+    if count is None:
+        raise InputError(f"a {config.model_type} model cannot be pruned: its layers are not one stack")
+    return count
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
