@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from launching import ROOT
+from launching import ROOT, TENTHS, TENTHS
 from todi.errors import InputError
 from todi.runtime.device import Precision
 from todi.training.deepspeed_config import build_deepspeed_config
@@ -207,7 +207,7 @@ def test_what_is_accepted_trains(tmp_path, process_group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1, 11))
+@pytest.mark.parametrize("first", TENTHS)
 def test_what_is_accepted_trains_in_ten_thousand_tries(first, tmp_path):
     """A thousand at a time in a process of its own: DeepSpeed keeps what an engine held."""
     work = ("import pathlib, sys, torch, test_deepspeed_files as test\n"

@@ -154,7 +154,7 @@ PLACEHOLDERS = {"CKPT_PATH": "outputs/a_run/checkpoint", "OTHER_PATH": "outputs/
 QUICK = {"SEEDS": 1, "LIMIT": 20, "DEV_NUM": 4, "EVAL_GEN": 0, "MAX_STEPS": 2, "TOKENIZER": "words"}
 # With what besides some pages are typed in, each page in a checkout of its own.
 BESIDES = {"docs/several-devices.md": {"DRY_RUN": 1}}
-LONG = ["docs/reproducing.md"]  # minutes
+QUICKLY = "README.md"  # of all pages the one that every run of the tests types in
 WITH_PYTHON = ["README.md"]  # whose Python is a program that is run too
 # Run by tests of their own: the quickstart below, and this suite.
 APART = ("bash scripts/quickstart.sh", "bash scripts/test.sh")
@@ -228,25 +228,24 @@ def follow(workshop, tmp_path_factory) -> Callable[[str], subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def typed_in(workshop, follow) -> dict[str, Future[subprocess.CompletedProcess]]:
-    """All pages but the long ones, several at a time."""
-    return {name: workshop.pool.submit(follow, name) for name in TYPED if name not in LONG}
+    """All other pages, several at a time."""
+    return {name: workshop.pool.submit(follow, name) for name in TYPED if name != QUICKLY}
 
 
-@pytest.mark.parametrize("name", [name for name in TYPED if name not in LONG])
+def test_the_commands_of_the_readme_run(follow):
+    done = follow(QUICKLY)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TYPED if name != QUICKLY])
 def test_commands_run(typed_in, name):
     done = typed_in[name].result()
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LONG)
-def test_long_pages_run(follow, name):
-    done = follow(name)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
 def test_pages_are_found():
-    assert {"README.md", "docs/resume.md", *BESIDES, *LONG} <= set(TYPED)
+    assert {QUICKLY, "docs/resume.md", *BESIDES} <= set(TYPED)
 
 
 @pytest.mark.slow

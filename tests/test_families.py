@@ -72,8 +72,8 @@ class TestLoss:
         student = tiny_model(tmp_path / "student", vocab=304, layers=3, seed=2, **shape)
         return tuple(load_model(str(path), torch.float32, CPU) for path in (student, teacher))
 
-    @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+    @pytest.mark.parametrize(("packed", "checkpointing"), [(False, False), (True, False), (True, True)],
+                             ids=["padded", "packed", "packed, checkpointing"])
     @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
     def test_value_and_gradients(self, models, case, lora, packed, checkpointing):
         student, teacher = models
