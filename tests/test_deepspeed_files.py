@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from launching import ROOT, TENTHS, TENTHS
+from launching import ROOT, TENTHS
 from todi.errors import InputError
 from todi.runtime.device import Precision
 from todi.training.deepspeed_config import build_deepspeed_config
