@@ -35,7 +35,7 @@ def test_other_signals(number, settings, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(settings, tmp_path):
-    launched = Launched(**settings | {"GRAD_ACC": 10_000}, SAVE_DIR=tmp_path)  # a step that takes a minute
+    launched = Launched(**settings | {"GRAD_ACC": 10_000, "PACKING": "off"}, SAVE_DIR=tmp_path)  # a step takes a minute
     assert launched.wait_for("teacher "), launched.output
     time.sleep(5)
     launched.process.send_signal(signal.SIGTERM)

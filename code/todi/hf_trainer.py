@@ -38,6 +38,7 @@ from todi.settings import CROSS_ENTROPY
 from todi.teacher.cache_files import CacheStore
 
 SAMPLES = "sample_ids"  # the column that says which samples of a teacher cache a batch has
+_SUMS = ("loss", "kd", "ce", "correct", "tokens")
 _NOT_FOR_MODELS = ("labels", "shift_labels", "num_items_in_batch", SAMPLES)
 
 
@@ -292,9 +293,6 @@ def _as_example(row: Mapping[str, Any]) -> Example:
     labels = list(row["labels"])
     prompt = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     return Example(tuple(row["input_ids"]), prompt)
-
-
-_SUMS = ("loss", "kd", "ce", "correct", "tokens")
 
 
 def _stacked(sums: Mapping[str, Tensor]) -> Tensor:
