@@ -17,7 +17,7 @@ from todi.data.tokenize import Example
 from todi.models.adapters import add_lora
 from todi.models.backbone import backbone_and_head
 from todi.models.families import FAMILIES
-from todi.runtime import allocator, peaks
+from todi.runtime import peaks
 from todi.runtime.allocator import settle_allocator
 from todi.runtime.device import settle_tf32
 from todi.runtime.distributed import World
@@ -293,11 +293,10 @@ def test_what_a_user_chose_stays():
 def test_when_there_is_nothing_to_set(monkeypatch):
     assert settle_allocator("system", CPU) == "as the system has it (asked for)"
     assert settle_allocator("auto", torch.device("cuda")).endswith("(the tensors are not in its memory)")
-    addresses = iter([1, 2])
     with monkeypatch.context() as another:
-        another.setattr(allocator, "_address", lambda function: next(addresses))
-        another.setenv("LD_PRELOAD", "/lib/libother.so")
-        assert settle_allocator("auto", CPU) == "another allocator than glibc's (LD_PRELOAD=/lib/libother.so)"
+        another.setenv("LD_PRELOAD", "/lib/first.so:/lib/libjemalloc.so.2")
+        assert settle_allocator("auto", CPU) == "as /lib/libjemalloc.so.2 has it"
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
 
     def no_glibc(name):
         raise OSError(name)

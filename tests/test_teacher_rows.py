@@ -286,6 +286,7 @@ class TestRuns:
             "    rows = live.rows(batch)\n"
             "    return rows.head(rows.hidden)\n")
         place = f"{tmp_path / 'mine.py'}:logits"
+        words = [*words, "--packing", "off"]  # as a function has it
         called = train(tmp_path / "called", *words, "--teacher-callable", place)
         live = train(tmp_path / "live", *words, "--teacher-model-path", teacher, "--teacher-cache", "off")
         assert (called.returncode, live.returncode) == (0, 0), called.stdout + live.stdout

@@ -41,7 +41,7 @@ from todi.models.adapters import merge_adapter
 from todi.models.loading import checksum_or_commit, load_model
 from todi.models.probe import check_model
 from todi.options import parse
-from todi.runtime.allocator import settle_allocator
+from todi.runtime.allocator import settle_allocator, who_allocates
 from todi.runtime.checksums import model_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
@@ -58,7 +58,7 @@ def main() -> None:
     world = world_from_environment()
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
-    logger.info("memory: %s", settle_allocator(config.allocator, device))
+    settle_allocator(config.allocator, device)
     results = evaluate(config, world, device)
     if results and world.is_main:
         print(annotated_table({config.folder.name: results}))
@@ -153,6 +153,7 @@ def build_model(inputs: EvalInputs, config: EvalConfig, world: World, device: to
     """The model that is scored, its LoRA adapter merged."""
     logger.info("device: %s x %d; precision: %s (%s)", device.type, world.size, inputs.precision.name,
                 inputs.precision.reason)
+    logger.info("allocator: %s", who_allocates())
     model = load_model(inputs.model_path, inputs.precision.dtype, device, config.trust_remote_code)
     if config.peft_path:
         model = merge_adapter(model, config.peft_path)

@@ -35,7 +35,7 @@ from todi.models.loading import load_model
 from todi.models.packing import takes_packed, use_packing
 from todi.models.probe import check_model
 from todi.options import parse
-from todi.runtime.allocator import settle_allocator
+from todi.runtime.allocator import settle_allocator, who_allocates
 from todi.runtime.cadence import Cadence
 from todi.runtime.device import Precision, choose_device, dtype_of, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
@@ -79,7 +79,7 @@ def main() -> None:
     world = world_from_environment()
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
-    logger.info("memory: %s", settle_allocator(config.run.allocator, device))
+    settle_allocator(config.run.allocator, device)
     settle_tf32(config.run.tf32, device)
     try:
         train(config, world, device)
@@ -317,6 +317,7 @@ def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: i
     logger.info("device: %s x %d; precision: %s (%s)%s; ZeRO stage %d", device.type, world.size, precision.name,
                 precision.reason, ", fp32 products in TF32" if tf32 else "",
                 inputs.deepspeed_config["zero_optimization"]["stage"])
+    logger.info("allocator: %s", who_allocates())
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs", samples,
                 shape.samples, shape.batch_size, shape.accumulation, world.size, steps, epochs)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 
 import torch
 
@@ -9,6 +10,14 @@ import torch
 _LARGEST_FAST, _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = 1, -1, -2, -4
 _NEVER = -1
 _GROWTH = 256 << 20  # bytes by which the heap grows at least; they are touched, and so take memory, when they are used
+
+
+_settled = "as the program that this is called from has it"
+
+
+def who_allocates() -> str:
+    """What `settle_allocator` said last, if it was called, for a log that begins later."""
+    return _settled
 
 
 def settle_allocator(name: str, device: torch.device) -> str:
@@ -30,6 +39,12 @@ def settle_allocator(name: str, device: torch.device) -> str:
     Returns:
         who allocates and why, for the log.
     """
+    global _settled
+    _settled = _settle(name, device)
+    return _settled
+
+
+def _settle(name: str, device: torch.device) -> str:
     if name == "system":
         return "as the system has it (asked for)"
     if device.type != "cpu":
@@ -38,12 +53,9 @@ def settle_allocator(name: str, device: torch.device) -> str:
     if chosen:
         return f"as {chosen} has it"
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        mallopt = libc.mallopt
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return "as the system has it (this is not glibc, whose heap could be set)"
-    if _address(ctypes.CDLL(None).malloc) != _address(libc.malloc):
-        return f"another allocator than glibc's (LD_PRELOAD={os.environ.get('LD_PRELOAD', '')})"
     mallopt(_LARGEST_FAST, 0)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, _NEVER)
@@ -52,11 +64,10 @@ def settle_allocator(name: str, device: torch.device) -> str:
 
 
 def _chosen_by_the_user() -> str | None:
-    """The variable that sets glibc's heap, if there is one."""
+    """The library that was loaded in glibc's place, or the variable that sets glibc's heap, if there is one."""
+    other = re.search(r"[^\s:]*malloc[^\s:]*", os.environ.get("LD_PRELOAD", ""))
+    if other:
+        return other[0]
     if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return "GLIBC_TUNABLES"
     return next((name for name in os.environ if name.startswith("MALLOC_") and name.endswith("_")), None)
-
-
-def _address(function: object) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
