@@ -130,11 +130,11 @@ class Shop:
             shutil.rmtree(self.there[name] / "eval", ignore_errors=True)
         try:
             config = parse(EvalConfig, evaluation_options([], self.filled_in(self.evaluation | variables)))
-            inputs = eval_inputs.read_inputs(config, CPU)
+            eval_inputs.read_inputs(config, CPU)
         except InputError as refused:
             self.refuse("evaluation", refused)
             return
-        evaluate.evaluate(config, inputs, ALONE, CPU)
+        evaluate.evaluate(config, ALONE, CPU)
         self.counts["evaluated"] += 1
 
     def refuse(self, what: str, refused: InputError) -> None:
