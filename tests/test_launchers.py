@@ -195,11 +195,15 @@ class TestBadInput:
         assert done.returncode == 2
         assert "different tokenizers: vocabulary (1 entries, the first: 'a new one' is absent in the " in done.stdout
 
-    def test_fp16_on_a_cpu(self, workshop, models):
-        done = run(KD[0], **workshop.settings | {"MODEL_PATH": models["gpt2-student"], "PRECISION": "fp16",
-                                                 "TEACHER_MODEL_PATH": models["gpt2-teacher"]})
+    @pytest.mark.parametrize(("variables", "said"), [
+        ({"PRECISION": "fp16"}, "fp16 does not train on a CPU"),
+        ({"KERNELS": "triton"}, "KERNELS=triton: the device is no GPU but cpu"),
+    ])
+    def test_what_no_cpu_can(self, workshop, models, variables, said):
+        done = run(KD[0], **workshop.settings | {"MODEL_PATH": models["gpt2-student"], "CHECK_ONLY": 1,
+                                                 "TEACHER_MODEL_PATH": models["gpt2-teacher"]} | variables)
         assert done.returncode == 2
-        assert "fp16 does not train on a CPU" in done.stdout
+        assert said in done.stdout
 
 
 @pytest.mark.parametrize("launcher", [*SFT, *LORA_SFT, *KD, *OTHERS])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from todi.criterions.definitions import Divergence
 from todi.criterions.rows import IGNORE_INDEX, RowFunction, RowTask, eager_block, eager_rows, in_blocks
 from todi.errors import InputError
 
@@ -45,6 +46,12 @@ def choose_rows(kernels: str, dtype: torch.dtype, task: RowTask) -> RowFunction:
         logger.info("loss: %s for %s, %s on %s", what, divergence.name if divergence else "cross-entropy",
                     str(dtype).removeprefix("torch."), task.device)
     return _chosen[key]
+
+
+def check_kernels(kernels: str, dtype: torch.dtype, device: torch.device, divergence: Divergence | None) -> None:
+    """Whether there will be a row function, before there are models. Raises InputError where there will be none."""
+    if kernels == "triton":
+        _triton(dtype, RowTask(divergence, 1.0, 0.0, 0.0, None, 1.0, 1, None, False, torch.float32, device, False))
 
 
 def _eager(dtype: torch.dtype, task: RowTask) -> tuple[RowFunction, str]:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import LossTerm, ModelShape, TermContext, build_divergence, build_terms
+from todi.criterions.kernels import check_kernels
 from todi.data.chat import render_sets
 from todi.data.records import Record, load_sets
 from todi.data.sample_sources import epoch_counts
@@ -98,6 +99,11 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
             accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad, ranks=ranks,
             override_file=config.run.deepspeed_config)
+    with collecting(problems):
+        if not problems:
+            objective = config.objective
+            divergence = build_divergence(objective.kd_objective, **named_numbers(objective.kd_params))
+            check_kernels(objective.kernels, precision.dtype, device, divergence if objective.distils else None)
     teacher_precision = precision
     if config.teacher.teacher_dtype:
         with collecting(problems):
