@@ -379,6 +379,8 @@ class RunConfig:
     def rules(self) -> Iterator[str]:
         """What is wrong with the folder and the named file."""
         yield from _room_for_a_folder("--save-dir", self.save_dir)
+        if any("\ud800" <= letter <= "\udfff" for letter in self.save_dir):  # bytes that are no UTF-8
+            yield f"--save-dir must be UTF-8, for a tokenizer is written by its name; got {ascii(self.save_dir)}"
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             yield f"--deepspeed_config: no such file: {self.deepspeed_config}"
 
