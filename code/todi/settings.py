@@ -220,6 +220,8 @@ class TeacherCacheConfig:
     def rules(self) -> Iterator[str]:
         """What is wrong with the name of the folder."""
         cache = self.teacher_cache
+        if any("\ud800" <= letter <= "\udfff" for letter in cache):  # bytes that are no UTF-8
+            yield f"--teacher-cache must be UTF-8, got {ascii(cache)}"
         if cache not in CACHE_MODES and "/" not in cache and not Path(cache).is_dir():
             yield f"--teacher-cache must be {', '.join(CACHE_MODES)} or a folder (as ./{cache}), got {cache!r}"
         elif cache not in CACHE_MODES:
