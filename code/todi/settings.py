@@ -81,6 +81,12 @@ def _template_date() -> Any:
                   pattern=(r"today|\d{4}-\d\d-\d\d", "today or 2026-01-31"))
 
 
+def _text(flag: str, folder: str) -> Iterator[str]:
+    """What is wrong with the name of a folder that is written to: bytes that are no UTF-8 stand in it as surrogates."""
+    if any("\ud800" <= letter <= "\udfff" for letter in folder):
+        yield f"{flag} must be UTF-8, got {ascii(folder)}"
+
+
 def _a_date(config: "DataConfig | EvalConfig") -> Iterator[str]:
     try:
         datetime.date.fromisoformat(config.template_date)
@@ -220,8 +226,7 @@ class TeacherCacheConfig:
     def rules(self) -> Iterator[str]:
         """What is wrong with the name of the folder."""
         cache = self.teacher_cache
-        if any("\ud800" <= letter <= "\udfff" for letter in cache):  # bytes that are no UTF-8
-            yield f"--teacher-cache must be UTF-8, got {ascii(cache)}"
+        yield from _text("--teacher-cache", cache)
         if cache not in CACHE_MODES and "/" not in cache and not Path(cache).is_dir():
             yield f"--teacher-cache must be {', '.join(CACHE_MODES)} or a folder (as ./{cache}), got {cache!r}"
         elif cache not in CACHE_MODES:
@@ -381,8 +386,7 @@ class RunConfig:
     def rules(self) -> Iterator[str]:
         """What is wrong with the folder and the named file."""
         yield from _room_for_a_folder("--save-dir", self.save_dir)
-        if any("\ud800" <= letter <= "\udfff" for letter in self.save_dir):  # bytes that are no UTF-8
-            yield f"--save-dir must be UTF-8, for a tokenizer is written by its name; got {ascii(self.save_dir)}"
+        yield from _text("--save-dir", self.save_dir)
         if self.deepspeed_config and not Path(self.deepspeed_config).is_file():
             yield f"--deepspeed_config: no such file: {self.deepspeed_config}"
 
