@@ -62,6 +62,8 @@ class RowTask:
 
 
 class RowFunction(Protocol):
+    """What happens to some rows of logits between the matrix products."""
+
     def __call__(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, task: RowTask) -> Tensor:
         """Sums over rows, and in place their gradients.
 
