@@ -260,10 +260,12 @@ print(settle_allocator(sys.argv[1], torch.device("cpu")))
 def work():
     for _ in range(5):
         torch.ones(16 << 20).exp().sum()  # 64 MiB each: by itself glibc learns to keep blocks of up to 32
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults() for _ in range(3)))  # the heap may still grow by a block in one of them
 """
 
 
