@@ -9,35 +9,28 @@ evaluation at its end included; the others are the run's own. Processor time is 
 process on the machine makes no longer.
 """
 
-import argparse
-import random
 import sys
 import tempfile
 from pathlib import Path
 
 from roofline import PHASES
-from train import ROOT, SEED, Result, Workspace
+from train import Result, Workspace, chosen_records, command_line
 
 TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "model_hub/smollm2/smollm2-135m-instruct"), help="the teacher")
-    parser.add_argument("--data", type=Path, default=ROOT / "data/demo/train.jsonl", help="records in JSON lines")
-    parser.add_argument("--samples", type=int, default=48, help="a multiple of 8 (default: 48)")
-    parser.add_argument("--precisions", nargs="*", default=["bf16", "fp32"])
+    parser = command_line(__doc__, ("bf16", "fp32"))
     parser.add_argument("--preload", nargs="*", default=[], help="libraries with an allocator")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--live", action="store_true", help="from the live teacher")
     args = parser.parse_args()
-    records = random.Random(SEED).sample(args.data.read_text().splitlines(), args.samples)
     variants = {"`ALLOCATOR=system`": ("system", {}), "`ALLOCATOR=glibc`": ("glibc", {}),
                 "`GLIBC_TUNABLES`": ("auto", {"GLIBC_TUNABLES": TUNABLES})}
     variants |= {f"`{Path(library).name}`": ("auto", {"LD_PRELOAD": library}) for library in args.preload}
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Workspace(Path(folder), args.model, records)
+        work = Workspace(Path(folder), args.model, chosen_records(args))
         print("| allocator | precision | samples / s | processor time a sample | page faults | kernel's share | peak "
               "memory |\n| --- | --- | --- | --- | --- | --- | --- |")
         for precision in args.precisions:

@@ -6,28 +6,21 @@ The runs are those of benchmarks/train.py; all figures but the last are their ow
 counted). The last is the kernel's share of the processor time of the whole process: what page faults cost, above all.
 """
 
-import argparse
-import random
 import tempfile
 from pathlib import Path
 
-from train import ROOT, SEED, Result, Workspace
+from train import Result, Workspace, chosen_records, command_line
 
 PHASES = ("data", "teacher", "student", "loss", "optimizer", "waiting")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "model_hub/smollm2/smollm2-135m-instruct"), help="the teacher")
-    parser.add_argument("--data", type=Path, default=ROOT / "data/demo/train.jsonl", help="records in JSON lines")
-    parser.add_argument("--samples", type=int, default=48, help="a multiple of 8 (default: 48)")
-    parser.add_argument("--precisions", nargs="*", default=["fp32", "bf16"])
+    parser = command_line(__doc__, ("fp32", "bf16"))
     args = parser.parse_args()
-    records = random.Random(SEED).sample(args.data.read_text().splitlines(), args.samples)
     print(f"| training | precision | tokens / s | padding | MFU | {' | '.join(PHASES)} | kernel |")
     print("| --- " * (6 + len(PHASES)) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        work = Workspace(Path(folder), args.model, records)
+        work = Workspace(Path(folder), args.model, chosen_records(args))
         for precision in args.precisions:
             for name, run in work.runs(precision).items():
                 print(f"| {name} | {precision} | {' | '.join(cells(run()))} |", flush=True)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -190,16 +190,28 @@ class Workspace:
                 "SFT": partial(self.train, precision, "--criterion", "cross_entropy")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str, precisions: Sequence[str]) -> argparse.ArgumentParser:
+    """What the benchmarks of training runs have in common; `precisions` are the default ones."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "model_hub/smollm2/smollm2-135m-instruct"), help="the teacher")
     parser.add_argument("--data", type=Path, default=ROOT / "data/demo/train.jsonl", help="records in JSON lines")
     parser.add_argument("--samples", type=int, default=48, help="a multiple of 8 (default: 48)")
-    parser.add_argument("--plain-steps", type=int, default=2, help="optimizer steps of the plain loop (default: 2)")
-    parser.add_argument("--precisions", nargs="*", default=["fp32", "bf16"], help="of ours (default: fp32 bf16)")
-    args = parser.parse_args()
+    parser.add_argument("--precisions", nargs="*", default=list(precisions),
+                        help=f"of our runs (default: {' '.join(precisions)})")
+    return parser
+
+
+def chosen_records(args: argparse.Namespace) -> list[str]:
+    """Lines of `args.data`, `args.samples` random ones."""
     load_records(args.data)  # names what is wrong with them
-    records = random.Random(SEED).sample(args.data.read_text().splitlines(), args.samples)
+    return random.Random(SEED).sample(args.data.read_text().splitlines(), args.samples)
+
+
+def main() -> None:
+    parser = command_line(__doc__, ("fp32", "bf16"))
+    parser.add_argument("--plain-steps", type=int, default=2, help="optimizer steps of the plain loop (default: 2)")
+    args = parser.parse_args()
+    records = chosen_records(args)
 
     with tempfile.TemporaryDirectory() as folder:
         work = Workspace(Path(folder), args.model, records)

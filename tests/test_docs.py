@@ -16,7 +16,8 @@ import yaml
 from launching import ROOT, Run, environment, write_data
 from todi.criterions import DIVERGENCES, build_divergence
 from todi.schedules import SCHEDULES
-from todi.settings import LAUNCHER_VARIABLES, page
+from todi.settings import LAUNCHER_VARIABLES
+from todi.settings.page import page
 from todi.training.optimizer import build_schedule
 from transformers import get_polynomial_decay_schedule_with_warmup
 

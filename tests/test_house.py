@@ -135,4 +135,4 @@ def test_the_map_names_every_file_once():
 
 def test_the_map_has_the_rooms_in_the_order_of_their_floors():
     packages = [Path(path).parent.name for path in mapped() if path.endswith("__init__.py")]
-    assert packages == ["todi", *FLOORS[1:-1]]
+    assert [name for name in packages if name not in GROUND] == ["todi", *FLOORS[1:-1]]

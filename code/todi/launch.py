@@ -1,4 +1,4 @@
-"""Turns the launchers' variables into options, by the declarations in todi/settings.py.
+"""Turns the launchers' variables into options, by the declarations in todi/settings/.
 
     FAMILY=gpt2 CKPT_NAME=gpt2-base TEACHER_NAME=gpt2-xlarge KD_OBJ=ToDi python -m todi.launch train --lr 1e-3
     SETS="dolly vicuna" python -m todi.launch evaluate --model-path CKPT

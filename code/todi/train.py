@@ -95,8 +95,8 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         Interrupted: a signal asked to stop; the state has been saved.
     """
     inputs = read_inputs(config, device)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=inputs.template_date))
-    data, optim = config.data, config.optim
+    data = dataclasses.replace(config.data, template_date=inputs.template_date)
+    config, optim = dataclasses.replace(config, data=data), config.optim
     examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
                                data.max_prompt_length)
     shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
@@ -124,15 +124,12 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
             return
-        epochs = -(-max_steps // steps_per_epoch)
-        _log_decisions(inputs, shape, len(examples), max_steps, epochs, world, device)
+        _log_decisions(inputs, shape, len(examples), max_steps, world, device)
         if world.is_main:
             examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
         meter = build_meter(config.run, inputs.student.precision, folder, world, device)
         # before the student is there: a pass that fills a cache needs room for the teacher
-        teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), world, device)
-        for backbone, head in teacher.parts if teacher else ():
-            meter.add_cost(forward_cost(backbone, head))
+        teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), meter, world, device)
         engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
         shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
                                      takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
@@ -140,10 +137,9 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
         step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
         stack.enter_context(closing(step))
-        dev = dataclasses.replace(dev, collate=batch)
-        trainer = Trainer(step, source, dev, build_export(engine, inputs, build_card(config, inputs, run), world),
-                          folder, build_monitors(config, folder, max_steps), build_pace(config.run, max_steps), world,
-                          meter)
+        trainer = Trainer(step, source, dataclasses.replace(dev, collate=batch),
+                          build_export(engine, inputs, build_card(config, inputs, run), world), folder,
+                          build_monitors(config, folder, max_steps), build_pace(config.run, max_steps), world, meter)
         stack.enter_context(closing(trainer.monitors))
         stack.enter_context(closing(meter))
         try:
@@ -251,13 +247,18 @@ def build_teacher_specs(config: TrainConfig, inputs: TrainInputs, examples: Sequ
 
 
 def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
-                  layers: Sequence[int], world: World, device: torch.device) -> TeacherSource | None:
+                  layers: Sequence[int], meter: Meter, world: World, device: torch.device) -> TeacherSource | None:
     """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
     if inputs.teacher_function:
         last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
         logger.info("teacher: the function %s", config.teacher.teacher_callable)
         return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
-    return open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers) if specs else None
+    if not specs:
+        return None
+    teacher = open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers)
+    for backbone, head in teacher.parts:
+        meter.add_cost(forward_cost(backbone, head))
+    return teacher
 
 
 def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
@@ -310,7 +311,7 @@ def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any])
     return partial(model_card, run["settings"], data, run["versions"], student, teachers)
 
 
-def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, epochs: int, world: World,
+def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, world: World,
                    device: torch.device) -> None:
     precision = inputs.student.precision
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
@@ -319,7 +320,8 @@ def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: i
                 inputs.deepspeed_config["zero_optimization"]["stage"])
     logger.info("allocator: %s", who_allocates())
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs", samples,
-                shape.samples, shape.batch_size, shape.accumulation, world.size, steps, epochs)
+                shape.samples, shape.batch_size, shape.accumulation, world.size, steps,
+                -(-steps // shape.steps(samples)))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def in_blocks(block_function: BlockFunction) -> RowFunction:
     """A row function that goes through the rows a few at a time, by a function that returns sums and gradient."""
 
     def row_function(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, task: RowTask) -> Tensor:
+        """See `RowFunction`."""
         sums = logits.new_zeros(5, dtype=task.dtype)
         for rows in slices(len(logits), rows_within(_BLOCK_BYTES, task.vocabulary, logits.device)):
             teacher_block = None if teacher_logits is None else teacher_logits[rows]

@@ -74,7 +74,34 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, te
             tl.store(sums + column, 0.0)
         return
 
-    # pass 1: s, q and p are the student at 1, the student and the teacher at the temperature
+    # s, q and p are the student at 1, the student and the teacher at the temperature
+    s_most, s_total, q_most, q_total, p_most, p_total, top, even, logits_mean = _log_sums(
+        row, teacher_row, vocabulary, readable, inverse_temperature, POINT, BLOCK)
+    label_logit = tl.load(row + label).to(tl.float32)
+    label_logit = tl.where(label_logit == float("-inf"), _MASKED, label_logit)
+    ce = -(1 - smoothing) * _log_softmax(label_logit, s_most, s_total)
+    ce -= smoothing * (logits_mean - s_most - s_total)
+    kd, h_sum = 0.0, 0.0
+    if POINT is not None:
+        if SELECTS:
+            parameter = _head_share(row, teacher_row, vocabulary, readable, inverse_temperature, q_most, q_total,
+                                    p_most, p_total, parameter, ZERO_BITS, BLOCK)
+        kd, h_sum = _point_sums(row, teacher_row, vocabulary, readable, inverse_temperature, q_most, q_total, p_most,
+                                p_total, parameter, POINT, BLOCK)
+    tl.store(sums, kd)
+    tl.store(sums + 1, ce)
+    tl.store(sums + 2, (top == label).to(tl.float32))
+    tl.store(sums + 3, 1.0)
+    if WRITES:
+        _write_gradient(row, teacher_row, label, vocabulary, readable, parameter, inverse_temperature, ce_factor,
+                        kd_factor, smoothing, inverse_softcap, scale, s_most, s_total, q_most, q_total, p_most, p_total,
+                        top, even, h_sum, POINT, SOFTCAPS, BLOCK)
+
+
+@triton.jit
+def _log_sums(row, teacher_row, vocabulary, readable, inverse_temperature, POINT: tl.constexpr, BLOCK: tl.constexpr):
+    """Pass 1: the three log-sum-exps in two parts, the student's top, 1 / entries, the mean of its logits."""
+    lanes = tl.arange(0, BLOCK)
     s_most, q_most = tl.full((), _MASKED, tl.float32), tl.full((), _MASKED, tl.float32)
     p_most = tl.full((), _MASKED, tl.float32)
     s_total, q_total, p_total = 0.0, 0.0, 0.0
@@ -93,66 +120,64 @@ def rows_kernel(logits_ptr, teacher_ptr, labels_ptr, sums_ptr, logits_stride, te
             teacher_logits = _load(teacher_row, start + lanes, vocabulary, readable)
             q_most, q_total = _online(q_most, q_total, _common(logits, teacher_logits, inverse_temperature))
             p_most, p_total = _online(p_most, p_total, teacher_logits * inverse_temperature)
-    s_total, q_total, p_total = tl.log(s_total), tl.log(q_total), tl.log(p_total)
     top = tl.min(tl.where(best == s_most, best_start + lanes, vocabulary), 0)
     even = 1 / tl.sum(allowed, 0)
-    label_logit = tl.load(row + label).to(tl.float32)
-    label_logit = tl.where(label_logit == float("-inf"), _MASKED, label_logit)
-    ce = -(1 - smoothing) * _log_softmax(label_logit, s_most, s_total)
-    ce -= smoothing * (tl.sum(logits_sum, 0) * even - s_most - s_total)
+    return (s_most, tl.log(s_total), q_most, tl.log(q_total), p_most, tl.log(p_total), top, even,
+            tl.sum(logits_sum, 0) * even)
 
-    # pass 2
-    kd, h_sum = 0.0, 0.0
+
+@triton.jit
+def _point_sums(row, teacher_row, vocabulary, readable, inverse_temperature, q_most, q_total, p_most, p_total,
+                parameter, POINT: tl.constexpr, BLOCK: tl.constexpr):
+    """Pass 2: the divergence, and the sum of h."""
+    values, hs = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logits = _load(row, columns, vocabulary, readable)
+        teacher_logits = _load(teacher_row, columns, vocabulary, readable)
+        log_p = _log_softmax(teacher_logits * inverse_temperature, p_most, p_total)
+        log_q = _log_softmax(_common(logits, teacher_logits, inverse_temperature), q_most, q_total)
+        value, h = POINT(log_p, log_q, tl.exp(log_p), tl.exp(log_q), parameter)
+        values += tl.where(teacher_logits > _MASKED, value, 0.0)
+        hs += tl.where(teacher_logits > _MASKED, h, 0.0)
+    return tl.maximum(tl.sum(values, 0), 0.0), tl.sum(hs, 0)
+
+
+@triton.jit
+def _write_gradient(row, teacher_row, label, vocabulary, readable, parameter, inverse_temperature, ce_factor, kd_factor,
+                    smoothing, inverse_softcap, scale, s_most, s_total, q_most, q_total, p_most, p_total, top, even,
+                    h_sum, POINT: tl.constexpr, SOFTCAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Pass 3: the gradient, over the student's logits.
+
+    What has nearly all of q is left out and gets minus the sum of the others, as in the eager divergences.
+    """
+    settled = -1
+    top_logit = tl.load(row + top).to(tl.float32)
     if POINT is not None:
-        if SELECTS:
-            parameter = _head_share(row, teacher_row, vocabulary, readable, inverse_temperature, q_most, q_total,
-                                    p_most, p_total, parameter, ZERO_BITS, BLOCK)
-        values, hs = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocabulary, BLOCK):
-            logits = _load(row, start + lanes, vocabulary, readable)
-            teacher_logits = _load(teacher_row, start + lanes, vocabulary, readable)
+        top_teacher = tl.load(teacher_row + top).to(tl.float32)
+        top_log_q = _log_softmax(top_logit * inverse_temperature, q_most, q_total)
+        settled = tl.where((tl.exp(top_log_q) > _NEARLY_ALL) & (top_teacher > float("-inf")), top, -1)
+    others = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logits = _load(row, columns, vocabulary, readable)
+        gradient = ce_factor * _ce_gradient(logits, columns, label, s_most, s_total, smoothing, even)
+        if POINT is not None:
+            teacher_logits = _load(teacher_row, columns, vocabulary, readable)
             log_p = _log_softmax(teacher_logits * inverse_temperature, p_most, p_total)
             log_q = _log_softmax(_common(logits, teacher_logits, inverse_temperature), q_most, q_total)
-            value, h = POINT(log_p, log_q, tl.exp(log_p), tl.exp(log_q), parameter)
-            values += tl.where(teacher_logits > _MASKED, value, 0.0)
-            hs += tl.where(teacher_logits > _MASKED, h, 0.0)
-        kd, h_sum = tl.maximum(tl.sum(values, 0), 0.0), tl.sum(hs, 0)
-    tl.store(sums, kd)
-    tl.store(sums + 1, ce)
-    tl.store(sums + 2, (top == label).to(tl.float32))
-    tl.store(sums + 3, 1.0)
-
-    # pass 3
-    if WRITES:
-        # what has nearly all of q is left out and gets minus the sum of the others, as in the eager divergences
-        settled = -1
-        top_logit = tl.load(row + top).to(tl.float32)
-        if POINT is not None:
-            top_teacher = tl.load(teacher_row + top).to(tl.float32)
-            top_log_q = _log_softmax(top_logit * inverse_temperature, q_most, q_total)
-            settled = tl.where((tl.exp(top_log_q) > _NEARLY_ALL) & (top_teacher > float("-inf")), top, -1)
-        others = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + lanes
-            logits = _load(row, columns, vocabulary, readable)
-            gradient = ce_factor * _ce_gradient(logits, columns, label, s_most, s_total, smoothing, even)
-            if POINT is not None:
-                teacher_logits = _load(teacher_row, columns, vocabulary, readable)
-                log_p = _log_softmax(teacher_logits * inverse_temperature, p_most, p_total)
-                log_q = _log_softmax(_common(logits, teacher_logits, inverse_temperature), q_most, q_total)
-                q = tl.exp(log_q)
-                value, h = POINT(log_p, log_q, tl.exp(log_p), q, parameter)
-                kd_gradient = tl.where(teacher_logits > _MASKED, h - q * h_sum, 0.0)
-                others += tl.where(columns == settled, 0.0, kd_gradient)
-                gradient += kd_factor * kd_gradient
-            gradient = _before_head(gradient, logits, inverse_softcap, scale, SOFTCAPS)
-            tl.store(row + columns, gradient.to(logits_ptr.dtype.element_ty),
-                     mask=(columns < readable) & (columns != settled))
-        if settled >= 0:
-            gradient = ce_factor * _ce_gradient(top_logit, top, label, s_most, s_total, smoothing, even)
-            gradient -= kd_factor * tl.sum(others, 0)
-            gradient = _before_head(gradient, top_logit, inverse_softcap, scale, SOFTCAPS)
-            tl.store(row + top, gradient.to(logits_ptr.dtype.element_ty))
+            q = tl.exp(log_q)
+            value, h = POINT(log_p, log_q, tl.exp(log_p), q, parameter)
+            kd_gradient = tl.where(teacher_logits > _MASKED, h - q * h_sum, 0.0)
+            others += tl.where(columns == settled, 0.0, kd_gradient)
+            gradient += kd_factor * kd_gradient
+        gradient = _before_head(gradient, logits, inverse_softcap, scale, SOFTCAPS)
+        tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=(columns < readable) & (columns != settled))
+    if settled >= 0:
+        gradient = ce_factor * _ce_gradient(top_logit, top, label, s_most, s_total, smoothing, even)
+        gradient -= kd_factor * tl.sum(others, 0)
+        gradient = _before_head(gradient, top_logit, inverse_softcap, scale, SOFTCAPS)
+        tl.store(row + top, gradient.to(row.dtype.element_ty))
 
 
 @triton.jit

@@ -33,6 +33,7 @@ class ClippingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """A step with clipped gradients; none where their norm is not finite, which `overflow` then says."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._global_grad_norm = get_total_norm(gradients)
         self.overflow = not self._global_grad_norm.isfinite()

@@ -82,8 +82,7 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     load_plugins(config.run.plugins)
     problems = config.problems()
     train_files, dev_files = _data_files(config.data.data_dir)
-    student = function = precision = deepspeed_config = train = dev = None
-    teachers: list[ModelInputs] = []
+    train = dev = function = None
     with collecting(problems):
         check_objective(config.objective)
     with collecting(problems):
@@ -92,36 +91,8 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
         train = load_sets(train_files, config.data.train_num)
     with collecting(problems):
         dev = load_sets(dev_files, config.data.dev_num)
-    with collecting(problems):
-        precision = choose_precision(config.run.precision, device)
-        ranks = world_from_environment().size
-        deepspeed_config = build_deepspeed_config(
-            precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
-            accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad, ranks=ranks,
-            override_file=config.run.deepspeed_config)
-    with collecting(problems):
-        if not problems:
-            objective = config.objective
-            divergence = build_divergence(objective.kd_objective, **named_numbers(objective.kd_params))
-            check_kernels(objective.kernels, precision.dtype, device, divergence if objective.distils else None)
-    teacher_precision = precision
-    if config.teacher.teacher_dtype:
-        with collecting(problems):
-            teacher_precision = choose_precision(config.teacher.teacher_dtype, device, "--teacher-dtype")
-    if config.student.model_path:
-        with collecting(problems):
-            student = read_model(config.student.model_path, config.student.model_type, config.student.peft_path,
-                                 precision, config.data.max_length, config.student.trust_remote_code, trained=True)
-            if config.student.gradient_checkpointing:
-                check_checkpointing(student.config, student.path, config.student.trust_remote_code)
-            if config.student.peft and not config.student.peft_path:
-                check_lora(student.config, student.family, config.student.peft_lora_targets, student.path,
-                           config.student.trust_remote_code)
-    if config.objective.distils:
-        for path, adapter in zip(config.teacher.teacher_model_path, config.teacher.adapters, strict=False):
-            with collecting(problems):
-                teachers.append(read_model(path, config.teacher.teacher_model_type, adapter, teacher_precision,
-                                           config.data.max_length, config.student.trust_remote_code))
+    precision, deepspeed_config = _computation(config, device, problems)
+    student, teachers = _models(config, precision, device, problems)
     if config.objective.distils and config.teacher.teacher_callable:
         with collecting(problems):
             function = load_function(config.teacher.teacher_callable)
@@ -145,6 +116,49 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
         raise InputError(problems)
     return TrainInputs(student, teachers, function, deepspeed_config, list(chain(*train)), list(chain(*dev)),
                        train_files, dev_files, [len(records) for records in train], date.noted)
+
+
+def _computation(config: TrainConfig, device: torch.device,
+                 problems: list[str]) -> tuple[Precision | None, dict[str, Any] | None]:
+    """The run's precision and its DeepSpeed configuration; None where a problem was added to the others."""
+    precision = deepspeed_config = None
+    with collecting(problems):
+        precision = choose_precision(config.run.precision, device)
+        ranks = world_from_environment().size
+        deepspeed_config = build_deepspeed_config(
+            precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
+            accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad, ranks=ranks,
+            override_file=config.run.deepspeed_config)
+    with collecting(problems):
+        if not problems:
+            objective = config.objective
+            divergence = build_divergence(objective.kd_objective, **named_numbers(objective.kd_params))
+            check_kernels(objective.kernels, precision.dtype, device, divergence if objective.distils else None)
+    return precision, deepspeed_config
+
+
+def _models(config: TrainConfig, precision: Precision | None, device: torch.device,
+            problems: list[str]) -> tuple[ModelInputs | None, list[ModelInputs]]:
+    """The student, None where a problem was added to the others, and those of the teachers that have none."""
+    student, teachers, teacher_precision = None, [], precision
+    options, length, trust = config.student, config.data.max_length, config.student.trust_remote_code
+    if config.teacher.teacher_dtype:
+        with collecting(problems):
+            teacher_precision = choose_precision(config.teacher.teacher_dtype, device, "--teacher-dtype")
+    if options.model_path:
+        with collecting(problems):
+            student = read_model(options.model_path, options.model_type, options.peft_path, precision, length, trust,
+                                 trained=True)
+            if options.gradient_checkpointing:
+                check_checkpointing(student.config, student.path, trust)
+            if options.peft and not options.peft_path:
+                check_lora(student.config, student.family, options.peft_lora_targets, student.path, trust)
+    if config.objective.distils:
+        for path, adapter in zip(config.teacher.teacher_model_path, config.teacher.adapters, strict=False):
+            with collecting(problems):
+                teachers.append(read_model(path, config.teacher.teacher_model_type, adapter, teacher_precision, length,
+                                           trust))
+    return student, teachers
 
 
 def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) -> dict[str, str]:

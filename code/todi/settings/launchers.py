@@ -1,0 +1,30 @@
+"""Variables of the launchers that are no settings."""
+
+# What launchers understand besides the settings.
+LAUNCHER_VARIABLES = {
+    "FAMILY": "the student's family: MODEL_TYPE when not given, and a folder of model_hub/ and outputs/",
+    "CKPT_NAME": "the student's name: MODEL_PATH is model_hub/FAMILY/CKPT_NAME when not given",
+    "TEACHER_FAMILY": "family of the teacher; FAMILY when not given",
+    "TEACHER_NAME": "the teacher's name: TEACHER_MODEL_PATH is the best of its newest SFT run when not given",
+    "TEACHER_PEFT": "lora: the teacher is model_hub/TEACHER_FAMILY/TEACHER_NAME with the adapter of its newest SFT run",
+    "SKEW_LAMBDA": "0.1 is short for KD_PARAMS=skew_lambda=0.1",
+    "GPUS": "devices to use, 0,1 or cpu; all that are visible when not given",
+    "NPROC": "processes; one for each device when not given, on a CPU one",
+    "NNODES": "nodes; with NODE_RANK, MASTER_ADDR and MASTER_PORT, as in torchrun",
+    "RENDEZVOUS_TIMEOUT": "seconds that a node waits for the others before it gives up; 900 when not given",
+    "NODE_RANK": "number of this node, from 0",
+    "MASTER_ADDR": "name of the first node",
+    "MASTER_PORT": "a free port there; 29500 when not given",
+    "DRY_RUN": "1: print the command and stop",
+    "DOCTOR": "1: check all input, estimate memory and disk space, and stop",
+}
+
+# Variables of the published scripts that have no meaning here, and what to use.
+PUBLISHED = {
+    "BASE_PATH": "paths start at the root of the repository",
+    "WORK_DIR": "paths start at the root of the repository",
+    "TASK": "each launcher has its own: sft_*.sh, vanilla_kd_*.sh",
+    "CONFIG": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
+    "SETTING": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
+    "OPTS": "words after the launcher's name go to the Python command",
+}
