@@ -26,6 +26,8 @@ import todi.api  # what importing leaves behind is no call's
 import torch
 import torch.distributed as dist
 import transformers
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from todi.training.monitors import MONITORS, RunInfo
 
@@ -34,6 +36,7 @@ STEP = 3
 
 def snapshot() -> dict[str, object]:
     """What a process has that a library could leave changed, in words."""
+    gc.collect()  # what a signal cut short is freed in time, as in any program
     loggers = {name: logging.getLogger(name) for name in (None, "todi", "transformers", "DeepSpeed", "torch")}
     return {
         "signals": {number: str(signal.getsignal(number)) for number in (1, 2, 10, 12, 13, 15, 17)},
@@ -47,6 +50,7 @@ def snapshot() -> dict[str, object]:
         "process group": [dist.is_initialized() and dist.get_backend(), str(groups._WORLD_GROUP)],
         "torch": [str(torch.get_default_dtype()), torch.is_grad_enabled(), torch.get_num_threads(),
                   torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()],
+        "engines": sum(isinstance(one, DeepSpeedEngine | ZeROOptimizer) for one in gc.get_objects()),
         "threads": sorted(thread.name for thread in threading.enumerate() if "TMonitor" not in type(thread).__name__),
         "files": sorted(file.path for file in psutil.Process().open_files()),
         "warnings": str(warnings.filters), "excepthook": str(sys.excepthook),

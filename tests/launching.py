@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,16 @@ def run(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: ob
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
+def cores_of_this_process() -> int:
+    """Of the machine's cores the share of this one of pytest's processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
+def slow(value: object) -> object:
+    """A value of a test's parameter that only `--all` takes."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def write_data(folder: Path, **splits: int) -> Path:
     """Writes <split>.jsonl files of so many records that a tiny tokenizer cuts into few tokens."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +77,7 @@ class Workshop:
     """
 
     folder: Path
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count() or 1))
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(cores_of_this_process()))
 
     def __post_init__(self):
         self.data = write_data(self.folder / "data" / "tiny", train=18, dev=4, valid=6)

@@ -158,8 +158,8 @@ class TestLaunchers:
         assert (done.checkpoint / "eval" / "results.json").is_file()
         assert runs(family)["sft"].result().checkpoint
 
-    @pytest.mark.parametrize("family", ["qwen2.5", *(pytest.param(name, marks=pytest.mark.slow)
-                                                     for name in LAUNCHERS if name != "qwen2.5")])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("family", LAUNCHERS)
     def test_an_adapter_scores_as_the_merged_model_does(self, workshop, runs, family):
         adapter = runs(family)["lora"].result().checkpoint
         merged = merge(student_of(workshop, family), adapter, workshop.folder / "merged" / family)

@@ -1,8 +1,10 @@
 """What a ZeRO stage must not change: how a model trains, what is said of its gradients, and how it is resumed."""
 
+import gc
 import logging
 from collections import Counter
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -28,6 +30,24 @@ STAGES = range(4)
 
 
 pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.fixture(autouse=True)
+def engines_are_freed(monkeypatch):
+    """Buckets and all, as a run frees its own: a process that holds too many cannot fork."""
+    engines = []
+    initialize = deepspeed.initialize
+
+    def noted(**arguments):
+        engines.append(initialize(**arguments)[0])
+        return engines[-1:]
+
+    monkeypatch.setattr(deepspeed, "initialize", noted)
+    yield
+    for engine in engines:
+        engine.destroy()
+    engines.clear()
+    gc.collect()
 
 
 @pytest.fixture

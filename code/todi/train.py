@@ -131,6 +131,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         # before the student is there: a pass that fills a cache needs room for the teacher
         teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), meter, world, device)
         engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
+        stack.callback(engine.destroy)  # its hooks would keep its buffers for as long as the process lasts
         shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
                                      takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
                                      meter.cost)
