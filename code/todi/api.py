@@ -86,7 +86,7 @@ def distil(student: Model, teacher: Model | Sequence[Model] | None = None, *, da
         try:
             train(config, world, device)
         except Interrupted as interrupted:
-            stop = interrupted
+            stop = interrupted.with_traceback(None)  # whose frames hold the engine
         world.barrier()  # the files of the result are the first rank's
     if stop:
         _pass_on(stop)
