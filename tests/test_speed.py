@@ -278,7 +278,7 @@ def faults(name: str, **variables: str) -> tuple[str, int]:
 
 
 def test_kept_memory_is_not_mapped_again():
-    said, kept = faults("auto")
+    said, kept = faults("glibc")
     assert said == "glibc, keeping what is freed (each step takes the same memory again)"
     given_back = faults("system")[1]
     assert given_back > 10 * 16384 / 16  # 16: where the kernel maps several pages at a fault
@@ -286,10 +286,10 @@ def test_kept_memory_is_not_mapped_again():
 
 
 def test_what_a_user_chose_stays():
-    said, given_back = faults("auto", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576")
+    said, given_back = faults("glibc", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576")
     assert said == "as GLIBC_TUNABLES has it"
     assert given_back > 10 * 16384 / 16
-    assert faults("auto", MALLOC_TRIM_THRESHOLD_="100000")[0] == "as MALLOC_TRIM_THRESHOLD_ has it"
+    assert faults("glibc", MALLOC_TRIM_THRESHOLD_="100000")[0] == "as MALLOC_TRIM_THRESHOLD_ has it"
 
 
 def test_when_there_is_nothing_to_set(monkeypatch):
@@ -304,7 +304,8 @@ def test_when_there_is_nothing_to_set(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr("ctypes.CDLL", no_glibc)
-    assert "this is not glibc" in settle_allocator("auto", CPU)
+    assert "this is not glibc" in settle_allocator("glibc", CPU)
+    assert "takes more memory" in settle_allocator("auto", CPU)
 
 
 LIBRARY = "/usr/lib/libtcmalloc_minimal.so.4"
@@ -320,11 +321,23 @@ def test_launchers_load_tcmalloc_where_it_is(tmp_path, options, variables, loade
     ldconfig.write_text('#!/bin/sh\necho "1 libs found in cache"; echo "\t$INSTALLED"\n')
     ldconfig.chmod(0o755)
     script = f'source scripts/lib/common.sh; options=({options}); choose_allocator; echo "${{LD_PRELOAD:-}}"'
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "",
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "bin/python", "CUDA_VISIBLE_DEVICES": "",
                    "INSTALLED": f"libtcmalloc_minimal.so.4 (libc6,x86-64) => {LIBRARY}"} | variables
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True, text=True,
                           stdout=subprocess.PIPE)
     assert done.stdout == f"{loaded}\n"
+
+
+def test_without_it_they_load_the_environment_s_mimalloc(tmp_path):
+    library = tmp_path / "lib" / "python3.12" / "site-packages" / "cmeel.prefix" / "lib" / "libmimalloc.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    script = ('ldconfig() { :; }; source scripts/lib/common.sh; options=(); choose_allocator; '
+              'echo "$LD_PRELOAD $MIMALLOC_PURGE_DELAY"')
+    environment = {"PATH": os.environ["PATH"], "PYTHON": f"{tmp_path}/bin/python", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True, text=True,
+                          stdout=subprocess.PIPE)
+    assert done.stdout == f"{library} -1\n"
 
 
 def test_a_library_of_the_user_s_own_stays():

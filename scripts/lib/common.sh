@@ -50,13 +50,20 @@ choose_devices() {
   default NPROC "$(tr ',' '\n' <<<"$devices" | grep -c .)"
 }
 
-# Loads tcmalloc before a process on a CPU, where it is installed: it keeps what a step frees, in less memory than glibc,
-# which does so otherwise (todi/runtime/allocator.py). What a user loads or sets stays.
+# Loads an allocator before a process on a CPU that keeps what a step frees in less memory than glibc, which does so
+# otherwise (todi/runtime/allocator.py): tcmalloc where it is installed, else the mimalloc of the Python environment.
+# What a user loads or sets stays.
 choose_allocator() {
-  local library chosen=' --allocator (glibc|system) '
+  local library mimalloc chosen=' --allocator (glibc|system) '
   [[ -z $CUDA_VISIBLE_DEVICES && -z ${LD_PRELOAD:-}${GLIBC_TUNABLES:-} ]] || return 0
   [[ ! " ${options[*]} " =~ $chosen ]] || return 0
   library=$(PATH=$PATH:/sbin ldconfig -p 2>/dev/null | grep -oE -m1 '/\S*/libtcmalloc(_minimal)?\.so\.[0-9]+$' || true)
+  for mimalloc in "${PYTHON%/bin/*}"/lib/python3*/site-packages/cmeel.prefix/lib/libmimalloc.so; do
+    if [[ -z $library && -f $mimalloc ]]; then
+      library=$mimalloc
+      default MIMALLOC_PURGE_DELAY -1  # never give back
+    fi
+  done
   [[ -z $library ]] || export LD_PRELOAD=$library
 }
 

@@ -21,19 +21,17 @@ def who_allocates() -> str:
 
 
 def settle_allocator(name: str, device: torch.device) -> str:
-    """Lets this process keep what it frees, where that pays; to be called before there are tensors.
+    """Lets this process keep what it frees, if it is asked to; to be called before there are tensors.
 
     glibc maps each block of more than 32 MiB anew and unmaps it when it is freed, and gives back what is free at the
     heap's end, so that the kernel fills every large temporary with zeros, page by page, at every operation. Kept in the
     heap, the same pages serve the next one. No result changes.
 
-    Large blocks are aligned, and what that leaves beside them must join them again when they are freed, or the next one
-    of the same size does not fit: so small blocks are not kept apart for a fast reuse.
-
-    Launchers load tcmalloc first where it is installed, which wastes less.
+    But samples have many lengths, the pieces between what is in use seldom fit the next tensor, and the heap grows over
+    hundreds of steps, to twice the memory. So nothing is done by itself: launchers load an allocator that wastes less.
 
     Args:
-        name: auto or glibc; or system, which changes nothing.
+        name: glibc; or auto or system, which change nothing.
         device: where the tensors are.
 
     Returns:
@@ -52,10 +50,14 @@ def _settle(name: str, device: torch.device) -> str:
     chosen = _chosen_by_the_user()
     if chosen:
         return f"as {chosen} has it"
+    if name != "glibc":
+        return "as the system has it (ALLOCATOR=glibc is faster, and takes more memory)"
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return "as the system has it (this is not glibc, whose heap could be set)"
+    # Large blocks are aligned, and what that leaves beside them must join them again when they are freed, or the next
+    # one of the same size does not fit: so small blocks are not kept apart for a fast reuse.
     mallopt(_LARGEST_FAST, 0)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, _NEVER)
