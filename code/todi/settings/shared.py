@@ -86,9 +86,9 @@ def precision_option() -> Any:
 
 
 def allocator_option() -> Any:
-    return option("auto", "on a CPU, whether memory that is freed is kept for the next step: auto keeps it by the library "
-                          "that a launcher loads (tcmalloc, mimalloc); glibc by C's own, in more memory; system gives "
-                          "it back", choices=ALLOCATORS,
+    return option("auto", "on a CPU, whether memory that is freed is kept for the next step: auto keeps it by the "
+                          "library that a launcher loads (tcmalloc, mimalloc); glibc by C's own, in more memory; "
+                          "system gives it back", choices=ALLOCATORS,
                   may_change=True)
 
 
