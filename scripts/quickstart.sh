@@ -37,8 +37,8 @@ stage "fine-tuning the teacher on data/demo, 32 steps" "$out/teacher/epoch*" \
   env MAX_STEPS=32 LR=3e-4 SAVE_DIR=$out/teacher bash scripts/smollm2/sft_teacher_smollm2.sh
 tuned=$(checkpoint teacher)
 
-# the students: 640 records once, 80 steps of 8
-export TRAIN_NUM=640 LR=1e-3
+# the students: all 1,200 records once, 150 steps of 8
+export LR=1e-3
 stage "fine-tuning the student: the baseline" "$out/SFT/epoch*" \
   env SAVE_DIR=$out/SFT bash scripts/smollm2/sft_smollm2.sh
 for one in $other "$objective"; do
@@ -48,7 +48,7 @@ for one in $other "$objective"; do
 done
 
 unset DATA_DIR
-export SETS=demo SEEDS=10
+export SETS=demo SEEDS="10 20 30"
 names=("student, pruned" "student, SFT" "student, $other" "student, $objective" teacher)
 models=("$out/before" "$(checkpoint SFT)" "$(checkpoint "$other")" "$(checkpoint "$objective")" "$tuned")
 score "${names[0]}" "$student" --save-dir "${models[0]}"
