@@ -25,8 +25,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--live", action="store_true", help="from the live teacher")
     args = parser.parse_args()
-    variants = {"`ALLOCATOR=system`": ("system", {}), "`ALLOCATOR=glibc`": ("glibc", {}),
-                "`GLIBC_TUNABLES`": ("auto", {"GLIBC_TUNABLES": TUNABLES})}
+    none = {"LD_PRELOAD": ""}
+    variants = {"`ALLOCATOR=system`": ("system", none), "`ALLOCATOR=glibc`": ("glibc", none),
+                "`GLIBC_TUNABLES`": ("auto", none | {"GLIBC_TUNABLES": TUNABLES}), "a launcher's": ("auto", {})}
     variants |= {f"`{Path(library).name}`": ("auto", {"LD_PRELOAD": library}) for library in args.preload}
 
     with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from launched import launched
+
 ROOT = Path(__file__).parents[1]
 SEEDS = (10, 20, 30, 40, 50)
 PROMPT_TOKENS, NEW_TOKENS = 256, 256
@@ -119,7 +121,7 @@ def ours(model_path: str, data: Path, prompts: int, batch_size: int, precision: 
                    "--limit", str(prompts), "--batch-size", str(batch_size), "--precision", precision,
                    "--max-length", str(PROMPT_TOKENS + NEW_TOKENS), "--max-prompt-length", str(PROMPT_TOKENS)]
         timer = Timer()
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "code")})
+        subprocess.run(command, check=True, env={**os.environ, **launched(), "PYTHONPATH": str(ROOT / "code")})
         seconds, cpu = timer.read()
         summary = json.loads((Path(temporary) / "eval" / "results.json").read_text())["sets"]["set"]
     tokens = round(summary["response_tokens"] * prompts * len(SEEDS))

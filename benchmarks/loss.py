@@ -19,11 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from launched import as_launched
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,7 +36,6 @@ except ModuleNotFoundError:
 
 from todi.criterions import DIVERGENCES, LinearHead, build_divergence, linear_distillation_loss
 from todi.criterions.linear import IGNORE_INDEX
-from todi.runtime.allocator import settle_allocator
 
 KD_RATE = 0.5
 MEGABYTE = 1 << 20
@@ -118,8 +119,6 @@ def step(loss: str, inputs: Inputs) -> Tensor:
 
 def measure(loss: str, case: Case, device: str, calls: int) -> tuple[float, int]:
     """Best time in seconds and peak extra memory in bytes; run in a fresh process."""
-    if loss == "todi":
-        settle_allocator("auto", torch.device(device))  # as every command does
     step(loss, Inputs.of(Case(64, 8, 4, 2, 8), device))  # loads libraries, starts threads
     inputs = Inputs.of(case, device)
     memory = CudaMemory() if device == "cuda" else HostMemory()
@@ -194,21 +193,22 @@ def bandwidth_share(case: Case, device: str) -> float:
 
 def divergence_seconds(name: str, device: str) -> tuple[float, float]:
     """Best times of value and gradient of 4 MiB of log-probabilities, by the closed form and by autograd."""
-    settle_allocator("auto", torch.device(device))
     divergence, generator = build_divergence(name), torch.Generator(device).manual_seed(0)
     log_p, log_q = ((2 * torch.randn(21, 49_152, generator=generator, device=device)).log_softmax(-1) for _ in range(2))
     return (best_seconds(lambda: divergence.value_and_gradient(log_p, log_q), device, 10),
             best_seconds(lambda: divergence.value_and_autograd(log_p, log_q), device, 10))
 
 
-def in_fresh_process(function, *args):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def in_fresh_process(function, *args, ours=False):
+    """What the function returns in a process of its own: one of `ours` is as a launcher would start it."""
+    with as_launched() if ours else nullcontext(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def compare(case: Case, losses: list[str], device: str, rounds: int) -> dict[str, tuple[float, int]]:
     """Best time and largest peak of each loss over alternating rounds."""
-    taken = [[in_fresh_process(measure, loss, case, device, 3) for loss in losses] for _ in range(rounds)]
+    taken = [[in_fresh_process(measure, loss, case, device, 3, ours=loss == "todi") for loss in losses]
+             for _ in range(rounds)]
     return {loss: (min(time for time, _ in column), max(peak for _, peak in column))
             for loss, column in zip(losses, zip(*taken, strict=True), strict=True)}
 
@@ -251,7 +251,7 @@ def main() -> None:
 
     print("\n| divergence | value and gradient of a block | by autograd |\n| --- | --- | --- |", flush=True)
     for name in DIVERGENCES:
-        closed, autograd = in_fresh_process(divergence_seconds, name, args.device)
+        closed, autograd = in_fresh_process(divergence_seconds, name, args.device, ours=True)
         print(f"| {name} | {1000 * closed:.1f} ms | {1000 * autograd:.1f} ms |", flush=True)
 
     share = in_fresh_process(bandwidth_share, CASES["SmolLM2"], args.device)

@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from launched import launched
+
 ROOT = Path(__file__).parents[1]
 RECORDS, BATCH, LENGTH = 64, 4, 512
 
@@ -66,7 +68,8 @@ def train(folder: str, data: Path, words: list[str]) -> str:
     command = [sys.executable, "-m", "todi.train", "--save-dir", folder, "--data-dir", data, "--train-num", RECORDS,
                "--dev-num", 2, "--no-eval-gen", "--log-interval", 1, "--num-epochs", 1, "--batch-size", BATCH,
                "--gradient-accumulation-steps", 2, "--max-length", LENGTH, *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "code"), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | launched() | {"PYTHONPATH": str(ROOT / "code"), "CUDA_VISIBLE_DEVICES": "",
+                                             "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([str(word) for word in command], env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     if done.returncode != 0:

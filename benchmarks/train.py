@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launched import launched
 from loss import Inputs, in_fresh_process, plain
 
 try:
@@ -49,11 +50,6 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 KEPT_LAYERS = (0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 29)
 LENGTH, BATCH, ACCUMULATION, SEED = 512, 4, 2, 10
-# Runs a module with the allocator that a launcher would load.
-AS_LAUNCHED = """
-CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0} options=("$@"); source scripts/lib/common.sh; choose_allocator
-exec "$PYTHON" -m "$0" "$@"
-"""
 
 
 @dataclass(frozen=True)
@@ -152,13 +148,12 @@ class Workspace:
 
     def run(self, module: str, *options: str, **variables: str) -> Usage:
         """Runs a command, with these variables in its environment."""
-        environment = os.environ | variables | {"PYTHONPATH": str(ROOT / "code"), "HF_HUB_OFFLINE": "1",
-                                                "PYTHON": sys.executable}
+        environment = os.environ | launched() | {"PYTHONPATH": str(ROOT / "code"), "HF_HUB_OFFLINE": "1"} | variables
         if not torch.cuda.is_available():
-            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+            environment["DS_ACCELERATOR"] = "cpu"
         before = Usage.of_children()
-        done = subprocess.run(["bash", "-c", AS_LAUNCHED, module, *options], env=environment, cwd=ROOT,
-                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run([sys.executable, "-m", module, *options], env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             sys.exit(done.stdout)
         self.output = done.stdout

@@ -33,12 +33,12 @@ stage "teacher: SmolLM2-135M-Instruct" "$teacher/config.json" \
   bash scripts/models/fetch.sh smollm2-135m-instruct
 stage "student: its 12 most needed layers" "$student/config.json" \
   bash scripts/smollm2/prune_smollm2.sh
-stage "fine-tuning the teacher on data/demo, 32 steps" "$out/teacher/epoch*" \
-  env MAX_STEPS=32 LR=3e-4 SAVE_DIR=$out/teacher bash scripts/smollm2/sft_teacher_smollm2.sh
+stage "fine-tuning the teacher on data/demo, 150 steps" "$out/teacher/epoch*" \
+  env LR=3e-4 SAVE_DIR=$out/teacher bash scripts/smollm2/sft_teacher_smollm2.sh
 tuned=$(checkpoint teacher)
 
-# the students: all 1,200 records once, 150 steps of 8
-export LR=1e-3
+# the students: 640 of the teacher's 1,200 records once, 80 steps of 8
+export TRAIN_NUM=640 LR=1e-3
 stage "fine-tuning the student: the baseline" "$out/SFT/epoch*" \
   env SAVE_DIR=$out/SFT bash scripts/smollm2/sft_smollm2.sh
 for one in $other "$objective"; do
