@@ -58,9 +58,49 @@ def todi(p, q, beta=1.0, weight=None):
     return (w * p * (p / q).log() + (1 - w) * q * (q / p).log()).sum()
 
 
+def gkd(p, q, beta=0.5):
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def abkd(p, q, alpha=0.2, beta=0.7):
+    """By powers, and in the limits by their own formulas."""
+    s, r = alpha + beta, (q / p).log()
+    if alpha == beta == 0:
+        return (r ** 2).sum() / 2
+    if beta == 0:
+        return (p ** alpha * (-alpha * r - 1) + q ** alpha).sum() / alpha ** 2
+    if alpha == 0:
+        return (q ** beta * (beta * r - 1) + p ** beta).sum() / beta ** 2
+    return -(p ** alpha * q ** beta - alpha / s * p ** s - beta / s * q ** s).sum() / (alpha * beta)
+
+
+def alpha_mixture(p, q, alpha, skew_lambda):
+    power = (1 - alpha) / 2
+    r = (p ** skew_lambda * q ** (1 - skew_lambda) if power == 0 else
+         (skew_lambda * p ** power + (1 - skew_lambda) * q ** power) ** (1 / power))
+    return r / r.sum()
+
+
+def amid(p, q, alpha=-5.0, skew_lambda=0.1, ab_alpha=0.2, ab_beta=0.7):
+    return abkd(p, alpha_mixture(p, q, alpha, skew_lambda), ab_alpha, ab_beta)
+
+
+def amid_qr(p, q, alpha=-5.0, skew_lambda=0.1, ab_alpha=0.2, ab_beta=0.7):
+    return abkd(q, alpha_mixture(p, q, alpha, skew_lambda), ab_alpha, ab_beta)
+
+
+def top_k_forward_kl(p, q, k=16):
+    order = p.argsort(descending=True)[:min(k, len(p) - 1)]
+    rest = torch.ones_like(p, dtype=torch.bool)
+    rest[order] = False
+    return kl(p[order], q[order]) + (kl(p[rest].sum(), q[rest].sum()) if rest.any() else 0)
+
+
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergence": js_divergence, "tvd": tvd,
                "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
-               "adaptive_kl": adaptive_kl, "ToDi": todi}
+               "adaptive_kl": adaptive_kl, "ToDi": todi, "gkd": gkd, "abkd": abkd, "amid": amid, "amid_qr": amid_qr,
+               "top_k_forward_kl": top_k_forward_kl}
 WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight}
 
 

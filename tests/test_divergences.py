@@ -22,10 +22,19 @@ from torch.testing import assert_close
 NAMES = list(DIVERGENCES)
 CLOSED_FORMS = [name for name in DIVERGENCES if DIVERGENCES[name].closed_form]
 PUBLISHED = {"skewed_forward_kl": {"skew_lambda": 0.1}, "skewed_reverse_kl": {"skew_lambda": 0.1},
-             "adaptive_kl": {"alpha": 0.5}, "ToDi": {"beta": 1.0}}
+             "adaptive_kl": {"alpha": 0.5}, "ToDi": {"beta": 1.0}, "gkd": {"beta": 0.5},
+             "abkd": {"alpha": 0.2, "beta": 0.7}, "top_k_forward_kl": {"k": 16},
+             **dict.fromkeys(("amid", "amid_qr"), {"alpha": -5, "skew_lambda": 0.1, "ab_alpha": 0.2, "ab_beta": 0.7})}
 OTHERS = [("skewed_forward_kl", {"skew_lambda": 0.7}), ("skewed_reverse_kl", {"skew_lambda": 0.7}),
           ("adaptive_kl", {"alpha": 0.0}), ("adaptive_kl", {"alpha": 0.2}), ("adaptive_kl", {"alpha": 0.8}),
-          ("ToDi", {"beta": 0.0}), ("ToDi", {"beta": 3.5})]
+          ("ToDi", {"beta": 0.0}), ("ToDi", {"beta": 3.5}), ("gkd", {"beta": 0.1}), ("gkd", {"beta": 0.9}),
+          *(("abkd", {"alpha": alpha, "beta": beta}) for alpha, beta in
+            ((1, 0), (0, 1), (0.5, 0.5), (1, 1), (0, 0.6), (0.6, 0), (2, 1.5))),
+          *((name, {"alpha": alpha}) for name in ("amid", "amid_qr") for alpha in (-1, 0, 1, 3)),
+          *((name, {"ab_alpha": 1, "ab_beta": 0, "skew_lambda": 0.6}) for name in ("amid", "amid_qr")),
+          ("top_k_forward_kl", {"k": 1}), ("top_k_forward_kl", {"k": 5})]
+# Relative and absolute error of a float32 gradient in peaked rows: powers of a difference that rounding has eaten.
+ROUGHER = {"abkd": (1e-3, 0), "amid": (1e-3, 1e-5), "amid_qr": (1e-3, 1e-5)}
 INF = float("inf")
 
 every_divergence = pytest.mark.parametrize("name", NAMES)
@@ -127,7 +136,8 @@ def test_float32_gradient_keeps_its_digits(name, params, spread, temperature):
     _, of_rounded = divergence.value_and_autograd(*(side.double().log_softmax(-1) for side in (log_p, log_q)))
     error, rounding = ((side - wanted).abs().amax(-1) for side in (found, of_rounded))
     loss_of_float64 = 1e-13
-    assert (error <= 2e-4 * wanted.abs().amax(-1) + rounding + loss_of_float64).all()
+    share, floor = ROUGHER.get(name, (2e-4, 0))
+    assert (error <= share * wanted.abs().amax(-1) + rounding + loss_of_float64 + floor).all()
 
 
 def test_float32_autograd_loses_digits():

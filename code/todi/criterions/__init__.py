@@ -1,6 +1,9 @@
 """What a student is trained on: divergences between next-token distributions, chunked over the vocabulary."""
 
-import todi.criterions.divergences  # noqa: F401  the eight register themselves
+import todi.criterions.divergences  # noqa: F401, I001  they register themselves, in the order of the documentation
+import todi.criterions.alpha_beta
+import todi.criterions.alpha_mixture
+import todi.criterions.top_k  # noqa: F401
 from todi.criterions.criterion import DistillationCriterion
 from todi.criterions.definitions import DIVERGENCES, Divergence, Parameter, build_divergence, divergence
 from todi.criterions.diagnostics import diagnose, diagnosis
