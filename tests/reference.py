@@ -97,11 +97,46 @@ def top_k_forward_kl(p, q, k=16):
     return kl(p[order], q[order]) + (kl(p[rest].sum(), q[rest].sum()) if rest.any() else 0)
 
 
+def taid_target(p, q, t_start=0.4, **schedule):
+    mixed = p ** t_start * q ** (1 - t_start)
+    return mixed / mixed.sum()
+
+
+def taid(p, q, t_start=0.4, weight=None, **schedule):
+    return kl(taid_target(p, q, t_start).detach() if weight is None else weight, q)
+
+
+def veto_target(p, q, beta_start=0.8, **schedule):
+    mixed = p * q ** beta_start
+    return mixed / mixed.sum()
+
+
+def veto(p, q, beta_start=0.8, weight=None, **schedule):
+    return kl(veto_target(p, q, beta_start).detach() if weight is None else weight, q)
+
+
+def veto_reverse(p, q, beta_start=0.8, weight=None, **schedule):
+    return kl(q, veto_target(p, q, beta_start).detach() if weight is None else weight)
+
+
+def todi_scheduled_weight(p, q, beta_start=0.0, **schedule):
+    return todi_weight(p, q, beta_start)
+
+
+def todi_scheduled(p, q, beta_start=0.0, weight=None, **schedule):
+    return todi(p, q, beta_start, weight)
+
+
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergence": js_divergence, "tvd": tvd,
                "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
                "adaptive_kl": adaptive_kl, "ToDi": todi, "gkd": gkd, "abkd": abkd, "amid": amid, "amid_qr": amid_qr,
-               "top_k_forward_kl": top_k_forward_kl}
-WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight}
+               "top_k_forward_kl": top_k_forward_kl, "TAID": taid, "Veto": veto, "Veto_reverse": veto_reverse,
+               "ToDi_scheduled": todi_scheduled}
+# What is constant in an objective: weights, or a target.
+WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight, "TAID": taid_target, "Veto": veto_target,
+           "Veto_reverse": veto_target, "ToDi_scheduled": todi_scheduled_weight}
+# Objectives that pull a student away from a teacher that it is equal to.
+SHARPENING = {"Veto", "Veto_reverse"}
 
 
 def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,

@@ -94,6 +94,12 @@ def test_a_divergence(runs):
     assert 0 < kd(run)[-1] < 0.9 * kd(run)[0]
 
 
+def test_an_objective_of_parts(runs):
+    run = runs["An objective of parts"].result()
+    shares = [line["kd_t"] for line in run.metrics("train")]
+    assert shares[0] == 0.2 and shares == sorted(shares) and 0.9 < shares[-1] < 1
+
+
 def test_a_logger(runs):
     run = runs["A logger"].result()
     first = run.metrics("train")[0]

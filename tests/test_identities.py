@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from todi.criterions import build_divergence
+from todi.criterions import TARGETS, build_divergence
+from todi.criterions.alpha_mixture import alpha_mixture
 from torch.testing import assert_close
 
 TEACHER, STUDENT = (2 * torch.randn(6, 23, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -53,6 +54,11 @@ IDENTITIES = {
         of("amid", alpha=-1, skew_lambda=0.3, ab_alpha=1, ab_beta=0), of("skewed_forward_kl", skew_lambda=0.3)),
     "AMiD, order qr, of the arithmetic mean is skewed reverse KL": lambda: (
         of("amid_qr", alpha=-1, skew_lambda=0.3, ab_alpha=1, ab_beta=0), of("skewed_reverse_kl", skew_lambda=0.7)),
+    "TAID at t = 0 is 0": lambda: (of("TAID", t_start=0), scaled(of("forward_kl"), 0)),
+    "TAID at t = 1 is forward KL": lambda: (of("TAID", t_start=1), of("forward_kl")),
+    "Veto at beta = 0 is forward KL": lambda: (of("Veto", beta_start=0), of("forward_kl")),
+    "Veto, reversed, at beta = 0 is reverse KL": lambda: (of("Veto_reverse", beta_start=0), of("reverse_kl")),
+    "a scheduled ToDi begins as ToDi": lambda: (of("ToDi_scheduled", beta_start=2), of("ToDi", beta=2)),
     "top k of all is forward KL": lambda: (of("top_k_forward_kl", k=22), of("forward_kl")),
 }
 LIMITS = {
@@ -83,12 +89,18 @@ def test_limit(name):
     assert_close(*LIMITS[name](), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["abkd", "amid", "amid_qr", "gkd", "top_k_forward_kl"])
+@pytest.mark.parametrize("name", ["abkd", "amid", "amid_qr", "gkd", "top_k_forward_kl", "TAID", "Veto"])
 def test_logits_count_up_to_a_constant_and_gradients_sum_to_zero(name):
     value, gradient = of(name, temperature=2.0)
     shifted = of(name, student=STUDENT + torch.arange(6)[:, None], teacher=TEACHER - 3, temperature=2.0)
     assert_close(shifted, (value, gradient))
     assert_close(gradient.sum(-1), torch.zeros(6, dtype=torch.float64))
+
+
+def test_taids_target_is_amids_geometric_mean():
+    log_p, log_q = TEACHER.log_softmax(-1), STUDENT.log_softmax(-1)
+    mean, _ = alpha_mixture(log_p, log_q, alpha=1, skew_lambda=0.3)
+    assert_close(TARGETS["interpolated"](log_p, log_q, {"t": 0.3}), mean)
 
 
 def test_gkd_is_bounded_by_its_entropy():

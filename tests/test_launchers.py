@@ -83,7 +83,7 @@ def test_every_other_objective(workshop, models, name):
                           TEACHER_MODEL_PATH=models["gpt2-teacher"]).result()
     assert_checkpoint_loads(done.checkpoint)
     kd = [line["kd"] for line in done.metrics("train")]
-    assert 0 < kd[-1] < kd[0]
+    assert kd[-1] > 0 and (kd[-1] < kd[0] or DIVERGENCES[name].schedule)  # what is moved may rise
 
 
 def test_distilling_llama_in_full(runs):

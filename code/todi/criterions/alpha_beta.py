@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from todi.criterions.definitions import Parameter, divergence, through_softmax
+from todi.criterions.definitions import divergence, through_softmax
+from todi.criterions.parameters import Parameter
 
 # A power below this is taken for 0: both differ by less than float32 can tell.
 _NO_POWER = 1e-9

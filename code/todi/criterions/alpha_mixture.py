@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from todi.criterions.alpha_beta import ALPHA, BETA, abkd, abkd_gradient, alpha_beta_gaps
-from todi.criterions.definitions import Parameter, divergence, through_softmax
+from todi.criterions.definitions import divergence, through_softmax
 from todi.criterions.divergences import MIXTURE_ENDS, logit
+from todi.criterions.parameters import Parameter
 
 _PARAMETERS = {
     "alpha": Parameter(-5.0, least=-20, most=20, help="which mean: -1 the arithmetic, 1 the geometric, 3 the harmonic, "

@@ -1,13 +1,14 @@
 """The training criterion: which divergence, how hot, and in what proportion to the cross-entropy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from todi.criterions.definitions import Divergence
 from todi.criterions.linear import distillation_loss
 from todi.criterions.linear_head import LinearHead
+from todi.criterions.schedules import Schedule
 from todi.criterions.teacher_rows import TeacherRows
 
 
@@ -29,6 +30,14 @@ class DistillationCriterion:
     chunk_size: int | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     kernels: str = "auto"
+
+    def schedule(self, total_steps: int) -> Schedule | None:
+        """What moves parameters of the divergence over so many optimizer steps; None where nothing does."""
+        return None if self.divergence is None else self.divergence.schedule(total_steps)
+
+    def at(self, moved: Mapping[str, float]) -> "DistillationCriterion":
+        """The same where the schedule has these values."""
+        return replace(self, divergence=self.divergence.at(moved))
 
     def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor,
                  teacher: TeacherRows | None) -> Mapping[str, Tensor]:

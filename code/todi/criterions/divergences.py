@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from todi.criterions.definitions import Parameter, divergence, through_softmax
+from todi.criterions.definitions import divergence, through_softmax
+from todi.criterions.parameters import Parameter
 
 
 def forward_kl_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

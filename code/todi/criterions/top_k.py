@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from todi.criterions.definitions import Parameter, divergence
+from todi.criterions.definitions import divergence
+from todi.criterions.parameters import Parameter
 
 
 def _split(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
