@@ -59,6 +59,9 @@ IDENTITIES = {
     "Veto at beta = 0 is forward KL": lambda: (of("Veto", beta_start=0), of("forward_kl")),
     "Veto, reversed, at beta = 0 is reverse KL": lambda: (of("Veto_reverse", beta_start=0), of("reverse_kl")),
     "a scheduled ToDi begins as ToDi": lambda: (of("ToDi_scheduled", beta_start=2), of("ToDi", beta=2)),
+    "EOPD with an open gate over all entries is both KLs": lambda: (
+        of("EOPD", tau=-1, k=22), scaled(mixed(of("forward_kl"), of("reverse_kl")), 2)),
+    "EOPD with a gate that never opens is reverse KL": lambda: (of("EOPD", tau=5), of("reverse_kl")),
     "top k of all is forward KL": lambda: (of("top_k_forward_kl", k=22), of("forward_kl")),
 }
 LIMITS = {
@@ -89,7 +92,7 @@ def test_limit(name):
     assert_close(*LIMITS[name](), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["abkd", "amid", "amid_qr", "gkd", "top_k_forward_kl", "TAID", "Veto"])
+@pytest.mark.parametrize("name", ["abkd", "amid", "amid_qr", "gkd", "top_k_forward_kl", "TAID", "Veto", "EOPD"])
 def test_logits_count_up_to_a_constant_and_gradients_sum_to_zero(name):
     value, gradient = of(name, temperature=2.0)
     shifted = of(name, student=STUDENT + torch.arange(6)[:, None], teacher=TEACHER - 3, temperature=2.0)

@@ -5,6 +5,7 @@ import todi.criterions.alpha_beta
 import todi.criterions.alpha_mixture
 import todi.criterions.top_k
 import todi.criterions.targets
+import todi.criterions.row_weights
 import todi.criterions.presets  # noqa: F401
 from todi.criterions.criterion import DistillationCriterion
 from todi.criterions.definitions import DIVERGENCES, Divergence, build_divergence, divergence

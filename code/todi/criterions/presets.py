@@ -28,3 +28,10 @@ objective("ToDi_scheduled", Term("ToDi"), help="""\
 ToDi, beta going from `beta_start` to `beta_end` in equal steps (Jung et al., ToDi, EMNLP 2025, have a constant one).
 """, schedule=linear_schedule("beta", Parameter(0.0, least=0, help="ToDi's beta at first, where 0 is the even mixture"),
                      Parameter(1.0, least=0, help="the same after the last step")))
+
+objective("EOPD", Term("reverse_kl"), Term("top_k_forward_kl", weight="unsure_teacher"), help="""\
+KL(q || p), plus alpha KL over the teacher's top k and a bucket where H(p) > tau (EOPD, ICML 2026).
+
+H is at the temperature of the divergence. The paper samples the first part on the student's own text, where this is
+exact; it has no bucket, and so pulls at a student that is its teacher.
+""")
