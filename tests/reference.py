@@ -132,11 +132,16 @@ def eopd(p, q, k=16, tau=0.8, alpha=1.0):
     return kl(q, p) + (alpha * top_k_forward_kl(p, q, k) if unsure else 0)
 
 
+def se_kd(p, q, share=0.2):
+    """Of a row that is kept."""
+    return kl(p, q)
+
+
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergence": js_divergence, "tvd": tvd,
                "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
                "adaptive_kl": adaptive_kl, "ToDi": todi, "gkd": gkd, "abkd": abkd, "amid": amid, "amid_qr": amid_qr,
                "top_k_forward_kl": top_k_forward_kl, "TAID": taid, "Veto": veto, "Veto_reverse": veto_reverse,
-               "ToDi_scheduled": todi_scheduled, "EOPD": eopd}
+               "ToDi_scheduled": todi_scheduled, "EOPD": eopd, "SE_KD": se_kd}
 # What is constant in an objective: weights, or a target.
 WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight, "TAID": taid_target, "Veto": veto_target,
            "Veto_reverse": veto_target, "ToDi_scheduled": todi_scheduled_weight}

@@ -72,7 +72,7 @@ def test_an_objective_of_two_terms(two_terms):
 @pytest.mark.parametrize(("make", "said"), [
     (lambda: Term("forward_kl", target="interpolate"), "unknown target 'interpolate'; did you mean interpolated"),
     (lambda: Term("forward_kl", weight="x"), "unknown row weight 'x'"),
-    (lambda: Term("TAID"), "TAID has a schedule and can be no part"),
+    (lambda: Term("TAID"), "TAID has a schedule or a selection and can be no part"),
     (lambda: objective("x", Term("ToDi"), help="", alpha=Parameter(1, help="")),
      "no part of the objective x has a parameter alpha; there are beta"),
     (lambda: objective("x", Term("ToDi"), help="",
@@ -174,16 +174,17 @@ def test_a_schedule_is_kept_at_resume(settings, tmp_path, name, moved, params):
     assert len({line[moved] for line in whole["metrics"] if line["kind"] == "train"}) > 10
 
 
-def test_a_schedule_does_not_depend_on_how_a_step_is_cut(workshop):
-    """Nor does what is trained by it."""
+@pytest.mark.parametrize(("name", "params"), [
+    ("TAID", "t_rate=0.5"), pytest.param("SE_KD", "share=0.3", marks=pytest.mark.slow)])
+def test_nothing_depends_on_how_a_step_is_cut(workshop, name, params):
     models = {f"{role}_PATH": workshop.model(role, family="gpt2", hidden=hidden, seed=seed)
               for role, hidden, seed in (("TEACHER_MODEL", 48, 1), ("MODEL", 32, 2))}
     shapes = {"4x2": {}, "1x8": {"BATCH_SIZE": 1, "GRAD_ACC": 8}, "2 ranks": TWO_RANKS}
-    runs = {shape: workshop.train(KD, f"taid {shape}", KD_OBJ="TAID", KD_PARAMS="t_rate=0.5", EPOCH=3, EVAL_GEN=0,
-                                  **models, **cut) for shape, cut in shapes.items()}
-    first, *others = ([{name: line[name] for name in ("kd", "loss", "kd_t")} for line in run.result().metrics("train")]
-                      for run in runs.values())
-    assert len({step["kd_t"] for step in first}) > 5
+    runs = {shape: workshop.train(KD, f"{name} {shape}", KD_OBJ=name, KD_PARAMS=params, EPOCH=3, EVAL_GEN=0, **models,
+                                  **cut) for shape, cut in shapes.items()}
+    first, *others = ([{key: line[key] for key in ("kd", "loss", "kd_t") if key in line}
+                       for line in run.result().metrics("train")] for run in runs.values())
+    assert len({step["kd"] for step in first}) > 5 and ("kd_t" in first[0]) == (name == "TAID")
     for other in others:
         assert other == [pytest.approx(step, rel=1e-5) for step in first]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from todi.criterions.parameters import Parameter
 from todi.criterions.schedules import Schedule, ScheduleKind
+from todi.criterions.selection import Selection
 from todi.errors import InputError
 from todi.registry import Registry, did_you_mean
 
@@ -42,6 +43,7 @@ class Definition:
         parameters: by name, in the order of the documentation.
         help: the formula and its source, from the docstring of `value`.
         schedule: what moves some of the functions' parameters from step to step; None where nothing does.
+        selection: which rows of a sample it is taken of in training; None for all.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Definition:
     parameters: Mapping[str, Parameter]
     help: str
     schedule: ScheduleKind | None = None
+    selection: Selection | None = None
+
+    @property
+    def not_of_functions(self) -> set[str]:
+        """Names of the parameters that its functions do not take."""
+        return {name for part in (self.schedule, self.selection) if part is not None for name in part.parameters}
 
 
 DIVERGENCES: Registry[Definition] = Registry("kd objective")
@@ -99,10 +107,8 @@ class Divergence:
     @property
     def arguments(self) -> dict[str, float]:
         """What its functions take besides log-probabilities."""
-        schedule = self.definition.schedule
-        kept = self.params if schedule is None else {name: value for name, value in self.params.items()
-                                                     if name not in schedule.parameters}
-        return {**kept, **self.moved}
+        left_out = self.definition.not_of_functions
+        return {**{name: value for name, value in self.params.items() if name not in left_out}, **self.moved}
 
     def schedule(self, total_steps: int) -> Schedule | None:
         """What moves its parameters over so many optimizer steps, at the first of them; None where nothing does."""

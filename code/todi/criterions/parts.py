@@ -15,6 +15,7 @@ from torch import Tensor
 from todi.criterions.definitions import DIVERGENCES, Definition, Divergence
 from todi.criterions.parameters import Parameter
 from todi.criterions.schedules import ScheduleKind
+from todi.criterions.selection import Selection
 from todi.registry import Registry
 
 
@@ -70,13 +71,13 @@ class Term:
         weight: name of the row weight.
 
     Raises:
-        ValueError: there is no such part, or the divergence has a schedule, which an objective has once.
+        ValueError: there is no such part, or the divergence has what an objective has once: a schedule, a selection.
     """
 
     def __init__(self, divergence: str, *, target: str | None = None, weight: str | None = None):
         self.divergence = DIVERGENCES[divergence]
-        if self.divergence.schedule is not None:
-            raise ValueError(f"{self.divergence.name} has a schedule and can be no part of an objective")
+        if self.divergence.not_of_functions:
+            raise ValueError(f"{self.divergence.name} has a schedule or a selection and can be no part of an objective")
         self.target = None if target is None else TARGETS[target]
         self.weight = None if weight is None else ROW_WEIGHTS[weight]
 
@@ -105,23 +106,25 @@ class Term:
 
 
 def objective(name: str, /, *terms: Term, help: str, schedule: ScheduleKind | None = None,
-              **parameters: Parameter) -> Definition:
+              selection: Selection | None = None, **parameters: Parameter) -> Definition:
     """Registers the sum of `terms` as a divergence called `name`.
 
     Its parameters are those of all parts, where one name is one number, less those that the schedule moves and with the
-    schedule's own; `parameters` have other defaults or ranges than there.
+    schedule's and the selection's own; `parameters` have other defaults or ranges than there.
 
     Raises:
         ValueError: the name is taken, a parameter is no part's, or the schedule's name for one is a part's.
     """
     of_parts = {key: value for term in terms for part in term.parts for key, value in part.parameters.items()}
-    moves, own = (schedule.moves, schedule.parameters) if schedule else ((), {})
+    moves, own = (schedule.moves, dict(schedule.parameters)) if schedule else ((), {})
+    own |= selection.parameters if selection else {}
     unknown = (set(moves) | set(parameters)) - set(of_parts) - set(own)
     if unknown:
         raise ValueError(f"no part of the objective {name} has a parameter {', '.join(sorted(unknown))}; there are "
                          f"{', '.join([*of_parts, *own]) or 'none'}")
     if twice := set(own) & set(of_parts):
-        raise ValueError(f"both a part and the schedule of the objective {name} have a parameter {', '.join(twice)}")
+        raise ValueError(f"both a part and the schedule or the selection of the objective {name} have a parameter "
+                         f"{', '.join(sorted(twice))}")
     declared = {key: value for key, value in of_parts.items() if key not in moves} | own | parameters
 
     def value(log_p: Tensor, log_q: Tensor, **arguments: float) -> Tensor:
@@ -133,7 +136,8 @@ def objective(name: str, /, *terms: Term, help: str, schedule: ScheduleKind | No
 
     alone = len(terms) == 1 and len(terms[0].parts) == 1  # then what it mixes per entry is the divergence's
     entry_weight = terms[0].divergence.entry_weight if alone else None
-    return DIVERGENCES.add(name, Definition(name, value, closed_form, entry_weight, declared, help.strip(), schedule))
+    return DIVERGENCES.add(name, Definition(name, value, closed_form, entry_weight, declared, help.strip(), schedule,
+                                             selection))
 
 
 def _own(part: Definition | Part, arguments: Mapping[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from todi.criterions.parameters import Parameter
 from todi.criterions.parts import Term, objective
 from todi.criterions.schedules import INTERPOLATION, linear_schedule
+from todi.criterions.selection import UNSUREST_STUDENT
 
 objective("TAID", Term("forward_kl", target="interpolated"), schedule=INTERPOLATION, help="""\
 KL(p_t || q), p_t = softmax((1 - t) z_q + t z_p), t rising from `t_start` (Shing et al., TAID, ICLR 2025).
@@ -34,4 +35,11 @@ KL(q || p), plus alpha KL over the teacher's top k and a bucket where H(p) > tau
 
 H is at the temperature of the divergence. The paper samples the first part on the student's own text, where this is
 exact; it has no bucket, and so pulls at a student that is its teacher.
+""")
+
+objective("SE_KD", Term("forward_kl"), selection=UNSUREST_STUDENT, help="""\
+KL(p || q) of the rows of each sample, 20 % by default, where the student's entropy is largest (SE-KD, 2026).
+
+A kept row counts 1 / share times, so that KD is the mean over kept rows, but that a sample keeps up to one row more
+than its share. The paper has no cross-entropy (KD_RATE=1) and T = 1. Called on logits it is that of every row.
 """)
