@@ -58,10 +58,95 @@ def todi(p, q, beta=1.0, weight=None):
     return (w * p * (p / q).log() + (1 - w) * q * (q / p).log()).sum()
 
 
+def gkd(p, q, beta=0.5):
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def abkd(p, q, alpha=0.2, beta=0.7):
+    """By powers, and in the limits by their own formulas."""
+    s, r = alpha + beta, (q / p).log()
+    if alpha == beta == 0:
+        return (r ** 2).sum() / 2
+    if beta == 0:
+        return (p ** alpha * (-alpha * r - 1) + q ** alpha).sum() / alpha ** 2
+    if alpha == 0:
+        return (q ** beta * (beta * r - 1) + p ** beta).sum() / beta ** 2
+    return -(p ** alpha * q ** beta - alpha / s * p ** s - beta / s * q ** s).sum() / (alpha * beta)
+
+
+def alpha_mixture(p, q, alpha, skew_lambda):
+    power = (1 - alpha) / 2
+    r = (p ** skew_lambda * q ** (1 - skew_lambda) if power == 0 else
+         (skew_lambda * p ** power + (1 - skew_lambda) * q ** power) ** (1 / power))
+    return r / r.sum()
+
+
+def amid(p, q, alpha=-5.0, skew_lambda=0.1, ab_alpha=0.2, ab_beta=0.7):
+    return abkd(p, alpha_mixture(p, q, alpha, skew_lambda), ab_alpha, ab_beta)
+
+
+def amid_qr(p, q, alpha=-5.0, skew_lambda=0.1, ab_alpha=0.2, ab_beta=0.7):
+    return abkd(q, alpha_mixture(p, q, alpha, skew_lambda), ab_alpha, ab_beta)
+
+
+def top_k_forward_kl(p, q, k=16):
+    order = p.argsort(descending=True)[:min(k, len(p) - 1)]
+    rest = torch.ones_like(p, dtype=torch.bool)
+    rest[order] = False
+    return kl(p[order], q[order]) + (kl(p[rest].sum(), q[rest].sum()) if rest.any() else 0)
+
+
+def taid_target(p, q, t_start=0.4, **schedule):
+    mixed = p ** t_start * q ** (1 - t_start)
+    return mixed / mixed.sum()
+
+
+def taid(p, q, t_start=0.4, weight=None, **schedule):
+    return kl(taid_target(p, q, t_start).detach() if weight is None else weight, q)
+
+
+def veto_target(p, q, beta_start=0.8, **schedule):
+    mixed = p * q ** beta_start
+    return mixed / mixed.sum()
+
+
+def veto(p, q, beta_start=0.8, weight=None, **schedule):
+    return kl(veto_target(p, q, beta_start).detach() if weight is None else weight, q)
+
+
+def veto_reverse(p, q, beta_start=0.8, weight=None, **schedule):
+    return kl(q, veto_target(p, q, beta_start).detach() if weight is None else weight)
+
+
+def todi_scheduled_weight(p, q, beta_start=0.0, **schedule):
+    return todi_weight(p, q, beta_start)
+
+
+def todi_scheduled(p, q, beta_start=0.0, weight=None, **schedule):
+    return todi(p, q, beta_start, weight)
+
+
+def eopd(p, q, k=16, tau=0.8, alpha=1.0):
+    unsure = -(p * p.log()).sum() > tau
+    return kl(q, p) + (alpha * top_k_forward_kl(p, q, k) if unsure else 0)
+
+
+def se_kd(p, q, share=0.2):
+    """Of a row that is kept."""
+    return kl(p, q)
+
+
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergence": js_divergence, "tvd": tvd,
                "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
-               "adaptive_kl": adaptive_kl, "ToDi": todi}
-WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight}
+               "adaptive_kl": adaptive_kl, "ToDi": todi, "gkd": gkd, "abkd": abkd, "amid": amid, "amid_qr": amid_qr,
+               "top_k_forward_kl": top_k_forward_kl, "TAID": taid, "Veto": veto, "Veto_reverse": veto_reverse,
+               "ToDi_scheduled": todi_scheduled, "EOPD": eopd, "SE_KD": se_kd}
+# What is constant in an objective: weights, or a target.
+WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight, "TAID": taid_target, "Veto": veto_target,
+           "Veto_reverse": veto_target, "ToDi_scheduled": todi_scheduled_weight}
+# Objectives that pull a student away from a teacher that it is equal to.
+SHARPENING = {"Veto", "Veto_reverse"}
 
 
 def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,

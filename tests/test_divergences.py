@@ -22,10 +22,26 @@ from torch.testing import assert_close
 NAMES = list(DIVERGENCES)
 CLOSED_FORMS = [name for name in DIVERGENCES if DIVERGENCES[name].closed_form]
 PUBLISHED = {"skewed_forward_kl": {"skew_lambda": 0.1}, "skewed_reverse_kl": {"skew_lambda": 0.1},
-             "adaptive_kl": {"alpha": 0.5}, "ToDi": {"beta": 1.0}}
+             "adaptive_kl": {"alpha": 0.5}, "ToDi": {"beta": 1.0}, "gkd": {"beta": 0.5},
+             "abkd": {"alpha": 0.2, "beta": 0.7}, "top_k_forward_kl": {"k": 16},
+             "TAID": {"t_start": 0.4, "t_end": 1, "t_rate": 5e-4, "t_momentum": 0.99},
+             **dict.fromkeys(("Veto", "Veto_reverse"), {"beta_start": 0.8, "beta_end": 0}),
+             "ToDi_scheduled": {"beta_start": 0, "beta_end": 1}, "EOPD": {"k": 16, "tau": 0.8, "alpha": 1},
+             "SE_KD": {"share": 0.2},
+             **dict.fromkeys(("amid", "amid_qr"), {"alpha": -5, "skew_lambda": 0.1, "ab_alpha": 0.2, "ab_beta": 0.7})}
 OTHERS = [("skewed_forward_kl", {"skew_lambda": 0.7}), ("skewed_reverse_kl", {"skew_lambda": 0.7}),
           ("adaptive_kl", {"alpha": 0.0}), ("adaptive_kl", {"alpha": 0.2}), ("adaptive_kl", {"alpha": 0.8}),
-          ("ToDi", {"beta": 0.0}), ("ToDi", {"beta": 3.5})]
+          ("ToDi", {"beta": 0.0}), ("ToDi", {"beta": 3.5}), ("gkd", {"beta": 0.1}), ("gkd", {"beta": 0.9}),
+          *(("abkd", {"alpha": alpha, "beta": beta}) for alpha, beta in
+            ((1, 0), (0, 1), (0.5, 0.5), (1, 1), (0, 0.6), (0.6, 0), (2, 1.5))),
+          *((name, {"alpha": alpha}) for name in ("amid", "amid_qr") for alpha in (-1, 0, 1, 3)),
+          *((name, {"ab_alpha": 1, "ab_beta": 0, "skew_lambda": 0.6}) for name in ("amid", "amid_qr")),
+          ("TAID", {"t_start": 0}), ("TAID", {"t_start": 1}), ("Veto", {"beta_start": 0}),
+          ("Veto", {"beta_start": 1.5}),
+          ("Veto_reverse", {"beta_start": 0.3}), ("ToDi_scheduled", {"beta_start": 3.5}),
+          ("EOPD", {"k": 3, "tau": 1.2, "alpha": 2}), ("top_k_forward_kl", {"k": 1}), ("top_k_forward_kl", {"k": 5})]
+# Relative and absolute error of a float32 gradient in peaked rows: powers of a difference that rounding has eaten.
+ROUGHER = {"abkd": (1e-3, 0), "amid": (1e-3, 1e-5), "amid_qr": (1e-3, 1e-5)}
 INF = float("inf")
 
 every_divergence = pytest.mark.parametrize("name", NAMES)
@@ -94,7 +110,7 @@ def test_gradient(name, params, temperature):
     assert torch.autograd.gradcheck(OursBehindReference.apply, (student, teacher, divergence, temperature, weights))
 
 
-@pytest.mark.parametrize("name", reference.WEIGHTS)
+@pytest.mark.parametrize("name", reference.WEIGHTS.keys() - {"ToDi_scheduled"})  # its weight is 1/2 at first
 def test_gradient_leaves_the_weight_still(name):
     """The check above must tell a detached weight from one that moves with the student."""
     args = logits(3, 7).requires_grad_(), logits(3, 7, seed=1), build_divergence(name), 1.0, None
@@ -127,7 +143,8 @@ def test_float32_gradient_keeps_its_digits(name, params, spread, temperature):
     _, of_rounded = divergence.value_and_autograd(*(side.double().log_softmax(-1) for side in (log_p, log_q)))
     error, rounding = ((side - wanted).abs().amax(-1) for side in (found, of_rounded))
     loss_of_float64 = 1e-13
-    assert (error <= 2e-4 * wanted.abs().amax(-1) + rounding + loss_of_float64).all()
+    share, floor = ROUGHER.get(name, (2e-4, 0))
+    assert (error <= share * wanted.abs().amax(-1) + rounding + loss_of_float64 + floor).all()
 
 
 def test_float32_autograd_loses_digits():
@@ -156,7 +173,7 @@ def test_masked_entries_carry_no_probability_in_either_model(name):
     assert_close(build_divergence(name)(student, teacher), reference.divergence(name, student, teacher))
 
 
-@every_divergence
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in reference.SHARPENING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_equal_distributions_are_exactly_zero_apart(name, dtype, temperature):
@@ -177,6 +194,14 @@ def test_never_negative(seed, spread, noise, size):
     student = teacher + logits(3, size, seed=seed + 1, spread=10**noise, dtype=torch.float32)
     for name in NAMES:
         assert (build_divergence(name)(student, teacher) >= 0).all(), name
+
+
+@pytest.mark.parametrize("name", reference.SHARPENING)
+def test_what_sharpens_a_student_that_is_its_teacher(name):
+    student = logits(4, 11).requires_grad_()
+    value = build_divergence(name)(student, student.detach())
+    gradient, = torch.autograd.grad(value.sum(), student)
+    assert (value > 0.01).all() and (gradient.gather(-1, student.argmax(-1, keepdim=True)) < 0).all()
 
 
 @every_divergence

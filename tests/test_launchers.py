@@ -80,8 +80,8 @@ def test_every_objective(runs, name):
     done = runs(name)
     assert_checkpoint_loads(done.checkpoint)
     kd = [line["kd"] for line in done.metrics("train")]
-    assert 0 < kd[-1] < kd[0]
-    assert ("weight_under_p" in done.metrics("train")[-1]) == (name == "ToDi")
+    assert kd[-1] > 0 and (kd[-1] < kd[0] or DIVERGENCES[name].schedule)  # what is moved may rise
+    assert ("weight_under_p" in done.metrics("train")[-1]) == (DIVERGENCES[name].entry_weight is not None)
 
 
 def test_distilling_llama_in_full(runs):

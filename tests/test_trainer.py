@@ -24,7 +24,7 @@ ENGINE = SimpleNamespace(device=torch.device("cpu"), train=lambda: None, eval=la
 class Step:
     """Counts the samples that it gets; one response token each."""
 
-    engine, lr = ENGINE, 0.1
+    engine, lr, schedule = ENGINE, 0.1, None
 
     def __init__(self, finite: tuple[bool, ...] | None = None):
         self.seen, self.finite = [], finite

@@ -78,6 +78,8 @@ class ToDiTrainer(Trainer):
             raise InputError(f"{self.args.n_gpu} GPUs in one process (DataParallel): start with torchrun or accelerate "
                              "launch, or choose one with CUDA_VISIBLE_DEVICES")
         divergence = None if teacher is None else build_divergence(objective, **kd_params or {})
+        if divergence and (divergence.definition.schedule or divergence.definition.selection):
+            raise InputError(f"{divergence.name} looks beyond rows and steps; todi.distil trains with it")
         self.criterion = DistillationCriterion(divergence, kd_temperature, 0.0 if teacher is None else kd_rate,
                                                self.args.label_smoothing_factor, loss_chunk_size)
         self.teacher = None if teacher is None else self._open_teacher(teacher)

@@ -136,7 +136,8 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
                                      takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
                                      meter.cost)
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
-        step = TrainStep(engine, build_criterion(config.objective), teacher, batch, world, meter)
+        criterion = build_criterion(config.objective)
+        step = TrainStep(engine, criterion, teacher, batch, world, meter, criterion.schedule(max_steps))
         stack.enter_context(closing(step))
         trainer = Trainer(step, source, dataclasses.replace(dev, collate=batch),
                           build_export(engine, inputs, build_card(config, inputs, run), world), folder,

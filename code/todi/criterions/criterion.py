@@ -1,13 +1,15 @@
 """The training criterion: which divergence, how hot, and in what proportion to the cross-entropy."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from todi.criterions.definitions import Divergence
 from todi.criterions.linear import distillation_loss
 from todi.criterions.linear_head import LinearHead
+from todi.criterions.schedules import Schedule
+from todi.criterions.selected import selected_loss
 from todi.criterions.teacher_rows import TeacherRows
 
 
@@ -30,12 +32,31 @@ class DistillationCriterion:
     terms: Mapping[str, float] = field(default_factory=dict)
     kernels: str = "auto"
 
+    def schedule(self, total_steps: int) -> Schedule | None:
+        """What moves parameters of the divergence over so many optimizer steps; None where nothing does."""
+        return None if self.divergence is None else self.divergence.schedule(total_steps)
+
+    def at(self, moved: Mapping[str, float]) -> "DistillationCriterion":
+        """The same where the schedule has these values."""
+        return replace(self, divergence=self.divergence.at(moved))
+
     def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor,
-                 teacher: TeacherRows | None) -> Mapping[str, Tensor]:
+                 teacher: TeacherRows | None, counts: Sequence[int] | None = None) -> Mapping[str, Tensor]:
         """Sums over the rows of `hidden` (N, H) with `labels` (N,), by name: those of `LossSums`, without `kd` where
-        there is no divergence."""
-        sums = distillation_loss(
-            hidden, head, teacher, labels, divergence=self.divergence, temperature=self.temperature,
-            kd_rate=self.kd_rate, label_smoothing=self.label_smoothing, chunk_size=self.chunk_size,
-            kernels=self.kernels)._asdict()
+        there is no divergence.
+
+        Args:
+            counts: rows of each sample, one sample after the other; for a divergence of selected rows.
+
+        Raises:
+            ValueError: `counts` are missing for such a divergence.
+        """
+        options = {"divergence": self.divergence, "temperature": self.temperature, "kd_rate": self.kd_rate,
+                   "label_smoothing": self.label_smoothing, "chunk_size": self.chunk_size, "kernels": self.kernels}
+        if self.divergence and self.divergence.definition.selection:
+            if counts is None:
+                raise ValueError(f"{self.divergence.name} selects rows of each sample: say how many each has")
+            sums = selected_loss(hidden, head, teacher, labels, counts, **options)._asdict()
+        else:
+            sums = distillation_loss(hidden, head, teacher, labels, **options)._asdict()
         return sums if self.divergence else {name: value for name, value in sums.items() if name != "kd"}

@@ -12,11 +12,14 @@ that makes value and gradient together in fewer passes over the vocabulary.
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from todi.criterions.parameters import Parameter
+from todi.criterions.schedules import Schedule, ScheduleKind
+from todi.criterions.selection import Selection
 from todi.errors import InputError
 from todi.registry import Registry, did_you_mean
 
@@ -27,50 +30,11 @@ NEARLY_ALL = 0.99
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A number that a divergence depends on, finite and within a range.
-
-    Attributes:
-        default: its value where none is given.
-        help: what it is, in a few words.
-        least, most: ends of the range that belong to it.
-        above, below: ends of the range that do not.
-        integer: whether it must be a whole number; the divergence then gets an int.
-    """
-
-    default: float
-    _: KW_ONLY
-    help: str
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-    integer: bool = False
-
-    @property
-    def allowed(self) -> str:
-        """The range in words, e.g. "at least 0 and finite"."""
-        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        words = [f"{word} {end}" for word, end in ends.items() if math.isfinite(end)]
-        if self.integer:
-            words.append("a whole number")
-        elif len(words) < 2:
-            words.append("finite")
-        return " and ".join(words)
-
-    def check(self, name: str, value: float) -> float:
-        """`value` as the divergence gets it. Raises ValueError for one out of range, which it calls `name`."""
-        inside = self.least <= value <= self.most and self.above < value < self.below  # inf and NaN never are
-        if not inside or (self.integer and value != int(value)):
-            raise ValueError(f"{name} must be {self.allowed}, got {value}")
-        return int(value) if self.integer else float(value)
-
-
-@dataclass(frozen=True)
 class Definition:
     """All that there is to a divergence before its parameters have values: one record a name.
 
-    Its functions take (log_p, log_q) and every parameter by keyword.
+    Its functions take (log_p, log_q) and by keyword every parameter that is not its schedule's, and every one that its
+    schedule moves.
 
     Attributes:
         value: -> (N,) nats, differentiable in `log_q`.
@@ -78,6 +42,8 @@ class Definition:
         entry_weight: -> (N, V) weight of the forward part; None for a divergence that does not mix per entry.
         parameters: by name, in the order of the documentation.
         help: the formula and its source, from the docstring of `value`.
+        schedule: what moves some of the functions' parameters from step to step; None where nothing does.
+        selection: which rows of a sample it is taken of in training; None for all.
     """
 
     name: str
@@ -86,6 +52,13 @@ class Definition:
     entry_weight: Callable[..., Tensor] | None
     parameters: Mapping[str, Parameter]
     help: str
+    schedule: ScheduleKind | None = None
+    selection: Selection | None = None
+
+    @property
+    def not_of_functions(self) -> set[str]:
+        """Names of the parameters that its functions do not take."""
+        return {name for part in (self.schedule, self.selection) if part is not None for name in part.parameters}
 
 
 DIVERGENCES: Registry[Definition] = Registry("kd objective")
@@ -116,14 +89,35 @@ def divergence(name: str, /, *, closed_form: Callable[..., tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence whose parameters have values, as `build_divergence` makes it."""
+    """A divergence whose parameters have values, as `build_divergence` makes it.
+
+    Attributes:
+        params: by name, as they were given or by default.
+        moved: what its schedule makes of those that it moves; at first what the schedule begins with.
+    """
 
     definition: Definition
     params: dict[str, float]
+    moved: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.definition.name
+
+    @property
+    def arguments(self) -> dict[str, float]:
+        """What its functions take besides log-probabilities."""
+        left_out = self.definition.not_of_functions
+        return {**{name: value for name, value in self.params.items() if name not in left_out}, **self.moved}
+
+    def schedule(self, total_steps: int) -> Schedule | None:
+        """What moves its parameters over so many optimizer steps, at the first of them; None where nothing does."""
+        kind = self.definition.schedule
+        return None if kind is None else kind.make(self.params, total_steps)
+
+    def at(self, moved: Mapping[str, float]) -> "Divergence":
+        """The same where its schedule has these values."""
+        return replace(self, moved=moved)
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
         """The divergence of each row.
@@ -142,7 +136,7 @@ class Divergence:
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """(N, V), (N, V) -> (N,), differentiable in `log_q`. Raises InputError for a definition that returns else."""
-        value = self.definition.value(log_p, log_q, **self.params)
+        value = self.definition.value(log_p, log_q, **self.arguments)
         if value.shape != log_q.shape[:-1]:
             raise InputError(f"the divergence {self.name} returned shape {tuple(value.shape)} for {len(log_q)} rows; "
                              "expected a value for each row, (N,), and no mean")
@@ -151,14 +145,14 @@ class Divergence:
     def entry_weight(self, log_p: Tensor, log_q: Tensor) -> Tensor | None:
         """The (N, V) weight of the forward part, for a divergence that mixes per entry; else None."""
         entry_weight = self.definition.entry_weight
-        return None if entry_weight is None else entry_weight(log_p, log_q, **self.params)
+        return None if entry_weight is None else entry_weight(log_p, log_q, **self.arguments)
 
     def value_and_gradient(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """The value (N,) and its gradient (N, V) with respect to the logits, over temperature, behind `log_q`."""
         if self.definition.closed_form is None:
             value, gradient = self.value_and_autograd(log_p, log_q)
         else:
-            value, gradient = self.definition.closed_form(log_p, log_q, **self.params)
+            value, gradient = self.definition.closed_form(log_p, log_q, **self.arguments)
         return _not_negative(value), _top_from_the_others(gradient, log_q)
 
     def value_and_autograd(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +177,8 @@ def build_divergence(name: str, **params: float) -> Divergence:
             raise ValueError(f"{definition.name} has no parameter {given!r}; {did_you_mean(given, list(allowed))}"
                              f"allowed: {', '.join(allowed) or 'none'}")
     values = {key: parameter.check(key, params.get(key, parameter.default)) for key, parameter in allowed.items()}
-    return Divergence(definition, values)
+    schedule = definition.schedule
+    return Divergence(definition, values, {} if schedule is None else schedule.make(values, 1).values)
 
 
 def markdown_table() -> str:

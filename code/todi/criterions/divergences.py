@@ -1,4 +1,4 @@
-"""The eight divergences of this package: value, closed-form gradient and parameters of each.
+"""Kullback-Leibler divergences and what is mixed of them: value, closed-form gradient and parameters of each.
 
 With h = d value / d log q, each entry of log q taken as independent, the gradient for the logits (over temperature) is
 h - q sum h. Adding a multiple of q to h changes nothing of it: the closed forms choose the multiple that keeps the
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from todi.criterions.definitions import Parameter, divergence, through_softmax
+from todi.criterions.definitions import divergence, through_softmax
+from todi.criterions.parameters import Parameter
 
 
 def forward_kl_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,31 @@ def js_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
 
 
+# Closer to 0 or 1, float32 takes the mixture for one of its sides.
+MIXTURE_ENDS = {"least": 1e-6, "most": 1 - 1e-6}
+
+
+def gkd_gradient(log_p: Tensor, log_q: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """h = -(1 - beta) q log(1 + beta p / ((1 - beta) q))."""
+    p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
+    over_larger = _log_mixture_over_larger(ratio, beta)
+    value = (beta * torch.linalg.vecdot(p, ratio.clamp(max=0).sub_(over_larger))
+             - (1 - beta) * torch.linalg.vecdot(q, ratio.clamp(min=0).add_(over_larger)))
+    return value, through_softmax(softplus(ratio.add_(logit(beta))).mul_(q).mul_(beta - 1), q)
+
+
+@divergence("gkd", closed_form=gkd_gradient,
+            beta=Parameter(0.5, **MIXTURE_ENDS, help="the teacher's share of the mixture, and of the value"))
+def gkd(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al., GKD, ICLR 2024).
+
+    Over beta it nears forward KL as beta nears 0, over 1 - beta it nears reverse KL as beta nears 1; at the ends it
+    is 0. Implementations that take the two KLs there jump in scale.
+    """
+    log_m = _log_mixture(log_p, log_q, beta)
+    return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
+
+
 def tvd_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """h = -q where p > q, 0 elsewhere, put through softmax by two sums of one sign, which lose no digits."""
     q = log_q.exp()
@@ -72,15 +98,14 @@ def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
-# Closer to 0 or 1, float32 takes the mixture for one of its sides.
-SKEW = Parameter(0.1, least=1e-6, most=1 - 1e-6, help="lambda, the share of the first distribution in the mixture")
+SKEW = Parameter(0.1, **MIXTURE_ENDS, help="lambda, the share of the first distribution in the mixture")
 
 
 def skewed_forward_kl_gradient(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> tuple[Tensor, Tensor]:
     """With m = lambda p + (1 - lambda) q, h = -p (1 - lambda) q / m."""
     p, ratio = log_p.exp(), log_p - log_q
     value = torch.linalg.vecdot(p, ratio.clamp(max=0).sub_(_log_mixture_over_larger(ratio, skew_lambda)))
-    share = ratio.neg_().sub_(_logit(skew_lambda)).sigmoid_()  # (1 - lambda) q / m
+    share = ratio.neg_().sub_(logit(skew_lambda)).sigmoid_()  # (1 - lambda) q / m
     return value, through_softmax(p.mul_(share).neg_(), log_q.exp())
 
 
@@ -98,7 +123,7 @@ def skewed_reverse_kl_gradient(log_p: Tensor, log_q: Tensor, *, skew_lambda: flo
     """With m = (1 - lambda) p + lambda q and y = (1 - lambda) p / m, h = q (y + log(1 - y))."""
     q, ratio = log_q.exp(), log_p - log_q
     value = -torch.linalg.vecdot(q, ratio.clamp(min=0).add_(_log_mixture_over_larger(ratio, 1 - skew_lambda)))
-    odds = ratio.sub_(_logit(skew_lambda))  # log y / (1 - y)
+    odds = ratio.sub_(logit(skew_lambda))  # log y / (1 - y)
     share = odds.sigmoid()
     series = (share / 4).add_(1 / 3).mul_(share).add_(0.5).mul_(share).mul_(share).neg_()
     small = (share < SMALL_SHARE).to(share.dtype)
@@ -218,5 +243,5 @@ def _log_mixture_over_larger(ratio: Tensor, weight: float) -> Tensor:
     return ratio.abs().neg_().expm1_().mul_(smaller).log1p_()
 
 
-def _logit(share: float) -> float:
+def logit(share: float) -> float:
     return math.log(share) - math.log1p(-share)

@@ -59,6 +59,8 @@ def _eager(dtype: torch.dtype, task: RowTask) -> tuple[RowFunction, str]:
 
 
 def _compiled(dtype: torch.dtype, task: RowTask) -> tuple[RowFunction, str]:
+    if task.divergence is not None and task.divergence.definition.schedule is not None:
+        return eager_rows, "the eager row function (torch.compile would start anew with each value of the schedule)"
     return compiled_rows(), "the eager row function through torch.compile"
 
 

@@ -100,7 +100,7 @@ def distillation_loss(student_hidden: Tensor, student_head: LinearHead, teacher:
     wants_weight = grad and student_head.weight.requires_grad
     wants_bias = grad and student_head.bias is not None and student_head.bias.requires_grad
     task = RowTask(divergence, temperature, 0.0 if teacher is None else kd_rate, label_smoothing, student_head.softcap,
-                   student_head.scale, vocabulary, _masked_entries(student_head, teacher, vocabulary),
+                   student_head.scale, vocabulary, masked_entries(student_head, teacher, vocabulary),
                    sparse=teacher is not None and teacher.sparse, dtype=compute_dtype(student_hidden), device=device,
                    wants_gradients=wants_hidden or wants_weight or wants_bias)
     job = _Job(teacher, labels, task, choose_rows(kernels, student_head.weight.dtype, task),
@@ -232,7 +232,7 @@ def _chunk(hidden: Tensor, head: LinearHead, rows: slice, job: _Job, grads: _Gra
     return sums
 
 
-def _masked_entries(student_head: LinearHead, teacher: TeacherRows | None, vocabulary: int) -> Tensor | None:
+def masked_entries(student_head: LinearHead, teacher: TeacherRows | None, vocabulary: int) -> Tensor | None:
     """(V,) vocabulary entries that either model never gives; None where neither has a say in it."""
     student = None if student_head.bias is None else student_head.bias.isneginf()
     masks = [mask[:vocabulary] for mask in (student, None if teacher is None else teacher.masked) if mask is not None]

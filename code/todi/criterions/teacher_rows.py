@@ -38,6 +38,9 @@ class TeacherRows(Protocol):
             (n, vocabulary).
         """
 
+    def taken(self, rows: Tensor) -> "TeacherRows":
+        """What it says of some of the rows, (K,) by their numbers, and of no others."""
+
 
 @dataclass(frozen=True)
 class HeadRows:
@@ -64,6 +67,9 @@ class HeadRows:
 
     def logits(self, rows: slice, vocabulary: int, temperature: float) -> Tensor:
         return self.head.cropped(vocabulary).rows(self.hidden[rows])
+
+    def taken(self, rows: Tensor) -> "HeadRows":
+        return HeadRows(self.hidden[rows], self.head, {layer: output[rows] for layer, output in self.layers.items()})
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,9 @@ class MeanRows:
             mean = log_p if mean is None else torch.logaddexp(mean, log_p, out=mean)
         return mean.mul_(temperature)
 
+    def taken(self, rows: Tensor) -> "MeanRows":
+        return MeanRows([teacher.taken(rows) for teacher in self.teachers], self.weights)
+
 
 @dataclass(frozen=True)
 class LogitRows:
@@ -123,6 +132,9 @@ class LogitRows:
 
     def logits(self, rows: slice, vocabulary: int, temperature: float) -> Tensor:
         return self.values[rows, :vocabulary].clone()
+
+    def taken(self, rows: Tensor) -> "LogitRows":
+        return LogitRows(self.values[rows])
 
 
 def _log_probabilities(teacher: TeacherRows, rows: slice, vocabulary: int, temperature: float) -> Tensor:

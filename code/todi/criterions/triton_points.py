@@ -110,4 +110,5 @@ POINTS = {
     "skewed_reverse_kl": Point(skewed_reverse_kl, "skew_lambda"),
     "adaptive_kl": Point(adaptive_kl, "alpha", selects=True),
     "ToDi": Point(todi, "beta"),
+    "ToDi_scheduled": Point(todi, "beta"),
 }

@@ -247,7 +247,7 @@ def fused_rows(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, ta
         for side in filter(torch.is_tensor, (logits, teacher_logits)):
             side.masked_fill_(task.masked, -torch.inf)
     point = None if teacher_logits is None else POINTS[task.divergence.name]
-    parameter = float(task.divergence.params[point.parameter]) if point and point.parameter else 0.0
+    parameter = float(task.divergence.arguments[point.parameter]) if point and point.parameter else 0.0
     teacher = logits if point is None else teacher_logits
     aligned = -(-task.vocabulary // 16) * 16
     readable = aligned if min(logits.stride(0), teacher.stride(0)) >= aligned else task.vocabulary

@@ -25,6 +25,7 @@ class Batch:
             for them on a GPU would make it wait.
         sample_ids: (S,) `Example.sample_id` of each sample, -1 for a filler without labels; always on the CPU,
             where a teacher cache looks them up.
+        counts: labels of each sample; their rows follow one another.
     """
 
     input_ids: Tensor
@@ -33,6 +34,7 @@ class Batch:
     labels: Tensor
     rows: Tensor
     sample_ids: Tensor
+    counts: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, but for the sample ids."""
@@ -43,8 +45,8 @@ class Batch:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: tensor if tensor is None else change(tensor) for name, tensor in tensors.items()}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         return Batch(**changed | {"sample_ids": self.sample_ids})
 
     @property
@@ -70,6 +72,7 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False) -> B
     examples = examples or [Example(ids=(pad_id, pad_id), prompt_length=2)]
     ids = [torch.tensor(example.ids[:-1]) for example in examples]
     labels = [_labels(example) for example in examples]
+    counts = tuple(int((part != IGNORE_INDEX).sum()) for part in labels)
     lengths = [len(part) for part in ids]
     if packed:
         input_ids, mask, labels = torch.cat(ids)[None], sample_bounds(lengths), torch.cat(labels)[None]
@@ -79,7 +82,8 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False) -> B
         input_ids, labels = pad(ids, True, pad_id), pad(labels, True, IGNORE_INDEX)
         mask, positions = pad([torch.ones_like(part) for part in ids], True), None
     rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
-    return Batch(input_ids, mask, positions, labels, rows, torch.tensor([example.sample_id for example in examples]))
+    samples = torch.tensor([example.sample_id for example in examples])
+    return Batch(input_ids, mask, positions, labels, rows, samples, counts)
 
 
 def _labels(example: Example) -> Tensor:

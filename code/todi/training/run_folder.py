@@ -94,13 +94,13 @@ class RunFolder:
             self.metrics.cut(position.metrics_bytes)
 
     def save_state(self, engine: deepspeed.DeepSpeedEngine, position: Position, window: Sums,
-                   source: dict[str, Any]) -> float:
+                   source: dict[str, Any], schedule: dict[str, Any]) -> float:
         """Writes a state, and removes the checkpoints that the one before still counted on; returns its seconds.
 
         Raises:
             StorageError: it cannot be written; the earlier states are untouched.
         """
-        seconds = self.states.save(engine, SavedState(self._complete(position), dict(window), source))
+        seconds = self.states.save(engine, SavedState(self._complete(position), dict(window), source, schedule))
         self.checkpoints.release()
         return seconds
 

@@ -76,11 +76,13 @@ class SavedState:
     Attributes:
         window: this rank's loss sums since the last line of the log; empty when another number of ranks wrote it.
         source: of the source of samples.
+        schedule: of what moves parameters of the objective; empty without one.
     """
 
     position: Position
     window: dict[str, Tensor]
     source: dict[str, Any]
+    schedule: dict[str, Any] = field(default_factory=dict)
 
 
 class StateStore:
@@ -111,7 +113,7 @@ class StateStore:
             if self.world.is_main:
                 files = {str(file.relative_to(draft)): file.stat().st_size for file in _files(draft)}
                 record = {"position": dataclasses.asdict(position), "ranks": self.world.size,
-                          "source": state.source, "files": files}
+                          "source": state.source, "schedule": state.schedule, "files": files}
                 (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
                 publish(path)
                 for older in self._newest_first()[KEPT_STATES:]:
@@ -169,7 +171,8 @@ class StateStore:
                            path, record["ranks"], self.world.size)
         position = Position.from_json(record["position"])
         logger.info("going on from %s: epoch %d, step %d", path, position.epochs + 1, position.step)
-        return SavedState(position, _window(own, engine.device), record.get("source", {}))
+        return SavedState(position, _window(own, engine.device), record.get("source", {}),
+                          record.get("schedule", {}))
 
     @property
     def finished(self) -> Position | None:

@@ -4,13 +4,13 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import deepspeed
 import torch
 from torch import Tensor
 
-from todi.criterions import DistillationCriterion, diagnosis
+from todi.criterions import DistillationCriterion, Schedule, diagnosis
 from todi.data.batches import Batch, Collate
 from todi.data.plans import StepPlan
 from todi.data.tokenize import Example
@@ -32,11 +32,13 @@ class StepResult:
         finite: of a step that the optimizer left out, for its gradients were not finite: whether the loss of each
             micro-batch is. None of a step that was taken.
         diagnostics: of the divergence when asked for: over the first rows of every sample of the step, on all ranks.
+        moved: values of the parameters that a schedule moves, in this step.
     """
 
     sums: Sums
     finite: tuple[bool, ...] | None
     diagnostics: Mapping[str, float]
+    moved: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainStep:
@@ -47,16 +49,19 @@ class TrainStep:
         teacher: None for SFT.
         collate: makes the batch of the samples of a micro-batch.
         meter: is told what is done when.
+        schedule: of parameters of the criterion; None where they stay as they are.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, criterion: DistillationCriterion,
-                 teacher: TeacherSource | None, collate: Collate, world: World, meter: Meter | None = None):
+                 teacher: TeacherSource | None, collate: Collate, world: World, meter: Meter | None = None,
+                 schedule: Schedule | None = None):
         self.engine = engine
         self.criterion = criterion
         self.teacher = teacher
         self.collate = collate
         self.world = world
         self.meter = meter or Meter()
+        self.schedule = schedule
         self._pool = ThreadPoolExecutor(1)
         self._ahead: tuple[StepPlan, Future[list[Batch]]] | None = None
 
@@ -78,7 +83,8 @@ class TrainStep:
 
     def __call__(self, plan: StepPlan, with_diagnostics: bool = False) -> StepResult:
         """Runs all micro-batches of `plan` and the optimizer."""
-        parts, report = [], Counter()
+        parts, report, moved = [], Counter(), self.schedule.values if self.schedule else {}
+        criterion = self.criterion.at(moved) if self.schedule else self.criterion
         # DeepSpeed averages gradients over ranks; a step's loss is divided by the tokens of all ranks instead.
         scale = self.world.size / plan.tokens
         with self.meter.phase("data"):
@@ -93,7 +99,7 @@ class TrainStep:
                 teacher = self.teacher.rows(batch) if self.teacher else None
             diagnosed = first_rows(examples, plan.samples) if with_diagnostics else ()
             with self.meter.phase("student"):
-                sums, more = self.engine(batch, self.criterion, teacher, diagnosed)
+                sums, more = self.engine(batch, criterion, teacher, diagnosed)
                 self.engine.backward(sums["loss"] * scale, scale_wrt_gas=False)
             with self.meter.phase("optimizer"):
                 self.engine.step()
@@ -102,9 +108,17 @@ class TrainStep:
         diagnostics = self._diagnosis(report) if with_diagnostics else {}
         by_part, names = torch.stack(parts), tuple(sums)
         if self.engine.was_step_applied():
-            return StepResult(dict(zip(names, by_part.sum(0), strict=True)), None, diagnostics)
+            sums = dict(zip(names, by_part.sum(0), strict=True))
+            self._advance(sums)
+            return StepResult(sums, None, diagnostics, moved)
+        self._advance(None)
         finite = by_part[:, names.index("loss")].isfinite().tolist()
-        return StepResult(dict.fromkeys(names, by_part.new_zeros(())), tuple(finite), diagnostics)
+        return StepResult(dict.fromkeys(names, by_part.new_zeros(())), tuple(finite), diagnostics, moved)
+
+    def _advance(self, sums: Sums | None) -> None:
+        """Has the schedule go on, by the means of all ranks where it wants them; without `sums` of a step left out."""
+        if self.schedule:
+            self.schedule.advance(means(sums, self.world) if sums and self.schedule.watches else None)
 
     def _batches(self, plan: StepPlan) -> list[Batch]:
         if self._ahead and self._ahead[0] is plan:

@@ -34,7 +34,7 @@ class Student(nn.Module):
         layers = sorted({layer for term in terms.values() for layer in term.student_layers})
         hidden, outputs = labelled_layers(backbone, batch.inputs, batch.rows, layers)
         with self.meter.phase("loss"):
-            sums = dict(criterion(hidden, head, batch.row_labels, teacher))
+            sums = dict(criterion(hidden, head, batch.row_labels, teacher, batch.counts))
             for name, term in terms.items():
                 sums[name] = term(HeadRows(hidden, head, outputs), teacher, batch.row_labels)
                 sums["loss"] = sums["loss"] + criterion.terms[name] * sums[name]

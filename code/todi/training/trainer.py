@@ -24,7 +24,7 @@ from todi.training.run_folder import RunFolder
 from todi.training.scores import Score
 from todi.training.speed import Meter, in_words
 from todi.training.state import Position
-from todi.training.step import Sums, TrainStep, add, means
+from todi.training.step import StepResult, Sums, TrainStep, add, means
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ class Trainer:
         if state:
             self.at, self.window = state.position, state.window
             self.source.load_state_dict(state.source)
+            if self.step.schedule:
+                self.step.schedule.load_state_dict(state.schedule)
         self.folder.start_over_from(self.at)
 
     def _train_epoch(self, epoch: int) -> None:
@@ -132,7 +134,7 @@ class Trainer:
                 self._note_bad_step(plan, result.finite)
             self.progress.samples += plan.samples
             if logs:
-                self._log_train(epoch, means(self.window, self.world), lr, result.diagnostics)
+                self._log_train(epoch, means(self.window, self.world), lr, result)
                 self.window = {}
             self._heed_signals_and_clock()
 
@@ -173,15 +175,16 @@ class Trainer:
 
     def _save_state(self) -> None:
         with self.progress.paused():
+            schedule = self.step.schedule.state_dict() if self.step.schedule else {}
             seconds = self.folder.save_state(self.step.engine, self._position(), self.window,
-                                             self.source.state_dict())
+                                             self.source.state_dict(), schedule)
             self.pace.cadence.written(seconds)
 
     def _position(self) -> Position:
         self.at.seconds = self.progress.seconds()
         return self.at
 
-    def _log_train(self, epoch: int, mean: Mapping[str, float], lr: float, diagnostics: Mapping[str, float]) -> None:
+    def _log_train(self, epoch: int, mean: Mapping[str, float], lr: float, last: StepResult) -> None:
         engine, losses = self.step.engine, {name: value for name, value in mean.items() if name != "correct"}
         norm = engine.get_global_grad_norm()
         peak, = self.world.largest([peak_memory_gib(engine.device)], engine.device)
@@ -189,7 +192,8 @@ class Trainer:
         values = {**losses, "accuracy": mean["correct"], "lr": lr,
                   "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
                   "samples_per_second": self.progress.samples_per_second(),
-                  **speed, "peak_memory_gib": peak, **diagnostics}
+                  **speed, "peak_memory_gib": peak,
+                  **{f"kd_{name}": value for name, value in last.moved.items()}, **last.diagnostics}
         self._tell("train", epoch, {"seconds": self.progress.seconds(), **values})
         logger.info("epoch %d step %d/%d %s acc %.3f lr %.2e | %.1f samples/s, %s%.1f GiB, %s left",
                     epoch, self.at.step, self.pace.max_steps,

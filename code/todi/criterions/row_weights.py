@@ -1,0 +1,19 @@
+"""What a row counts for in a divergence, found out from both models' distributions of that row."""
+
+import torch
+from torch import Tensor
+
+from todi.criterions.parameters import Parameter
+from todi.criterions.parts import row_weight
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """(N, V) -> (N,), in nats."""
+    return -torch.linalg.vecdot(log_p.exp(), log_p)
+
+
+@row_weight("unsure_teacher", tau=Parameter(0.8, help="entropy of the teacher, in nats, above which a row counts"),
+            alpha=Parameter(1.0, least=0, help="what it counts for"))
+def unsure_teacher(log_p: Tensor, log_q: Tensor, *, tau: float, alpha: float) -> Tensor:
+    """alpha where H(p) > tau, else 0; with tau below 0 every row counts (EOPD, 2026)."""
+    return (entropy(log_p) > tau).to(log_p.dtype).mul_(alpha)
