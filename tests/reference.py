@@ -97,6 +97,14 @@ def top_k_forward_kl(p, q, k=16):
     return kl(p[order], q[order]) + (kl(p[rest].sum(), q[rest].sum()) if rest.any() else 0)
 
 
+def mixed_target(p, q, skew_lambda=0.1):
+    return (1 - skew_lambda) * p + skew_lambda * q
+
+
+def skewed_reverse_kl_detached(p, q, skew_lambda=0.1, weight=None):
+    return kl(q, mixed_target(p, q, skew_lambda).detach() if weight is None else weight)
+
+
 def taid_target(p, q, t_start=0.4, **schedule):
     mixed = p ** t_start * q ** (1 - t_start)
     return mixed / mixed.sum()
@@ -141,12 +149,14 @@ DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergenc
                "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
                "adaptive_kl": adaptive_kl, "ToDi": todi, "gkd": gkd, "abkd": abkd, "amid": amid, "amid_qr": amid_qr,
                "top_k_forward_kl": top_k_forward_kl, "TAID": taid, "Veto": veto, "Veto_reverse": veto_reverse,
+               "skewed_reverse_kl_detached": skewed_reverse_kl_detached,
                "ToDi_scheduled": todi_scheduled, "EOPD": eopd, "SE_KD": se_kd}
 # What is constant in an objective: weights, or a target.
 WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight, "TAID": taid_target, "Veto": veto_target,
-           "Veto_reverse": veto_target, "ToDi_scheduled": todi_scheduled_weight}
+           "Veto_reverse": veto_target, "skewed_reverse_kl_detached": mixed_target,
+           "ToDi_scheduled": todi_scheduled_weight}
 # Objectives that pull a student away from a teacher that it is equal to.
-SHARPENING = {"Veto", "Veto_reverse"}
+SHARPENING = ("Veto", "Veto_reverse")
 
 
 def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,

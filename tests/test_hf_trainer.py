@@ -92,6 +92,12 @@ def test_every_divergence(tmp_path, student, teacher, tokenizer, rows, objective
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", [name for name, kind in KINDS.items() if kind.schedule or kind.selection])
+def test_what_looks_beyond_rows_and_steps_is_refused(tmp_path, student, teacher, tokenizer, rows, objective):
+    with pytest.raises(InputError, match=f"{objective} looks beyond rows and steps; todi.distil trains with it"):
+        make(tmp_path, student, tokenizer, rows, teacher=teacher, objective=objective)
+
+
 def test_a_step_is_divided_once_however_it_is_cut(tmp_path, folder, tokenizer, rows, teacher):
     """8 x 1, 4 x 2, 1 x 8: the same losses and the same weights."""
     found = []

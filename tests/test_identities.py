@@ -54,6 +54,9 @@ IDENTITIES = {
         of("amid", alpha=-1, skew_lambda=0.3, ab_alpha=1, ab_beta=0), of("skewed_forward_kl", skew_lambda=0.3)),
     "AMiD, order qr, of the arithmetic mean is skewed reverse KL": lambda: (
         of("amid_qr", alpha=-1, skew_lambda=0.3, ab_alpha=1, ab_beta=0), of("skewed_reverse_kl", skew_lambda=0.7)),
+    "skewed reverse KL without what flows through its mixture": lambda: (
+        of("skewed_reverse_kl_detached", skew_lambda=0.3), plain(
+            lambda p, q: (q * (q / (0.7 * p + 0.3 * q).detach()).log()).sum(-1))),
     "TAID at t = 0 is 0": lambda: (of("TAID", t_start=0), scaled(of("forward_kl"), 0)),
     "TAID at t = 1 is forward KL": lambda: (of("TAID", t_start=1), of("forward_kl")),
     "Veto at beta = 0 is forward KL": lambda: (of("Veto", beta_start=0), of("forward_kl")),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from reading import unread
+from todi.criterions import DIVERGENCES
 from todi.errors import InputError
 from todi.options import check, declared, markdown_tables, option, parse, problems, spell
 from todi.registry import Registry
@@ -120,8 +121,7 @@ def test_settings_out_of_range(words, said):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--kd-objective", "TODY"], "did you mean ToDi? allowed: forward_kl, reverse_kl, js_divergence, tvd, "
-                                 "skewed_forward_kl, skewed_reverse_kl, adaptive_kl, ToDi"),
+    (["--kd-objective", "TODY"], f"did you mean ToDi? allowed: {', '.join(DIVERGENCES)}"),
     (["--kd-params", "beta=-1"], "beta must be at least 0"),
     (["--kd-params", "gamma=1"], "ToDi has no parameter 'gamma'; allowed: beta"),
     (["--kd-params", "beta"], "expected name=number, got 'beta'"),

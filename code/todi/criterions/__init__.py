@@ -15,11 +15,12 @@ from todi.criterions.linear_head import LinearHead
 from todi.criterions.parameters import Parameter
 from todi.criterions.parts import ROW_WEIGHTS, TARGETS, Part, Term, objective, row_weight, target
 from todi.criterions.schedules import Schedule, ScheduleKind, linear_schedule
+from todi.criterions.selection import Selection
 from todi.criterions.teacher_rows import HeadRows, LogitRows, MeanRows, TeacherRows
 from todi.criterions.terms import TERMS, HiddenStates, LossTerm, ModelShape, TermContext, build_terms
 
 __all__ = ["DIVERGENCES", "ROW_WEIGHTS", "TARGETS", "TERMS", "DistillationCriterion", "Divergence", "HeadRows",
            "HiddenStates", "LinearHead", "LogitRows", "LossSums", "LossTerm", "MeanRows", "ModelShape", "Parameter",
-           "Part", "Schedule", "ScheduleKind", "TeacherRows", "Term", "TermContext", "build_divergence", "build_terms",
-           "diagnose", "diagnosis", "distillation_loss", "divergence", "linear_distillation_loss", "linear_schedule",
-           "objective", "row_weight", "target"]
+           "Part", "Schedule", "ScheduleKind", "Selection", "TeacherRows", "Term", "TermContext", "build_divergence",
+           "build_terms", "diagnose", "diagnosis", "distillation_loss", "divergence", "linear_distillation_loss",
+           "linear_schedule", "objective", "row_weight", "target"]

@@ -137,6 +137,22 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> Te
     return (log_q.exp() * (log_q - _log_mixture(log_p, log_q, 1 - skew_lambda))).sum(-1)
 
 
+def detached_gradient(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> tuple[Tensor, Tensor]:
+    """With m as before and constant, h = q log(1 - y)."""
+    q, ratio = log_q.exp(), log_p - log_q
+    value = -torch.linalg.vecdot(q, ratio.clamp(min=0).add_(_log_mixture_over_larger(ratio, 1 - skew_lambda)))
+    return value, through_softmax(softplus(ratio.sub_(logit(skew_lambda))).mul_(q).neg_(), q)
+
+
+@divergence("skewed_reverse_kl_detached", closed_form=detached_gradient, skew_lambda=SKEW)
+def skewed_reverse_kl_detached(log_p: Tensor, log_q: Tensor, *, skew_lambda: float) -> Tensor:
+    """KL(q || (1 - lambda) p + lambda q), where nothing flows through the mixture (Ko et al., DistiLLM-2, ICML 2025).
+
+    So it is in the code of DistiLLM-2; in that of DistiLLM, whose is `skewed_reverse_kl`, gradients flow through it.
+    """
+    return (log_q.exp() * (log_q - _log_mixture(log_p, log_q.detach(), 1 - skew_lambda))).sum(-1)
+
+
 @torch.no_grad()
 def adaptive_kl_weight(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     """w, (N,): the share of the teacher's head in sum |p - q|; 1/2 where p = q.

@@ -150,7 +150,7 @@ class ObjectiveConfig:
     """What the student is trained on."""
 
     criterion: str = option("vanilla_kd", "cross_entropy (SFT) or vanilla_kd (distillation)", choices=CRITERIA)
-    kd_objective: str = option("ToDi", "the divergence (todi/criterions/divergences.py)", env="KD_OBJ")
+    kd_objective: str = option("ToDi", "the divergence or the method (docs/objectives.md)", env="KD_OBJ")
     kd_params: tuple[str, ...] = option((), "parameters of the divergence as name=value, e.g. beta=0.5")
     kd_rate: float = option(0.5, "share of the divergence in the loss; the rest is cross-entropy", least=0, at_most=1)
     kd_temperature: float = option(2.0, "temperature of both softmaxes in the divergence", above=0, env="KD_TEMP")
