@@ -82,6 +82,8 @@ class TestRecords:
             load_records(write(""))
         with pytest.raises(InputError, match="no such data file"):
             load_records(tmp_path / "nowhere.jsonl")
+        with pytest.raises(InputError, match="data.jsonl is a file: give its folder"):
+            load_records(write("") / "train.jsonl")
 
 
 class TestTokenising:

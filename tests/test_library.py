@@ -11,7 +11,7 @@ import torch
 from launching import ROOT, Workshop, write_data
 from todi.errors import InputError
 from todi.given import data_folders, model_path, rows_of, sets_folder
-from todi.options import from_keywords
+from todi.options import from_keywords, parse
 from todi.settings import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,6 +146,17 @@ class TestSettings:
             "--lr must be a number, got 'x'", "--seed must be a whole number, got 1.5",
             "--model-path is required", "--kd-temperature must be above 0, got -1.0",
             "--criterion vanilla_kd needs --teacher-model-path or --teacher-callable"]
+
+    @pytest.mark.parametrize("theirs, ours", [
+        ("learning_rate", "lr"), ("per_device_train_batch_size", "batch_size"), ("num_train_epochs", "num_epochs"),
+        ("warmup_steps", "warmup_iters"), ("lr_scheduler_type", "lr_scheduler"), ("max_grad_norm", "clip_grad"),
+        ("logging_steps", "log_interval"), ("save_total_limit", "keep_best_n_checkpoints"),
+        ("output_dir", "save_dir"), ("bf16", "precision"), ("fp16", "precision"), ("temperature", "kd_temperature")])
+    def test_names_of_training_arguments_are_translated(self, theirs, ours):
+        with pytest.raises(InputError, match=f"there is no setting {theirs}; did you mean {ours}[?]"):
+            from_keywords(TrainConfig, {theirs: 1})
+        with pytest.raises(InputError, match=f"unknown option --{theirs}; did you mean --{ours.replace('_', '-')}[?]"):
+            parse(TrainConfig, [f"--{theirs}", "1"])
 
 
 ROWS = [{"prompt": f"Say {number}:", "output": f"{number}."} for number in range(25)]

@@ -33,6 +33,13 @@ C = TypeVar("C")
 
 LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, as file systems have it
 
+# what transformers' TrainingArguments call what settings have here
+_IN_TRANSFORMERS = {
+    "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "num_train_epochs": "num_epochs",
+    "warmup_steps": "warmup_iters", "lr_scheduler_type": "lr_scheduler", "max_grad_norm": "clip_grad",
+    "logging_steps": "log_interval", "save_total_limit": "keep_best_n_checkpoints", "output_dir": "save_dir",
+    "bf16": "precision", "fp16": "precision", "temperature": "kd_temperature"}
+
 Names = str | Sequence[str]
 
 
@@ -220,7 +227,7 @@ def from_keywords(config_type: type[C], values: Mapping[str, Any]) -> C:
             what `check` would find in the rest.
     """
     known = {one.name: one for options in declared(config_type).values() for one in options}
-    found = [f"there is no setting {name}; {did_you_mean(name, list(known))}".rstrip("; ")
+    found = [f"there is no setting {name}; {_nearest(name, list(known))}".rstrip("; ")
              for name in values if name not in known]
     taken = {name: one.default for name, one in known.items()}
     for name in filter(known.__contains__, values):
@@ -336,10 +343,18 @@ def _explain_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) ->
     for word in unknown:
         if word.startswith("--"):
             name = word.split("=")[0]
-            problems.append(f"unknown option {name}; {did_you_mean(name, known)}--help lists them all")
+            problems.append(f"unknown option {name}; {_nearest(name, known)}--help lists them all")
         else:
             problems.append(f"unexpected argument {word!r}")
     return problems
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """As `did_you_mean`, of a setting or its option, by the name that transformers has for it too."""
+    meant = _IN_TRANSFORMERS.get(name.lstrip("-").replace("-", "_"), "")
+    if name.startswith("--"):
+        meant = "--" + meant.replace("_", "-")
+    return f"did you mean {meant}? " if meant in known else did_you_mean(name, known)
 
 
 def _build(config_type: type[C], values: Mapping[str, Any]) -> C:

@@ -49,7 +49,8 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no such data file: {path}")
+        raise InputError(f"no such data file: {path}" + (
+            f"; {path.parent} is a file: give its folder" if path.parent.is_file() else ""))
     records: list[Record] = []
     problems: list[str] = []
     for number, line in _numbered_lines(path):
