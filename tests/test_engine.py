@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,16 @@ def test_dev_scores_are_means_over_several_samples_of_a_prompt(tmp_path, monkeyp
     references = [record.references for record in records for _ in range(3)]
     scores = rouge.rouge_l(to_texts([row for _, _, row in thrice], tokenizer), references)
     assert score == pytest.approx([sum(scores[::3]) / 3, sum(scores) / 9])
+
+
+def test_a_rouge_l_that_is_0_everywhere_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(DevSet, "loss", lambda self, engine: {"ce": 1.5, "correct": 0.5})
+    monkeypatch.setattr(DevSet, "rouge_l", lambda self, model: found)
+    judge = DevSet((), (), (), None, Decoding(16), 2, seed=1, world=World(0, 1, 0, 1), collate=None)
+    for found, warned in ((2.0, False), (0.0, True)):
+        score = judge(SimpleNamespace(module=SimpleNamespace(model=None)))
+        assert (score.loss, score.rouge_l) == (1.5, found)
+        assert ("ROUGE-L is 0 for every dev response; while it is, the loss ranks" in caplog.text) == warned
 
 
 class TestDevice:

@@ -208,6 +208,14 @@ class TestDevices:
         assert subprocess.run(["bash", own], capture_output=True, text=True).stdout == "3\n"
 
 
+@pytest.mark.parametrize(("launcher", "expected"), [
+    ("tinyllama/vanilla_kd_tinyllama", True), ("tinyllama/sft_teacher_llama2", True),
+    ("tinyllama/sft_tinyllama", False), ("gpt2/vanilla_kd_gpt2_base", False)])
+def test_gradient_checkpointing_where_it_was_published(launcher, expected):
+    done = run(launcher, DRY_RUN=1)
+    assert ("--gradient-checkpointing" in shlex.split(done.stdout)) == expected, done.stdout
+
+
 class TestModels:
     def test_the_teacher_is_the_best_of_its_newest_run(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -221,6 +229,19 @@ class TestModels:
         assert (teacher.teacher_model_path, teacher.teacher_peft_path) == (("model_hub/gpt2/gpt2-xlarge",), (best,))
         assert train(TEACHER_MODEL_PATH="mine").teacher.teacher_model_path == ("mine",)
         assert train(TEACHER_MODEL_PATH="mine 'other one'").teacher.teacher_model_path == ("mine", "other one")
+
+    def test_scoring_an_older_run_does_not_make_it_the_teacher(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        runs = tmp_path / "outputs/gpt2/gpt2-xlarge/sft"
+        for second, name in enumerate(("a newer run", "an older run")):
+            checkpoint = runs / name / "epoch1_step3_loss2.0000_rougel9.0000"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "model.safetensors").touch()
+            os.utime(checkpoint / "model.safetensors", (2000 - second, 2000 - second))
+        (checkpoint / "eval").mkdir()
+        (checkpoint.parent / "notes").touch()
+        best = "outputs/gpt2/gpt2-xlarge/sft/a newer run/epoch1_step3_loss2.0000_rougel9.0000"
+        assert train().teacher.teacher_model_path == (best,)
 
     @pytest.mark.parametrize(("names", "best"), [
         (["epoch1_step3_loss2.5", "epoch2_step6_loss12.1", "epoch3_step9_loss2.1"], 2),

@@ -1,16 +1,19 @@
 """Several nodes: that they meet, who is missing, and what they would do otherwise than one another."""
 
 import logging
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from launching import start, write_data
 from stopping import KD
 from todi.errors import InputError
 from todi.runtime import nodes
-from todi.runtime.nodes import Nodes, agree, differing
+from todi.runtime.distributed import World
+from todi.runtime.nodes import Nodes, agree, check_ranks, differing, what_must_agree
 
 
 def free_port() -> int:
@@ -67,6 +70,31 @@ def test_an_address_that_is_not_ours():
 
 def test_descriptions():
     assert differing({"a": "1", "b": "2"}, {"a": "1", "b": "3"}, "x", "y") == ["b is 2 on x, 3 on y"]
+
+
+def test_what_must_agree_has_the_code_as_well(monkeypatch):
+    monkeypatch.setattr(nodes, "git_commit", lambda: "abc")
+    described = what_must_agree({"lr": 0.1}, {"train.jsonl": "123"}, World(0, 2, 0, 2))
+    assert {"lr": "0.1", "train.jsonl": "123", "the code's commit": "abc", "number of ranks": "2"}.items() <= (
+        described.items())
+    assert {"python", "torch", "deepspeed", "the code"} <= described.keys()
+
+
+@pytest.mark.parametrize(("other", "said"), [
+    ({"lr": "0.1"}, None),  # a rank on the node of one that has read the weights
+    ({"lr": "0.1", "teacher": "abc"}, None),
+    ({"lr": "0.2"}, "the ranks differ: lr is 0.1 on rank 0, 0.2 on rank 2"),
+    ({"lr": "0.1", "teacher": "xyz"}, "the ranks differ: teacher is abc on rank 0, xyz on rank 2")])
+def test_ranks_that_no_launcher_started(other, said):
+    """Every one hears of it, whatever it is itself about to do."""
+    first = {"lr": "0.1", "teacher": "abc"}
+    for mine in (first, other):
+        world = SimpleNamespace(gather=lambda _: [first, {"lr": "0.1"}, other])
+        if said is None:
+            check_ranks(world, mine)
+        else:
+            with pytest.raises(InputError, match=re.escape(said)):
+                check_ranks(world, mine)
 
 
 def launched(settings: dict[str, object], *changes: dict[str, object]) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ import pytest
 from reading import unread
 from todi.criterions import DIVERGENCES
 from todi.errors import InputError
-from todi.options import check, declared, markdown_tables, option, parse, problems, spell
+from todi.options import check, declared, from_keywords, markdown_tables, option, parse, problems, spell
 from todi.registry import Registry
 from todi.settings import CacheConfig, EvalConfig, TrainConfig, named_numbers
 from todi.settings.page import page
@@ -83,12 +83,41 @@ def test_values_of_every_type():
     (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     (["--peft", "qlora"], "invalid choice: 'qlora'"),
     (["stray"], "unexpected argument 'stray'"),
+    (["--model-pth=x", "stray"], "unexpected argument 'stray'"),
     (["--data-dir", "x" * 300], "--data-dir: must have at most 255 bytes between slashes and 4095 in all, got 'xx"),
     (["--model-path", "x/" * 3000], "--model-path: must have at most 255 bytes"),
 ])
 def test_words_that_are_no_options(words, said):
     with pytest.raises(InputError, match=said.replace("?", r"\?")):
         parse(TrainConfig, words)
+
+
+class TestPublishedOptions:
+    """Those that mean nothing here are named with what to use, not with what is spelt like them."""
+
+    @pytest.mark.parametrize(("config_type", "option", "said"), [
+        (TrainConfig, "--adaptive-kl-alpha", "use --kd-params alpha=0.5"),
+        (TrainConfig, "--skew-lambda", "use --kd-params skew_lambda=0.1"),
+        (TrainConfig, "--lr-decay-style", "use --lr-scheduler"),
+        (TrainConfig, "--top-k", "leave it out: dev responses are drawn from all tokens at temperature 1; "
+                                 "python -m todi.evaluate has it"),
+        (TrainConfig, "--task", "leave it out: the command is the task"),
+        (EvalConfig, "--eval-batch-size", "use --batch-size"),
+        (EvalConfig, "--seed", "use --seeds")])
+    def test_what_to_use(self, config_type, option, said):
+        for words in ([option, "1"], [f"{option}=1"]):
+            with pytest.raises(InputError) as refused:
+                parse(config_type, words)
+            assert refused.value.problems == [f"unknown option {option}; {said}"]
+        name = option[2:].replace("-", "_")
+        with pytest.raises(InputError, match=re.escape(f"there is no setting {name}; {said}")):
+            from_keywords(config_type, {name: 1})
+
+    @pytest.mark.parametrize("config_type", [TrainConfig, EvalConfig])
+    def test_what_is_named_is_there(self, config_type):
+        flags = {flag for group in declared(config_type).values() for one in group for flag in one.flags}
+        assert not flags & config_type.INSTEAD.keys()
+        assert {flag for said in config_type.INSTEAD.values() for flag in re.findall(r"--[\w-]+", said)} <= flags
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -64,6 +64,15 @@ def test_what_may_change_does_not_count(words):
     assert differences(described(words), described([*words, "--log-interval", "3", "--report-to"])) == []
 
 
+def test_a_precision_that_another_device_would_choose(words, monkeypatch):
+    """The name of a run's folder says auto, on every device."""
+    runs = []
+    for has_bf16 in (False, True):
+        monkeypatch.setattr("todi.runtime.device.cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        runs.append(described([*words, "--precision", "auto"]))
+    assert any(line.startswith("bf16.enabled was") for line in differences(*runs))
+
+
 def test_a_run_of_version_0_1(words):
     """Files were known by name, some settings were no lists, and others were not there."""
     now = described(words)

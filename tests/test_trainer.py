@@ -63,6 +63,16 @@ def test_every_epoch_is_trained_judged_and_saved(tmp_path):
         "metrics.jsonl", "train.log", "state", "epoch2_step5_loss1.0000"}
 
 
+def test_peak_memory_is_that_of_the_rank_that_takes_most(tmp_path, monkeypatch):
+    monkeypatch.setattr("todi.training.trainer.peak_memory_gib", lambda device: 3.0)
+    monkeypatch.setattr(World, "largest", lambda self, values, device: [5.0] if values == [3.0] else list(values))
+    folder = RunFolder(tmp_path / "run", ALONE)
+    with folder.claimed():
+        make_trainer(folder, Step()).train()
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert {line["peak_memory_gib"] for line in lines if line["kind"] == "train"} == {5.0}
+
+
 def test_a_run_that_never_takes_a_step_ends(tmp_path):
     folder = RunFolder(tmp_path / "run", ALONE)
     with pytest.raises(TrainingError, match="10 steps in a row were not finite"), folder.claimed():

@@ -202,6 +202,8 @@ def check(config: Any) -> None:
 def parse(config_type: type[C], argv: Sequence[str] | None = None, prog: str | None = None) -> C:
     """Builds `config_type`, a dataclass of options or of such dataclasses, from command-line words.
 
+    Its `INSTEAD`, where it has one, says of other programs' options what to use in their place.
+
     Raises:
         InputError: an unknown option (with the nearest known one), a value of the wrong type, or none of a few words.
     """
@@ -213,7 +215,7 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, prog: str | N
             _add_argument(arguments, one)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise InputError(_explain_unknown(unknown, parser))
+        raise InputError(_explain_unknown(unknown, parser, getattr(config_type, "INSTEAD", {})))
     return _build(config_type, vars(values))
 
 
@@ -227,7 +229,8 @@ def from_keywords(config_type: type[C], values: Mapping[str, Any]) -> C:
             what `check` would find in the rest.
     """
     known = {one.name: one for options in declared(config_type).values() for one in options}
-    found = [f"there is no setting {name}; {_nearest(name, list(known))}".rstrip("; ")
+    instead = getattr(config_type, "INSTEAD", {})
+    found = [f"there is no setting {name}; {instead.get(_flag(name)) or _nearest(name, list(known))}".rstrip("; ")
              for name in values if name not in known]
     taken = {name: one.default for name, one in known.items()}
     for name in filter(known.__contains__, values):
@@ -309,8 +312,12 @@ def _option_of(field: dataclasses.Field, hint: Any) -> Option:
     elif typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     return Option(field.name, hint, many, field.default, **said,
-                  flags=("--" + field.name.replace("_", "-"),) if flags is None else _names(flags),
+                  flags=(_flag(field.name),) if flags is None else _names(flags),
                   variables=(field.name.upper(),) if variables is None else _names(variables))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _names(names: Names) -> tuple[str, ...]:
@@ -337,14 +344,15 @@ def _add_argument(arguments: argparse._ArgumentGroup, one: Option) -> None:
         arguments.add_argument(older, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **name, **reading)
 
 
-def _explain_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+def _explain_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser, instead: Mapping[str, str]) -> list[str]:
     known = [flag for action in parser._actions for flag in action.option_strings]
     problems = []
-    for word in unknown:
+    for before, word in zip(["", *unknown], unknown, strict=False):
+        name = word.split("=")[0]
         if word.startswith("--"):
-            name = word.split("=")[0]
-            problems.append(f"unknown option {name}; {_nearest(name, known)}--help lists them all")
-        else:
+            advice = instead.get(name) or f"{_nearest(name, known)}--help lists them all"
+            problems.append(f"unknown option {name}; {advice}")
+        elif not before.startswith("--") or "=" in before:  # else it is the value of an unknown option
             problems.append(f"unexpected argument {word!r}")
     return problems
 

@@ -23,7 +23,7 @@ from todi.data.batches import Collate, collate
 from todi.data.plans import Cost, PackedShape, StepShape
 from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
-from todi.data.tokenize import Example, encode_examples, encode_prompts
+from todi.data.tokenize import Example, encode_examples, encode_prompts, examples_checksum
 from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding, check_decoding
@@ -113,11 +113,11 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     dev = build_dev_set(config, inputs, world)
     if config.run.check_only:
         if nodes := nodes_from_environment():
-            agree(nodes, what_must_agree(config.by_name, run["files"], world))
+            agree(nodes, _what_must_agree(config, inputs, run, examples, world))
         return
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, config.run.process_group_timeout))
-        check_ranks(world, what_must_agree(config.by_name, checksums(config, inputs, of_models=False), world))
+        check_ranks(world, _what_must_agree(config, inputs, run, examples, world))
         check_same_date(inputs.template_date, world)
         run, caches = world.gather((run, caches))[0]
         folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
@@ -168,6 +168,13 @@ def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpe
     if config.run.resume != "never":
         check_same_run(folder, run, force=config.run.resume == "force")
     return run, caches
+
+
+def _what_must_agree(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any] | None,
+                     examples: Sequence[Example], world: World) -> dict[str, str]:
+    """What this rank is about to do. The weights are read by the first of each node; rank 0 has, for `run`."""
+    files = run["files"] if run else checksums(config, inputs, of_models=world.local_rank == 0)
+    return what_must_agree(config.by_name, {**files, "tokens of the training data": examples_checksum(examples)}, world)
 
 
 def choose_layout(config: OptimConfig, shape: StepShape, examples: Sequence[Example], pad_id: int,

@@ -174,16 +174,16 @@ def check_adapter(path: str, config: PretrainedConfig, model_path: str, trust_re
         tensors = _read_tensors(path, "cpu")
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wanted, embeddings = (_shapes(outline, save_embedding_layers=also) for also in (False, True))
-    copies = given.keys() & embeddings.keys() - wanted.keys()  # of the base's embeddings; peft adds them at times
-    if copies and trained:
-        raise InputError(f"the LoRA adapter at {path} has embeddings besides ({min(copies)}), which going on with it "
-                         "would not keep; merge it into its base first")
     for name in sorted(given.keys() & embeddings.keys()):
         if given[name] != embeddings[name]:
             reason = ("is empty (weights that ZeRO-3 had not gathered?)" if 0 in given[name]
                       else f"was made for another model than {model_path}")
             raise InputError(f"the LoRA adapter at {path} {reason}: its {name} is {given[name]}, the model takes "
                              f"{embeddings[name]}")
+    copies = given.keys() & embeddings.keys() - wanted.keys()  # of the base's embeddings; peft adds them at times
+    if copies and trained:
+        raise InputError(f"the LoRA adapter at {path} has embeddings besides ({min(copies)}), which going on with it "
+                         "would not keep; merge it into its base first")
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - embeddings.keys())
     if missing or unknown:
         lacking = f"lacks {len(missing)} of {len(wanted)} tensors, the first: {missing[0]}" if missing else ""

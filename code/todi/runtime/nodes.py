@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 from todi.errors import InputError
 from todi.runtime.distributed import World
-from todi.runtime.versions import git_commit, versions
+from todi.runtime.versions import code_checksum, git_commit, versions
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +77,18 @@ def agree(nodes: Nodes, description: Mapping[str, str]) -> None:
 def what_must_agree(settings: Mapping[str, Any], files: Mapping[str, str], world: World) -> dict[str, str]:
     """A description for `agree`: settings, checksums of files by path, and what computes, each as text."""
     said = {name: repr(value) for name, value in settings.items()}
-    return {"number of ranks": str(world.size), **said, **files, **versions(), "the code's commit": str(git_commit())}
+    return {"number of ranks": str(world.size), **said, **files, **versions(), "the code's commit": str(git_commit()),
+            "the code": code_checksum()}
 
 
 def check_ranks(world: World, description: Mapping[str, str]) -> None:
-    """Compares what all ranks are about to do, for those that no launcher started. Raises InputError on every rank."""
-    everyone = world.gather(dict(description))
-    for rank, other in enumerate(everyone):
-        if different := differing(everyone[0], other, "rank 0", f"rank {rank}"):
+    """Compares what all ranks are about to do, for those that no launcher started. Raises InputError on every rank.
+
+    What a rank says nothing of, it leaves to the first of its node: checksums of weights.
+    """
+    first, *others = world.gather(dict(description))
+    for rank, other in enumerate(others, 1):
+        if different := differing(first, {**first, **other}, "rank 0", f"rank {rank}"):
             raise InputError(f"the ranks differ: {'; '.join(different)}")
 
 

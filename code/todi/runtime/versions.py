@@ -1,5 +1,6 @@
 """What computes: versions of Python, of the libraries and of this code."""
 
+import hashlib
 import platform
 import subprocess
 from functools import cache
@@ -23,3 +24,12 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()
+
+
+@cache
+def code_checksum() -> str:
+    """Of this package's own files: also where there is no checkout, or it was changed."""
+    package, whole = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        whole.update(f"{file.relative_to(package)} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return whole.hexdigest()

@@ -5,7 +5,8 @@ Nothing below the entry points and the builders ever sees these classes.
 
 from todi.settings.caching import CacheConfig
 from todi.settings.evaluation import EvalConfig
-from todi.settings.launchers import LAUNCHER_VARIABLES, PUBLISHED
+from todi.settings.launchers import LAUNCHER_VARIABLES
+from todi.settings.published import PUBLISHED
 from todi.settings.shared import (
     AUTO_TOKENIZER,
     CACHE_MODES,

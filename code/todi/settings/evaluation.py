@@ -1,10 +1,12 @@
 """The settings of an evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from todi.options import option, problems
+from todi.settings.published import EVALUATION_OPTIONS
 from todi.settings.shared import (
     SET_NAME,
     allocator_option,
@@ -58,6 +60,7 @@ class EvalConfig:
     save_dir: str | None = option(None, "folder for eval/; the checkpoint's own when not given", env=())
     plugins: tuple[str, ...] = plugins_option()
     check_only: bool = check_only_option()
+    INSTEAD: ClassVar[Mapping[str, str]] = EVALUATION_OPTIONS
 
     @property
     def streams(self) -> tuple[int, ...]:

@@ -18,13 +18,3 @@ LAUNCHER_VARIABLES = {
     "DRY_RUN": "1: print the command and stop",
     "DOCTOR": "1: check all input, estimate memory and disk space, and stop",
 }
-
-# Variables of the published scripts that have no meaning here, and what to use.
-PUBLISHED = {
-    "BASE_PATH": "paths start at the root of the repository",
-    "WORK_DIR": "paths start at the root of the repository",
-    "TASK": "each launcher has its own: sft_*.sh, vanilla_kd_*.sh",
-    "CONFIG": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
-    "SETTING": "the folder of a run is named by its settings; SAVE_DIR gives it another name",
-    "OPTS": "words after the launcher's name go to the Python command",
-}

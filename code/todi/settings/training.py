@@ -1,13 +1,14 @@
 """The settings of a training run."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from todi.options import declared, option, parse, problems
 from todi.schedules import SCHEDULES
+from todi.settings.published import TRAINING_OPTIONS
 from todi.settings.shared import (
     CACHE_MODES,
     CRITERIA,
@@ -287,6 +288,7 @@ class TrainConfig:
     objective: ObjectiveConfig
     optim: OptimConfig
     run: RunConfig
+    INSTEAD: ClassVar[Mapping[str, str]] = TRAINING_OPTIONS
 
     @property
     def by_name(self) -> dict[str, Any]:
