@@ -153,8 +153,8 @@ def check_decoding(model: nn.Module, name: str, pad_id: int) -> None:
         without_padding = error(slice(3), None)
     if not without_padding < most:
         raise InputError(f"{name} cannot be decoded in batches: with other prompts beside it, it continues a prompt "
-                         f"otherwise than alone (logits differ by {without_padding:.1%}). Without --eval-gen it can be "
-                         "trained")
+                         f"otherwise than alone (logits differ by {without_padding:.1%}). It can be trained with "
+                         "--no-eval-gen")
     logger.info("%s does not pass over padding: prompts of one length are decoded together, no others", name)
     _WITHOUT_PADDING.add(base)
 
