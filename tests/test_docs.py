@@ -73,7 +73,7 @@ def runs(workshop, checkout) -> dict[str, Future[Run]]:
         commands, = blocks(section, "bash")
         done = subprocess.run(["bash", "-ec", commands], cwd=checkout, env=environment(SMALL), text=True, timeout=600,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        saved = re.findall(r"saved checkpoint (\S+)/", done.stdout)
+        saved = re.findall(r"saved checkpoint (.+)/epoch", done.stdout)
         return Run(checkout / (saved or ["nowhere"])[-1], done.returncode, done.stdout)
 
     return {section: workshop.pool.submit(follow, section) for section in SECTIONS}

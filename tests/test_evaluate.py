@@ -184,4 +184,4 @@ class TestEvaluate:
                    "--save-dir", str(tmp_path / "out"), "--sets", "dolly", "--seed=1"]
         answer = subprocess.run(command, capture_output=True, text=True, cwd=Path(evaluate.__file__).parents[1])
         assert answer.returncode == 2
-        assert answer.stderr.splitlines()[-1].startswith("error: unknown option --seed; did you mean --seeds?")
+        assert answer.stderr.splitlines()[-1].startswith("error: unknown option --seed; use --seeds")

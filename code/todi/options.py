@@ -38,7 +38,7 @@ _IN_TRANSFORMERS = {
     "learning_rate": "lr", "per_device_train_batch_size": "batch_size", "num_train_epochs": "num_epochs",
     "warmup_steps": "warmup_iters", "lr_scheduler_type": "lr_scheduler", "max_grad_norm": "clip_grad",
     "logging_steps": "log_interval", "save_total_limit": "keep_best_n_checkpoints", "output_dir": "save_dir",
-    "bf16": "precision", "fp16": "precision", "temperature": "kd_temperature"}
+    "bf16": "precision", "fp16": "precision"}
 
 Names = str | Sequence[str]
 

@@ -33,6 +33,7 @@ TRAINING_OPTIONS = _by_option(_COMMON, {
     "use --kd-params alpha=0.5": "adaptive-kl-alpha",
     "use --kd-params skew_lambda=0.1": "skew-lambda",
     "use --kd-temperature, which is that of both": "teacher-temperature",
+    "use --kd-temperature for the divergence; dev responses are drawn at 1": "temperature",
     "use --lr-scheduler": "lr-decay-style scheduler-name",
     "use --num-epochs or --max-steps": "total-iters training-epochs train-iters-per-epoch",
     "leave it out: a schedule ends with the run": "lr-decay-iters",
@@ -49,7 +50,7 @@ TRAINING_OPTIONS = _by_option(_COMMON, {
     "use a file of DeepSpeed's (--deepspeed_config): fp16.loss_scale": "loss-scale",
     "leave it out: DeepSpeed is always used": "deepspeed deepscale",
     "leave it out: dev responses are drawn from all tokens at temperature 1; python -m todi.evaluate has it":
-        "do-sample top-k top-p temperature num-beams no-repeat-ngram-size repetition-penalty",
+        "do-sample top-k top-p num-beams no-repeat-ngram-size repetition-penalty",
 })
 # Of todi.evaluate.
 EVALUATION_OPTIONS = _by_option(_COMMON, {
