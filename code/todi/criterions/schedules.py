@@ -119,6 +119,7 @@ class Interpolation(_Fields):
         return {"t": self.t_start if self.t is None else self.t}
 
     def advance(self, means: Mapping[str, float] | None) -> None:
+        """See `Schedule`; a step that was left out moves t by the equal steps alone."""
         self.step += 1
         t, first = self.values["t"], self.before is None
         if means is not None:
