@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ROOT, run, write_data
-from teachers import flip
+from stopping import Launched
+from teachers import ALONE, flip
 from todi import cache as command
 from todi.errors import run_main
 from todi.teacher.cache_files import CacheStore
+from todi.teacher.filling import filling_alone
 from todi.teacher.opening import check_match
 from todi.teacher.spec import SHARED_CACHES
 
@@ -127,13 +129,16 @@ class TestLaunchers:
 
     @pytest.mark.slow
     def test_two_runs_at_once_share_one_pass(self, workshop, settings, tmp_path):
-        data = write_data(tmp_path / "data", train=2000, dev=2)
-        settings = settings | {"DATA_DIR": data, "MAX_STEPS": 2, "TEACHER_CACHE": tmp_path / "cache"}
-        started = [workshop.train(self.KD, f"at once {name}", **settings | {"KD_OBJ": name})
-                   for name in ("ToDi", "reverse_kl")]
-        outputs = [done.result().output for done in started if done.result().checkpoint]
-        assert sum(f"teacher {settings['TEACHER_MODEL_PATH']}" in output for output in outputs) == 1
-        assert sum("waiting for it" in output for output in outputs) == 1
+        """Both are seen waiting for this test; then one has the pass to itself, and the other has its cache."""
+        cache = tmp_path / "cache"
+        settings = workshop.settings | settings | {"MAX_STEPS": 2, "TEACHER_CACHE": cache}
+        with filling_alone(cache, ALONE):
+            runs = [Launched(**settings, KD_OBJ=name, SAVE_DIR=tmp_path / name) for name in ("ToDi", "reverse_kl")]
+            for launched in runs:
+                assert launched.wait_for(f"filling the teacher cache {cache}; waiting for it"), launched.output
+        assert [launched.end() for launched in runs] == [0, 0], [launched.output for launched in runs]
+        teacher = f"teacher {settings['TEACHER_MODEL_PATH']}"
+        assert sorted(teacher in launched.output for launched in runs) == [False, True]
 
     @pytest.mark.slow
     def test_two_ranks_fill_it_like_one(self, workshop, settings, tmp_path):
