@@ -14,7 +14,7 @@ from launching import Workshop, run, start
 KD = "gpt2/vanilla_kd_gpt2_base"
 TWO_RANKS = {"NPROC": 2, "GRAD_ACC": 1}  # with as many samples a step as one rank has
 SPEED = {"tokens_per_second", "positions_per_second", "padding", "mfu", *(
-    f"seconds_{phase}" for phase in ("data", "teacher", "student", "loss", "optimizer", "waiting"))}
+    f"seconds_{phase}" for phase in ("data", "generation", "teacher", "student", "loss", "optimizer", "waiting"))}
 TIMINGS = {"seconds", "samples_per_second", "peak_memory_gib", *SPEED}
 
 

@@ -157,7 +157,8 @@ def test_settings_out_of_range(words, said):
 ])
 def test_objectives_that_there_are_not(words, said):
     with pytest.raises(InputError, match=re.escape(said)):
-        check_objective(parse(TrainConfig, words).objective)
+        objective = parse(TrainConfig, words).objective
+        check_objective(objective.kd_objective, objective.kd_params, "--kd")
 
 
 def test_all_problems_at_once():

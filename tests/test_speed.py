@@ -193,8 +193,8 @@ def test_what_a_run_says_of_its_speed():
     report = meter.report(8.0)
     assert report == {
         "tokens_per_second": 12 / 8, "positions_per_second": 16 / 8, "padding": 0.25, "mfu": 800 / 8 / 1000,
-        "seconds_data": 0, "seconds_teacher": 0, "seconds_student": 4, "seconds_loss": 0, "seconds_optimizer": 0,
-        "seconds_waiting": 4}
+        "seconds_data": 0, "seconds_generation": 0, "seconds_teacher": 0, "seconds_student": 4, "seconds_loss": 0,
+        "seconds_optimizer": 0, "seconds_waiting": 4}
     assert in_words(report) == "2 tokens/s, 25% padding, MFU 10%, "
     assert shares(meter.totals) == "student 50%, waiting 50%"
     assert meter.report(1.0)["tokens_per_second"] == 0

@@ -39,7 +39,7 @@ from todi.training.memory import (
     training_state,
 )
 from todi.training.state import KEPT_STATES
-from todi.training.train_inputs import ModelInputs, TrainInputs, build_loss_terms, read_inputs
+from todi.training.train_inputs import ModelInputs, TrainInputs, build_loss_terms, longest_sample, read_inputs
 
 logger = logging.getLogger("todi.doctor")
 
@@ -84,7 +84,7 @@ def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example
     Args:
         cached: of each teacher, whether its hidden states come from a cache; without it, none does.
     """
-    length = max(len(example.ids) for example in examples) - 1
+    length = longest_sample(config, examples)[0] - 1
     student = _student_shape(config, inputs, length, device)
     memory = estimate_memory(config, inputs, student, examples, world, device, cached)
     facts, warnings = _about_memory(memory, config, inputs.deepspeed_config["zero_optimization"]["stage"],
@@ -99,8 +99,9 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
                     device: torch.device, cached: Sequence[bool] = ()) -> Memory:
     """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
     optim = config.optim
-    samples = _samples(optim, max(len(example.ids) for example in examples) - 1)
-    rows = samples * max(example.response_tokens for example in examples)
+    longest, longest_response = longest_sample(config, examples)
+    samples = _samples(optim, longest - 1)
+    rows = samples * longest_response
     trust = config.student.trust_remote_code
     teacher = sum(_teacher_bytes(model, rows, from_cache, trust)
                   for model, from_cache in zip_longest(inputs.teachers, cached, fillvalue=False))
@@ -113,7 +114,7 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
     zero = inputs.deepspeed_config["zero_optimization"]
     state = training_state(student, zero["stage"], world.size)
     generation = 0
-    if config.run.eval_gen:
+    if config.run.eval_gen or config.source.on_policy:
         generation = cache_bytes(inputs.student.config, config.run.eval_batch_size, config.data.max_length,
                                  student.width)
     forward = max(student.activations + loss, generation)

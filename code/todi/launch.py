@@ -26,6 +26,7 @@ from todi.settings import (
     LAUNCHER_VARIABLES,
     PUBLISHED,
     EvalConfig,
+    SamplesConfig,
     TeacherCacheConfig,
     TeacherConfig,
     TrainConfig,
@@ -37,8 +38,8 @@ Given = dict[str, list[str]]  # an option's name -> the words of its value
 _TRAINING = {one.name: one for options in declared(TrainConfig).values() for one in options}
 _EVALUATION = {one.name: one for options in declared(EvalConfig).values() for one in options}
 # What a shell may hold for its distillations while it also fine-tunes.
-_OF_DISTILLATION = {one.name for group in (TeacherConfig, TeacherCacheConfig) for one in declared(group)[group]} | {
-    name for name in _TRAINING if name.startswith("kd_")}
+_OF_DISTILLATION = {name for name in _TRAINING if name.startswith("kd_")} | {
+    one.name for group in (TeacherConfig, TeacherCacheConfig, SamplesConfig) for one in declared(group)[group]}
 # Already part of the name of a run.
 _BY_NAMES = {"criterion", "kd_objective", "kd_rate", "kd_temperature", "peft", "peft_lora_r", "peft_lora_alpha",
              "peft_lora_dropout", "precision", "num_epochs", "batch_size", "gradient_accumulation_steps", "lr", "seed",

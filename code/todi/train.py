@@ -21,12 +21,12 @@ from torch import nn
 from todi.criterions import DistillationCriterion, LossTerm, build_divergence
 from todi.data.batches import Collate, collate
 from todi.data.plans import Cost, PackedShape, StepShape
-from todi.data.sample_sources import build_source
+from todi.data.sample_sources import EpochSource, build_source
 from todi.data.template_date import check_same_date
-from todi.data.tokenize import Example, encode_examples, encode_prompts, examples_checksum
+from todi.data.tokenize import Example, encode_examples, encode_prompts, end_id, examples_checksum
 from todi.doctor import examine
 from todi.errors import run_main
-from todi.generation.decoding import Decoding, check_decoding
+from todi.generation.decoding import Decoding, check_decoding, stop_ids
 from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head
 from todi.models.card import Base, Card, model_card
@@ -45,13 +45,22 @@ from todi.runtime.peaks import peak_of
 from todi.runtime.signals import Interrupted
 from todi.runtime.stopwatch import Stopwatch, clock_of
 from todi.runtime.trace import StepTrace
-from todi.settings import ObjectiveConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig, named_numbers
+from todi.settings import (
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    SamplesConfig,
+    StudentConfig,
+    TrainConfig,
+    named_numbers,
+)
 from todi.teacher.callable import CallableTeacher
 from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
 from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
 from todi.training.checkpoints import save_model
 from todi.training.dev import DevSet
+from todi.training.mixtures import AdaptiveMixture, FixedMixture
 from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
 from todi.training.record import check_same_run, describe_run, read_record
@@ -60,11 +69,13 @@ from todi.training.scores import Score
 from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
 from todi.training.student import Student
+from todi.training.student_text import StudentSource, StudentWriter
 from todi.training.train_inputs import (
     ModelInputs,
     TrainInputs,
     build_loss_terms,
     checksums,
+    longest_sample,
     read_inputs,
     teacher_layers,
 )
@@ -108,7 +119,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
     run = caches = None
     if world.is_main:
-        mode = "off" if teacher_layers(terms) else config.cache.teacher_cache
+        mode = "off" if teacher_layers(terms) or config.source.on_policy else config.cache.teacher_cache
         run, caches = _decide(config, inputs, specs, mode, max_steps / steps_per_epoch, world, device)
     dev = build_dev_set(config, inputs, world)
     if config.run.check_only:
@@ -132,17 +143,22 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), meter, world, device)
         engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
         stack.callback(engine.destroy)  # its hooks would keep its buffers for as long as the process lasts
-        shape, batch = choose_layout(optim, shape, examples, inputs.student.tokenizer.pad_token_id,
+        shape, batch = choose_layout(optim, shape, longest_sample(config, examples)[0],
+                                     inputs.student.tokenizer.pad_token_id,
                                      takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
                                      meter.cost)
+        monitors = build_monitors(config, folder, max_steps)
+        stack.enter_context(closing(monitors))
         source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
-        criterion = build_criterion(config.objective)
+        if config.source.on_policy:
+            source = build_student_source(config, inputs, source, engine.module.model, monitors, meter, max_steps,
+                                          world)
+        criterion = build_criterion(config.objective, config.source)
         step = TrainStep(engine, criterion, teacher, batch, world, meter, criterion.schedule(max_steps))
         stack.enter_context(closing(step))
         trainer = Trainer(step, source, dataclasses.replace(dev, collate=batch),
                           build_export(engine, inputs, build_card(config, inputs, run), world), folder,
-                          build_monitors(config, folder, max_steps), build_pace(config.run, max_steps), world, meter)
-        stack.enter_context(closing(trainer.monitors))
+                          monitors, build_pace(config.run, max_steps), world, meter)
         stack.enter_context(closing(meter))
         try:
             trainer.train()
@@ -177,21 +193,38 @@ def _what_must_agree(config: TrainConfig, inputs: TrainInputs, run: Mapping[str,
     return what_must_agree(config.by_name, {**files, "tokens of the training data": examples_checksum(examples)}, world)
 
 
-def choose_layout(config: OptimConfig, shape: StepShape, examples: Sequence[Example], pad_id: int,
-                  can_pack: bool, cost: Cost) -> tuple[StepShape, Collate]:
+def choose_layout(config: OptimConfig, shape: StepShape, longest: int, pad_id: int, can_pack: bool,
+                  cost: Cost) -> tuple[StepShape, Collate]:
     """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can.
 
     Args:
+        longest: tokens of a sample, at most.
         cost: of training on a token, which the ranks share evenly.
     """
     packed = can_pack and config.packing != "off"
     if packed:
-        tokens = config.tokens(max(len(example.ids) for example in examples) - 1)
+        tokens = config.tokens(longest - 1)
         shape = PackedShape(**vars(shape), max_tokens=tokens, cost=cost)
         logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
     else:
         logger.info("micro-batches are padded: %d samples each", shape.batch_size)
     return shape, partial(collate, pad_id=pad_id, packed=packed)
+
+
+def build_student_source(config: TrainConfig, inputs: TrainInputs, base: EpochSource, model: nn.Module,
+                         monitors: Monitors, meter: Meter, max_steps: int, world: World) -> StudentSource:
+    """The source whose samples the student writes, in full or in part."""
+    samples, tokenizer = config.source, inputs.student.tokenizer
+    decoding = Decoding(config.data.max_length, samples.sample_tokens, temperature=samples.sample_temperature,
+                        top_p=samples.sample_top_p, top_k=samples.sample_top_k)
+    writer = StudentWriter(model, decoding, stop_ids(model, tokenizer, inputs.train), tokenizer.pad_token_id,
+                           config.run.eval_batch_size, world, meter)
+    mixtures = {"student": FixedMixture(1, samples.replay), "adaptive": AdaptiveMixture(),
+                "mixed": FixedMixture(samples.student_share, samples.replay)}
+    ends = [end_id(record, tokenizer) for record in inputs.train]
+    return StudentSource(base, writer, ends, mixtures[samples.samples], round_steps=samples.round_steps,
+                         replay_size=samples.replay_size, total_steps=max_steps, seed=config.run.seed,
+                         tell=partial(monitors.log, "round"))
 
 
 def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,
@@ -270,14 +303,18 @@ def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[Teac
     return teacher
 
 
-def build_criterion(config: ObjectiveConfig) -> DistillationCriterion:
+def build_criterion(config: ObjectiveConfig, samples: SamplesConfig) -> DistillationCriterion:
     """The training criterion that the settings name."""
     if not config.distils:
         return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size,
                                      terms=named_numbers(config.loss_terms), kernels=config.kernels)
     divergence = build_divergence(config.kd_objective, **named_numbers(config.kd_params))
-    return DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
-                                 config.loss_chunk_size, named_numbers(config.loss_terms), config.kernels)
+    criterion = DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
+                                      config.loss_chunk_size, named_numbers(config.loss_terms), config.kernels)
+    if not samples.student_kd_objective:
+        return criterion
+    divergence = build_divergence(samples.student_kd_objective, **named_numbers(samples.student_kd_params))
+    return dataclasses.replace(criterion, own=dataclasses.replace(criterion, divergence=divergence))
 
 
 def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, meter: Meter,
@@ -287,7 +324,7 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
     torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
     student = Student(build_student(config.student, inputs.student, device), terms, meter)
     meter.add_cost(training_cost(*backbone_and_head(student.model)))
-    if config.run.eval_gen:
+    if config.run.eval_gen or config.source.on_policy:
         check_decoding(student.model, inputs.student.path, inputs.student.tokenizer.pad_token_id)
     student.terms.to(device, inputs.student.precision.dtype)
     optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,

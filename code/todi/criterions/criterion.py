@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from todi.criterions.definitions import Divergence
@@ -22,6 +23,8 @@ class DistillationCriterion:
     Attributes:
         terms: weights of the student's loss terms that are added, by name.
         kernels: what computes between the matrix products (`todi.criterions.kernels`).
+        own: the criterion of samples that the student wrote, where it is another, as in DistiLLM-2 (arXiv 2503.07067):
+            skewed forward KL on the teacher's text, skewed reverse KL on the student's.
     """
 
     divergence: Divergence | None = None
@@ -31,6 +34,7 @@ class DistillationCriterion:
     chunk_size: int | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     kernels: str = "auto"
+    own: "DistillationCriterion | None" = None
 
     def schedule(self, total_steps: int) -> Schedule | None:
         """What moves parameters of the divergence over so many optimizer steps; None where nothing does."""
@@ -41,16 +45,20 @@ class DistillationCriterion:
         return replace(self, divergence=self.divergence.at(moved))
 
     def __call__(self, hidden: Tensor, head: LinearHead, labels: Tensor,
-                 teacher: TeacherRows | None, counts: Sequence[int] | None = None) -> Mapping[str, Tensor]:
+                 teacher: TeacherRows | None, counts: Sequence[int] | None = None,
+                 own: Sequence[bool] = ()) -> Mapping[str, Tensor]:
         """Sums over the rows of `hidden` (N, H) with `labels` (N,), by name: those of `LossSums`, without `kd` where
         there is no divergence.
 
         Args:
             counts: rows of each sample, one sample after the other; for a divergence of selected rows.
+            own: of each sample, whether the student wrote it; none did without it.
 
         Raises:
             ValueError: `counts` are missing for such a divergence.
         """
+        if self.own and any(own):
+            return self._by_author(hidden, head, labels, teacher, counts, own)
         options = {"divergence": self.divergence, "temperature": self.temperature, "kd_rate": self.kd_rate,
                    "label_smoothing": self.label_smoothing, "chunk_size": self.chunk_size, "kernels": self.kernels}
         if self.divergence and self.divergence.definition.selection:
@@ -60,3 +68,12 @@ class DistillationCriterion:
         else:
             sums = distillation_loss(hidden, head, teacher, labels, **options)._asdict()
         return sums if self.divergence else {name: value for name, value in sums.items() if name != "kd"}
+
+    def _by_author(self, hidden: Tensor, head: LinearHead, labels: Tensor, teacher: TeacherRows,
+                   counts: Sequence[int], own: Sequence[bool]) -> Mapping[str, Tensor]:
+        author, found = torch.repeat_interleave(torch.tensor(own), torch.tensor(counts)), []
+        for criterion, wrote in ((replace(self, own=None), False), (self.own, True)):
+            rows = (author == wrote).nonzero().squeeze(1).to(hidden.device)  # looked for on the CPU
+            found.append(criterion(hidden[rows], head, labels[rows], teacher.taken(rows),
+                                   [count for count, one in zip(counts, own, strict=True) if one == wrote]))
+        return {name: value + found[1][name] for name, value in found[0].items()}

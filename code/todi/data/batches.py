@@ -26,6 +26,7 @@ class Batch:
         sample_ids: (S,) `Example.sample_id` of each sample, -1 for a filler without labels; always on the CPU,
             where a teacher cache looks them up.
         counts: labels of each sample; their rows follow one another.
+        own: of each sample, whether the student wrote its response.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Batch:
     rows: Tensor
     sample_ids: Tensor
     counts: tuple[int, ...]
+    own: tuple[bool, ...]
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, but for the sample ids."""
@@ -83,7 +85,8 @@ def collate(examples: Sequence[Example], pad_id: int, packed: bool = False) -> B
         mask, positions = pad([torch.ones_like(part) for part in ids], True), None
     rows = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
     samples = torch.tensor([example.sample_id for example in examples])
-    return Batch(input_ids, mask, positions, labels, rows, samples, counts)
+    return Batch(input_ids, mask, positions, labels, rows, samples, counts,
+                 tuple(example.own for example in examples))
 
 
 def _labels(example: Example) -> Tensor:

@@ -15,11 +15,13 @@ class StepPlan:
         micro_batches: samples of each micro-batch; one may be empty.
         samples: how many the whole step has, over all ranks.
         tokens: response tokens of the whole step, over all micro-batches and ranks: what its loss is divided by.
+        closes_round: the plan after it is made once the student has taken this step.
     """
 
     micro_batches: tuple[tuple[Example, ...], ...]
     samples: int
     tokens: int
+    closes_round: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ class SampleSource(Protocol):
     def steps_per_epoch(self) -> int: ...
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
-        """The steps of epoch number `epoch`, counted from 1, from `first_step`, counted from 0, on."""
+        """The steps of epoch number `epoch`, counted from 1, from `first_step`, counted from 0, on.
+
+        The plan that is asked for after one that `closes_round` may depend on the student's weights at that moment.
+        """
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Hears of the means over each interval of the log and of each evaluation; for schedules that adapt."""
@@ -124,7 +127,7 @@ class MixedSource(EpochSource):
 
 
 def build_source(examples: Sequence[Example], sizes: Sequence[int], shares: Sequence[float], shape: StepShape,
-                 seed: int) -> SampleSource:
+                 seed: int) -> EpochSource:
     """The source of one set, or of several mixed by their shares.
 
     Args:

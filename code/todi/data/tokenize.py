@@ -24,11 +24,14 @@ class Example:
         ids: token ids of prompt and response together.
         prompt_length: how many of them are the prompt.
         sample_id: its place among the samples of a run, by which a teacher cache knows it; -1 for one that has none.
+            Texts that the student writes are numbered from the last of these on.
+        own: whether the student wrote the response.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     sample_id: int = -1
+    own: bool = False
 
     @property
     def prompt(self) -> tuple[int, ...]:

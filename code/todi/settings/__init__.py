@@ -7,6 +7,7 @@ from todi.settings.caching import CacheConfig
 from todi.settings.evaluation import EvalConfig
 from todi.settings.launchers import LAUNCHER_VARIABLES
 from todi.settings.published import PUBLISHED
+from todi.settings.samples import SamplesConfig
 from todi.settings.shared import (
     AUTO_TOKENIZER,
     CACHE_MODES,
@@ -31,6 +32,7 @@ from todi.settings.training import (
 
 __all__ = [
     "AUTO_TOKENIZER", "CACHE_MODES", "CROSS_ENTROPY", "CacheConfig", "DataConfig", "EvalConfig", "KERNELS",
-    "LAUNCHER_VARIABLES", "ObjectiveConfig", "OptimConfig", "PUBLISHED", "ROUGE_TOKENIZERS", "RunConfig", "SET_NAME",
-    "StudentConfig", "TODAY", "TeacherCacheConfig", "TeacherConfig", "TrainConfig", "named_numbers", "recorded",
+    "LAUNCHER_VARIABLES", "ObjectiveConfig", "OptimConfig", "PUBLISHED", "ROUGE_TOKENIZERS", "RunConfig",
+    "SET_NAME", "SamplesConfig", "StudentConfig", "TODAY", "TeacherCacheConfig", "TeacherConfig", "TrainConfig",
+    "named_numbers", "recorded",
 ]

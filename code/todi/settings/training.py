@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from todi.options import declared, option, parse, problems
 from todi.schedules import SCHEDULES
 from todi.settings.published import TRAINING_OPTIONS
+from todi.settings.samples import SamplesConfig
 from todi.settings.shared import (
     CACHE_MODES,
     CRITERIA,
@@ -285,6 +286,7 @@ class TrainConfig:
     teacher: TeacherConfig
     cache: TeacherCacheConfig
     data: DataConfig
+    source: SamplesConfig
     objective: ObjectiveConfig
     optim: OptimConfig
     run: RunConfig
@@ -316,6 +318,19 @@ class TrainConfig:
         """What is wrong between the groups, a sentence each."""
         if self.objective.distils and not (self.teacher.teacher_model_path or self.teacher.teacher_callable):
             yield f"--criterion {self.objective.criterion} needs --teacher-model-path or --teacher-callable"
+        if self.source.on_policy:
+            yield from self._on_policy_rules()
+
+    def _on_policy_rules(self) -> Iterator[str]:
+        given = f"--samples {self.source.samples}"
+        if not self.objective.distils:
+            yield f"{given} needs --criterion vanilla_kd: nobody else says what is good in the student's own text"
+        elif self.objective.kd_rate != 1:
+            yield (f"{given} needs --kd-rate 1, got {self.objective.kd_rate:g}: the rest is cross-entropy, by which "
+                   "the student would imitate its own text")
+        if self.cache.teacher_cache not in ("auto", "off"):
+            yield (f"{given} needs --teacher-cache off, got {self.cache.teacher_cache}: what the student writes is in "
+                   "no cache")
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""

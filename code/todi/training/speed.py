@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PHASES = ("data", "teacher", "student", "loss", "optimizer")
+PHASES = ("data", "generation", "teacher", "student", "loss", "optimizer")
 WAITING = "waiting"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from todi.criterions import DistillationCriterion, HeadRows, LossTerm, TeacherRows, diagnose
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_layers
+from todi.runtime.distributed import World
 from todi.training.speed import Meter
 
 
@@ -34,7 +35,7 @@ class Student(nn.Module):
         layers = sorted({layer for term in terms.values() for layer in term.student_layers})
         hidden, outputs = labelled_layers(backbone, batch.inputs, batch.rows, layers)
         with self.meter.phase("loss"):
-            sums = dict(criterion(hidden, head, batch.row_labels, teacher, batch.counts))
+            sums = dict(criterion(hidden, head, batch.row_labels, teacher, batch.counts, batch.own))
             for name, term in terms.items():
                 sums[name] = term(HeadRows(hidden, head, outputs), teacher, batch.row_labels)
                 sums["loss"] = sums["loss"] + criterion.terms[name] * sums[name]
@@ -53,6 +54,14 @@ class Student(nn.Module):
         for parameter in (head.weight, getattr(head, "bias", None)):
             if hasattr(parameter, "ds_id"):
                 deepspeed.zero.register_external_parameter(self, parameter)
+
+
+def share_of_writing(model: nn.Module, world: World) -> slice:
+    """Of texts that are to be written, those that this rank writes.
+
+    Where ZeRO-3 has spread the weights every forward needs every rank, and all of them write the same texts in step.
+    """
+    return slice(None) if is_partitioned(model) else slice(world.rank, None, world.size)
 
 
 def is_partitioned(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from todi.data.chat import render_sets
 from todi.data.records import Record, load_sets
 from todi.data.sample_sources import epoch_counts
 from todi.data.template_date import TemplateDate
+from todi.data.tokenize import Example
 from todi.errors import InputError, collecting
 from todi.models.adapters import check_adapter, check_lora
 from todi.models.checks import check_architecture, check_checkpointing, check_positions, check_vocabulary
@@ -84,7 +85,11 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     train_files, dev_files = _data_files(config.data.data_dir)
     train = dev = function = None
     with collecting(problems):
-        check_objective(config.objective)
+        check_objective(config.objective.kd_objective, config.objective.kd_params, "--kd")
+    with collecting(problems):
+        if config.source.student_kd_objective:
+            check_objective(config.source.student_kd_objective, config.source.student_kd_params, "--student-kd",
+                            may_move=False)
     with collecting(problems):
         check_monitors(config.run.report_to)
     with collecting(problems):
@@ -177,6 +182,17 @@ def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) 
     return found
 
 
+def longest_sample(config: TrainConfig, examples: Sequence[Example]) -> tuple[int, int]:
+    """Tokens of the longest sample, and of the longest response, that training can come to see."""
+    longest = max(len(example.ids) for example in examples), max(example.response_tokens for example in examples)
+    if not config.source.on_policy:
+        return longest
+    prompts = [example.prompt_length for example in examples]
+    response = min(config.source.sample_tokens, config.data.max_length - min(prompts))
+    sample = min(max(prompts) + response, config.data.max_length)
+    return max(longest[0], sample), max(longest[1], response)
+
+
 def read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None, max_length: int,
                trust_remote_code: bool, trained: bool = False) -> ModelInputs:
     """What is known of a model and its adapter, to be `trained` or not, short of weights.
@@ -210,12 +226,19 @@ def read_model(path: str, model_type: str, adapter: str | None, precision: Preci
     return ModelInputs(path, model_config, family, tokenizer, precision, adapter)
 
 
-def check_objective(objective: ObjectiveConfig) -> None:
-    """Whether there is such a divergence with such parameters. Raises InputError where there is not."""
+def check_objective(name: str, params: tuple[str, ...], flag: str, may_move: bool = True) -> None:
+    """Whether there is such a divergence with such parameters. Raises InputError where there is not.
+
+    Args:
+        flag: what the flags of both begin with.
+        may_move: whether a schedule may move its parameters.
+    """
     try:
-        build_divergence(objective.kd_objective, **named_numbers(objective.kd_params))
+        divergence = build_divergence(name, **named_numbers(params))
     except ValueError as error:
-        raise InputError(f"--kd-objective / --kd-params: {error}") from None
+        raise InputError(f"{flag}-objective / {flag}-params: {error}") from None
+    if not may_move and divergence.schedule(1):
+        raise InputError(f"{flag}-objective {name} moves its parameters from step to step; only --kd-objective can")
 
 
 def build_loss_terms(objective: ObjectiveConfig, student: ModelInputs,

@@ -220,9 +220,9 @@ class Trainer:
 
 
 def _with_following(plans: Iterator[StepPlan]) -> Iterator[tuple[StepPlan, StepPlan | None]]:
-    """Each plan with the one after it."""
+    """Each plan with the one after it, where that can be made already."""
     plan = next(plans, None)
     while plan is not None:
-        following = next(plans, None)
+        following = None if plan.closes_round else next(plans, None)
         yield plan, following
-        plan = following
+        plan = next(plans, None) if plan.closes_round else following

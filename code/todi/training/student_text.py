@@ -1,0 +1,213 @@
+"""Samples whose responses the student writes itself, in rounds: on-policy distillation (docs/on-policy.md)."""
+
+import dataclasses
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from todi.data.plans import StepPlan
+from todi.data.sample_sources import EpochSource
+from todi.data.tokenize import Example
+from todi.generation.decoding import Decoding, Response, generate
+from todi.generation.sampling import stream_key
+from todi.runtime.distributed import World
+from todi.training.mixtures import Mixture
+from todi.training.speed import Meter
+from todi.training.student import share_of_writing
+
+logger = logging.getLogger(__name__)
+
+_REPEATED = 4  # tokens of the n-grams whose repetition is reported
+
+
+@dataclass(frozen=True)
+class StudentWriter:
+    """The student, which answers prompts. Every rank has one, and calls it in step with the others.
+
+    Attributes:
+        stop_ids: tokens that end a response.
+        batch_size: most prompts that a rank answers together.
+    """
+
+    model: nn.Module
+    decoding: Decoding
+    stop_ids: frozenset[int]
+    pad_id: int
+    batch_size: int
+    world: World
+    meter: Meter = dataclasses.field(default_factory=Meter)
+
+    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Response]:
+        """A response to each prompt, of which each rank writes its share, on every rank."""
+        mine = range(len(prompts))[share_of_writing(self.model, self.world)]
+        with self.meter.phase("generation"):
+            responses = generate(self.model, [prompts[i] for i in mine], [keys[i] for i in mine],
+                                 decoding=self.decoding, eos_ids=self.stop_ids, pad_id=self.pad_id,
+                                 batch_size=self.batch_size)
+        everyone = self.world.gather(list(zip(mine, responses, strict=True)))
+        found = {number: response for part in everyone for number, response in part}
+        return [found[number] for number in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A response that the student wrote.
+
+    Attributes:
+        example: with its prompt; closed by its end (EOS) unless it was cut off. Its number is the run's own.
+        step: optimizer steps that the student had done.
+        cut: whether the length limit cut it off.
+    """
+
+    example: Example
+    step: int
+    cut: bool
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        """Token ids, with the end."""
+        return self.example.ids[self.example.prompt_length:]
+
+    def to_json(self) -> dict[str, Any]:
+        """Token ids in a string, since a state is written a value a line."""
+        return {"ids": " ".join(map(str, self.example.ids)), "prompt": self.example.prompt_length,
+                "number": self.example.sample_id, "step": self.step, "cut": self.cut}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Text":
+        ids = tuple(map(int, fields["ids"].split()))
+        return cls(Example(ids, fields["prompt"], fields["number"], own=True), fields["step"], fields["cut"])
+
+
+@dataclass(frozen=True)
+class Round:
+    """What some steps are trained on.
+
+    Attributes:
+        first, end: numbers of its steps in the run, counted from 0, the end not among them.
+        texts: by the place of the sample in the order of its epoch; the others have the response of the data.
+    """
+
+    first: int = 0
+    end: int = 0
+    texts: Mapping[int, Text] = dataclasses.field(default_factory=dict)
+
+
+class StudentSource:
+    """A `SampleSource`: the samples of another, some of them with a response that the student writes.
+
+    When a round begins the student answers the prompts of all steps of the round that are its own to answer. Whose they
+    are, and what random numbers it writes with, follows from the seed and from the place in the epoch; so a run that
+    goes on in the middle of a round, whose texts are in the state, goes on exactly.
+
+    Args:
+        base: whose prompts are answered, and in what order.
+        write: answers prompts, given the keys of their random streams.
+        ends: the token that closes the response of each sample, by its number.
+        mixture: says how many samples the student answers.
+        round_steps: steps of a round; one ends with the epoch at the latest.
+        replay_size: texts that are kept to come again.
+        total_steps: of the run; nothing is written for later ones.
+        tell: is told of every round, with the number of steps done.
+    """
+
+    def __init__(self, base: EpochSource, write: Callable[[Sequence[Sequence[int]], Sequence[int]], list[Response]],
+                 ends: Sequence[int], mixture: Mixture, *, round_steps: int, replay_size: int, total_steps: int,
+                 seed: int, tell: Callable[[int, Mapping[str, float]], None] = lambda step, values: None):
+        self.base = base
+        self.write = write
+        self.ends = ends
+        self.mixture = mixture
+        self.round_steps = round_steps
+        self.total_steps = total_steps
+        self.seed = seed
+        self.tell = tell
+        self.round = Round()
+        self.written = 0
+        self.latest: deque[Text] = deque(maxlen=replay_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.base.steps_per_epoch
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
+        """See `SampleSource`; the last plan of a round says that the one after it has to wait for the student."""
+        order, size, before = self.base.order(epoch), self.base.shape.samples, (epoch - 1) * self.steps_per_epoch
+        end = min(before + self.steps_per_epoch, self.total_steps)
+        for step in range(before + first_step, end):
+            if not self.round.first <= step < self.round.end:
+                self._begin_round(order, step, min(step + self.round_steps, end), step - before, epoch)
+            places = range((step - before) * size, min((step - before + 1) * size, len(order)))
+            texts = self.round.texts
+            plan = self.base.shape.cut([texts[i].example if i in texts else order[i] for i in places])
+            yield dataclasses.replace(plan, closes_round=step + 1 == self.round.end)
+
+    def _begin_round(self, order: Sequence[Example], first: int, end: int, step_of_epoch: int, epoch: int) -> None:
+        size, started = self.base.shape.samples, time.perf_counter()
+        places = range(step_of_epoch * size, min((step_of_epoch + end - first) * size, len(order)))
+        share, replayed = self.mixture.shares(first / self.total_steps)
+        drawn = random.Random(f"round {self.seed} {first}")
+        own = [place for place in places if drawn.random() < share]
+        again = {place for place in own if drawn.random() < replayed and len(self.latest) == self.latest.maxlen}
+        new = [place for place in own if place not in again]
+        responses = self.write([order[place].prompt for place in new],
+                               [stream_key("student", self.seed, epoch, place) for place in new])
+        texts = dict(zip(new, (self._text(order[place], response, first)
+                               for place, response in zip(new, responses, strict=True)), strict=True))
+        texts |= {place: drawn.choice(self.latest) for place in again}
+        self.round = Round(first, end, texts)
+        if own:
+            seconds = time.perf_counter() - started
+            self._report([texts[place] for place in new], len(again), len(places), seconds,
+                         [first + (place - places.start) // size - texts[place].step for place in own])
+        self.latest.extend(texts[place] for place in new)
+
+    def _text(self, asked: Example, response: Response, step: int) -> Text:
+        end = () if response.cut else (self.ends[asked.sample_id],)
+        number = len(self.ends) + self.written
+        self.written += 1
+        return Text(Example((*asked.prompt, *response.ids, *end), asked.prompt_length, number, own=True), step,
+                    response.cut)
+
+    def _report(self, new: Sequence[Text], replayed: int, samples: int, seconds: float, lags: Sequence[int]) -> None:
+        lengths = [len(text.response) for text in new]
+        values = {"samples": samples, "written": len(new), "replayed": replayed, "lag": sum(lags) / len(lags)}
+        if new:
+            empty = sum(not text.cut and len(text.response) == 1 for text in new)
+            values |= {"response_tokens": sum(lengths) / len(new), "empty_share": empty / len(new),
+                       "cut_share": sum(text.cut for text in new) / len(new),
+                       "repetition": repetition([text.response for text in new]),
+                       "tokens_per_second": sum(lengths) / seconds}
+            logger.info("the student has written %d responses of %.0f tokens, %.0f %% of them cut off, at %.0f "
+                        "tokens/s", len(new), values["response_tokens"], 100 * values["cut_share"],
+                        values["tokens_per_second"])
+        self.tell(self.round.first, values | {"seconds": seconds})
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        self.mixture.observe(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.round.first, "end": self.round.end, "written": self.written,
+                "texts": [[place, text.to_json()] for place, text in self.round.texts.items()],
+                "latest": [text.to_json() for text in self.latest], "mixture": self.mixture.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not state:  # of a run that was none of the student's texts, until now
+            return
+        texts = {place: Text.from_json(fields) for place, fields in state["texts"]}
+        self.round, self.written = Round(state["first"], state["end"], texts), state["written"]
+        self.latest.clear()
+        self.latest.extend(map(Text.from_json, state["latest"]))
+        self.mixture.load_state_dict(state["mixture"])
+
+
+def repetition(responses: Sequence[Sequence[int]]) -> float:
+    """Of all runs of four tokens in the responses, the share that has occurred in the same response before."""
+    runs = [[tuple(ids[i:i + _REPEATED]) for i in range(len(ids) - _REPEATED + 1)] for ids in responses]
+    return 1 - sum(len(set(of_one)) for of_one in runs) / max(1, sum(map(len, runs))) if any(runs) else 0.0

@@ -1,0 +1,284 @@
+"""Samples that the student writes: what a round is, who writes it, how it goes on."""
+
+import dataclasses
+import json
+from itertools import islice
+
+import pytest
+import torch
+from launching import run, slow
+from stopping import KD, TWO_RANKS, finished, gone_on_with, stopped
+from tiny import tiny_model
+from todi.criterions import DistillationCriterion, HeadRows, LinearHead, build_divergence
+from todi.data.plans import StepShape
+from todi.data.sample_sources import DatasetSource
+from todi.data.tokenize import Example
+from todi.errors import InputError
+from todi.generation.decoding import Decoding, Response
+from todi.generation.sampling import stream_key
+from todi.options import from_keywords
+from todi.runtime.distributed import World
+from todi.settings import TrainConfig
+from todi.training.mixtures import AdaptiveMixture, FixedMixture
+from todi.training.student_text import StudentSource, StudentWriter, repetition
+from transformers import AutoModelForCausalLM
+
+END = 9
+RECORDS = 11
+EXAMPLES = [Example((1, number, 7, END), 2, number) for number in range(RECORDS)]  # the prompt tells the record
+
+
+class Writer:
+    """Stands in for a student: what it writes tells how often it has been asked, every third text is cut off."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, prompts, keys):
+        self.asked.append((list(prompts), list(keys)))
+        return [Response([20 + len(self.asked), 5], cut=number % 3 == 2) for number in range(len(prompts))]
+
+
+def source(write, mixture=None, *, rank=0, world=1, round_steps=2, replay_size=1000, total_steps=100, told=None):
+    shape = StepShape(batch_size=2, accumulation=1, rank=rank, world=world, wanted=2)
+    return StudentSource(DatasetSource(EXAMPLES, shape, seed=3), write, [END] * RECORDS, mixture or FixedMixture(1),
+                         round_steps=round_steps, replay_size=replay_size, total_steps=total_steps, seed=3,
+                         tell=lambda step, values: (told if told is not None else []).append((step, values)))
+
+
+def samples(plan):
+    return [example for part in plan.micro_batches for example in part]
+
+
+def steps_of(wanted, epochs=(1,)):
+    return [plan for epoch in epochs for plan in wanted.steps(epoch)]
+
+
+class TestRounds:
+    def test_a_round_answers_the_prompts_of_its_steps_and_is_closed_by_its_end(self):
+        writer = Writer()
+        plans = steps_of(source(writer))
+        order = [example.prompt for example in DatasetSource(EXAMPLES, StepShape(2, 1), seed=3).order(1)]
+        assert [prompts for prompts, _ in writer.asked] == [order[:4], order[4:8], order[8:]]
+        assert [plan.closes_round for plan in plans] == [False, True, False, True, False, True]
+        assert sorted(example.prompt for plan in plans for example in samples(plan)) == sorted(order)
+        texts = {example.prompt: example for plan in plans for example in samples(plan)}
+        assert [texts[prompt].ids[2:] for prompt in order[:4]] == [(21, 5, END), (21, 5, END), (21, 5), (21, 5, END)]
+        assert plans[0].tokens == 6 and plans[1].tokens == 5  # the end counts, and where a text was cut there is none
+        numbers = [texts[prompt].sample_id for prompt in order]
+        assert numbers == list(range(RECORDS, 2 * RECORDS))  # behind those of the data
+
+    def test_a_round_is_written_after_the_step_before_it(self):
+        writer = Writer()
+        plans = source(writer).steps(1)
+        for done, rounds in ((1, 1), (2, 1), (3, 2)):
+            next(plans)
+            assert len(writer.asked) == rounds, f"before step {done}"
+
+    def test_nothing_is_written_for_steps_that_the_run_does_not_take(self):
+        writer = Writer()
+        assert len(steps_of(source(writer, total_steps=3))) == 3
+        assert [len(prompts) for prompts, _ in writer.asked] == [4, 2]
+
+    def test_no_two_epochs_write_with_the_same_random_numbers(self):
+        writer = Writer()
+        steps_of(source(writer), epochs=(1, 2))
+        keys = [key for _, keys in writer.asked for key in keys]
+        assert len(set(keys)) == len(keys) == 2 * RECORDS
+
+    def test_ranks_share_what_one_alone_has(self):
+        alone = [sorted(samples(plan), key=str) for plan in steps_of(source(Writer(), FixedMixture(0.5)))]
+        ranks = [steps_of(source(Writer(), FixedMixture(0.5), rank=rank, world=2)) for rank in range(2)]
+        assert [sorted(samples(one) + samples(two), key=str) for one, two in zip(*ranks, strict=True)] == alone
+
+    def test_mixed_the_others_keep_the_response_of_the_data(self):
+        told = []
+        found = [example for plan in steps_of(source(Writer(), FixedMixture(0.5), told=told), epochs=range(1, 41))
+                 for example in samples(plan)]
+        own = [example for example in found if example.sample_id >= RECORDS]
+        assert all(example == EXAMPLES[example.sample_id] for example in found if example.sample_id < RECORDS)
+        assert abs(len(own) / len(found) - 0.5) < 0.05
+        assert len(own) == sum(values["written"] for _, values in told)
+
+
+class TestReplay:
+    def test_texts_come_again_once_there_are_so_many(self):
+        told, writer = [], Writer()
+        plans = steps_of(source(writer, FixedMixture(1, replayed=0.6), replay_size=6, told=told), epochs=(1, 2, 3))
+        assert [values["replayed"] for _, values in told[:2]] == [0, 0]  # six texts are there before the third round
+        again = sum(values["replayed"] for _, values in told)
+        assert 0.4 < again / (3 * RECORDS - 8) < 0.8
+        found = [example for plan in plans for example in samples(plan)]
+        assert len(found) == 3 * RECORDS == again + sum(len(prompts) for prompts, _ in writer.asked)
+        assert len({example.sample_id for example in found}) == sum(len(prompts) for prompts, _ in writer.asked)
+        assert told[0][1]["lag"] == 0.5  # of two steps the first is trained on what was written just before
+        assert all(values["lag"] > 1 for _, values in told if values["replayed"] > 2)
+
+    def test_the_oldest_go(self):
+        writer = Writer()
+        made = source(writer, FixedMixture(1, replayed=0.5), replay_size=4)
+        steps_of(made, epochs=(1, 2))
+        assert [text.response[0] for text in made.latest] == sorted(text.response[0] for text in made.latest)
+        assert len(made.latest) == 4 and made.latest[-1].response[0] == 20 + len(writer.asked)
+
+
+class TestState:
+    @pytest.mark.parametrize("done", range(1, 6))
+    def test_it_goes_on_within_a_round(self, done):
+        """What is left of the round is not written again; what comes after is written with the same keys."""
+        def make(writer):
+            return source(writer, FixedMixture(0.8, replayed=0.5), replay_size=3)
+
+        whole, first, second = Writer(), Writer(), Writer()
+        wanted = steps_of(make(whole), epochs=(1, 2))
+        before = make(first)
+        begun = list(islice(before.steps(1), done))
+        after = make(second)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        second.asked = list(first.asked)  # so that it writes on as the one before
+        found = [*begun, *after.steps(1, done), *after.steps(2)]
+        assert found == wanted
+        assert second.asked == whole.asked
+
+    def test_of_a_run_on_the_data_alone_until_now(self):
+        made = source(Writer())
+        made.load_state_dict({})
+        assert len(list(made.steps(1, 3))) == 3
+
+    def test_an_adaptive_mixture_is_in_it(self):
+        made, other = (source(Writer(), AdaptiveMixture()) for _ in range(2))
+        for loss in (2.0, 2.2):
+            made.observe({"dev/loss": loss})
+        other.load_state_dict(made.state_dict())
+        assert other.mixture == AdaptiveMixture(0.1, 2.2)
+
+
+def test_an_adaptive_mixture_rises_with_the_loss_on_dev():
+    """DistiLLM, section 3.2: against the loss at the last rise, which does not move when the loss falls."""
+    mixture, shares = AdaptiveMixture(), []
+    for loss in (2.0, 1.5, 2.05, 2.11, 2.2, 2.22, 1.0):
+        mixture.observe({"dev/loss": loss, "dev/rouge_l": 1})
+        mixture.observe({"train/loss": 100})
+        shares.append(round(mixture.shares(0.3)[0], 6))
+    assert shares == [0, 0, 0, 0.1, 0.1, 0.2, 0.2]
+    assert mixture.shares(0.3)[1] == 0.3
+
+
+@pytest.mark.parametrize("responses, share", [([(1, 2, 3, 4)], 0), ([(1, 2, 3)], 0), ([], 0), ([(1,) * 8], 0.8),
+                                              ([(1, 2, 3, 4, 1, 2, 3, 4), (1, 2, 3, 4)], 1 / 6)])
+def test_repetition(responses, share):
+    assert repetition(responses) == pytest.approx(share)
+
+
+def test_it_writes_what_transformers_writes(tmp_path):
+    """Greedily, until a stop or the limits; and is in training as before."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, "llama")).train()
+    prompts, stops = [(5, 6, 7), (8, 9), (10, 11, 12, 13)], frozenset(range(0, 300, 30))
+    decoding = Decoding(max_length=12, max_new_tokens=9, top_k=1)
+    write = StudentWriter(model, decoding, stops, pad_id=0, batch_size=2, world=World(0, 1, 0, 1))
+    found = write(prompts, [stream_key("x", i) for i in range(3)])
+    assert model.training
+    for prompt, response in zip(prompts, found, strict=True):
+        limit = min(9, 12 - len(prompt))
+        theirs = model.eval().generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=limit, pad_token_id=0,
+                                       eos_token_id=sorted(stops))[0, len(prompt):].tolist()
+        assert response == Response([token for token in theirs if token not in stops], cut=theirs[-1] not in stops)
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"samples": "student"}, "--samples student needs --kd-rate 1, got 0.5"),
+    ({"samples": "student", "kd_rate": 1, "teacher_cache": "on"}, "needs --teacher-cache off, got on"),
+    ({"samples": "mixed", "criterion": "cross_entropy"}, "--samples mixed needs --criterion vanilla_kd"),
+    ({"round_steps": 3}, "--round-steps needs --samples student, mixed or adaptive"),
+    ({"samples": "student", "student_share": 0.3, "kd_rate": 1}, "--student-share needs --samples mixed"),
+    ({"samples": "adaptive", "replay": 0.3, "kd_rate": 1}, "--replay needs --samples student or mixed"),
+    ({"student_kd_objective": "ToDi"}, "--student-kd-objective needs --samples student, mixed or adaptive"),
+    ({"samples": "mixed", "kd_rate": 1, "student_kd_params": ["beta=1"]}, "needs --student-kd-objective"),
+    ({"samples": "nobody"}, "--samples must be dataset, student, mixed or adaptive, got 'nobody'")])
+def test_settings_that_do_not_go_together(given, said):
+    with pytest.raises(InputError, match=said) as refused:
+        from_keywords(TrainConfig, {"model_path": "m", "teacher_model_path": ["t"], **given})
+    assert len(refused.value.problems) == 1
+
+
+# --- one divergence for the data, another for what the student writes
+
+@pytest.mark.parametrize("own", [(True, False, True, False), (False, False, False, False), (True,) * 4])
+@pytest.mark.parametrize("names", [("skewed_forward_kl", "skewed_reverse_kl_detached"), ("SE_KD", "reverse_kl")])
+def test_the_loss_is_that_of_the_data_plus_that_of_the_students_text(own, names):
+    generator, counts = torch.Generator().manual_seed(0), (3, 0, 5, 2)
+    hidden, weight, theirs, teacher_weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((10, 4), (13, 4), (10, 6), (13, 6)))
+    labels, leaves = torch.arange(10), [hidden.requires_grad_(), weight.requires_grad_()]
+    data, student = (DistillationCriterion(build_divergence(name), 2.0, 1.0, chunk_size=3) for name in names)
+
+    def rows_of(wrote):
+        chosen = [one == wrote for one, count in zip(own, counts, strict=True) for _ in range(count)]
+        return torch.tensor(chosen).nonzero().squeeze(1)
+
+    found = dataclasses.replace(data, own=student)(hidden, LinearHead(weight), labels,
+                                                   HeadRows(theirs, LinearHead(teacher_weight)), counts, own)
+    expected: dict[str, torch.Tensor] = {}
+    for criterion, wrote in ((data, False), (student, True)):
+        rows = rows_of(wrote)
+        part = criterion(hidden[rows], LinearHead(weight), labels[rows],
+                         HeadRows(theirs[rows], LinearHead(teacher_weight)),
+                         [count for count, one in zip(counts, own, strict=True) if one == wrote])
+        expected = {name: value + expected.get(name, 0) for name, value in part.items()}
+    torch.testing.assert_close(dict(found), expected)
+    torch.testing.assert_close(torch.autograd.grad(found["loss"], leaves),
+                               torch.autograd.grad(expected["loss"], leaves))
+
+
+# --- through a launcher
+
+ON_POLICY = {"SAMPLES": "student", "KD_RATE": 1, "ROUND_STEPS": 2, "SAMPLE_TOKENS": 12, "EVAL_GEN": 0}
+
+
+def told(outcome, kind):
+    return [line for line in outcome["metrics"] if line["kind"] == kind]
+
+
+def without_speed(outcome):
+    """Tokens a second of a round are no result."""
+    return outcome | {"metrics": [{name: value for name, value in line.items() if name != "tokens_per_second"}
+                                  for line in outcome["metrics"]]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"SAMPLES": "mixed", "REPLAY": 0.5, "REPLAY_SIZE": 8}, TWO_RANKS])
+def test_a_run_that_is_stopped_in_a_round_goes_on_bit_by_bit(settings, tmp_path, more):
+    settings = settings | ON_POLICY | {"ROUND_STEPS": 3} | more
+    stopped(tmp_path / "stopped", settings)  # after the fifth step, the second of a round
+    assert without_speed(gone_on_with(tmp_path / "stopped", settings)) == without_speed(
+        finished(tmp_path / "whole", **settings))
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(workshop, settings, tmp_path):
+    models = {variable: workshop.model(f"on-policy-{variable}", family="llama", hidden=hidden, seed=hidden)
+              for variable, hidden in (("MODEL_PATH", 32), ("TEACHER_MODEL_PATH", 48))}  # without dropout
+    settings = settings | models | ON_POLICY | {"EPOCH": 2}
+    alone, two = (finished(tmp_path / str(len(more)), **settings | more) for more in ({}, TWO_RANKS))
+    for name in ("response_tokens", "repetition", "cut_share", "empty_share", "lag", "written"):
+        assert [line[name] for line in told(alone, "round")] == [line[name] for line in told(two, "round")], name
+    losses = [[line["loss"] for line in told(outcome, "train")] for outcome in (alone, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 6
+
+
+DISTILLM_2 = {"SAMPLES": "mixed", "KD_OBJ": "skewed_forward_kl", "STUDENT_KD_OBJ": "skewed_reverse_kl_detached"}
+
+
+@pytest.mark.parametrize("more", [{}, *map(slow, ({"ZERO_STAGE": 3, **TWO_RANKS}, {"PEFT": "lora"}, DISTILLM_2,
+                                                  {"SAMPLES": "adaptive", "EPOCH": 3},
+                                                  {"PACKING": "off", "ZERO_STAGE": 0}))])
+def test_it_trains(settings, tmp_path, more):
+    done = run(KD, **settings | ON_POLICY | {"EPOCH": 1, "SAVE_DIR": tmp_path} | more)
+    assert done.returncode == 0, done.stdout
+    lines = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    rounds = [line for line in lines if line["kind"] == "round"]
+    if "SAMPLES" not in more:
+        assert [line["step"] for line in rounds] == [0, 2]
+        assert all(0 < line["response_tokens"] <= 12 for line in rounds)
+        assert rounds[0]["samples"] == rounds[0]["written"] == 16 and rounds[1]["written"] == 2
+    assert len([line for line in lines if line["kind"] == "train"]) == 3 * int(more.get("EPOCH", 1))
