@@ -166,7 +166,7 @@ def try_settings(workshop: Workshop, folder: Path, examples: int, first: int = 0
 
 def test_settings_that_pass_the_check_train_and_score(workshop, tmp_path, monkeypatch, process_group):
     monkeypatch.chdir(tmp_path)
-    counts = try_settings(workshop, tmp_path, 80)
+    counts = try_settings(workshop, tmp_path, 60)
     assert counts["trained"] > 2 and counts["evaluated"] > 2 and counts["refused training"] > 10, counts
 
 

@@ -70,6 +70,7 @@ def test_a_changed_run_is_refused_and_a_finished_one_left_alone(settings, tmp_pa
     assert outcome(tmp_path)["metrics"] != before["metrics"]
 
 
+@pytest.mark.slow
 def test_force_goes_on_with_another_learning_rate(settings, tmp_path):
     stopped(tmp_path, settings | {"LR_SCHEDULER": "constant"})
     changed = settings | {"LR_SCHEDULER": "constant", "LR": 1e-4, "RESUME": "force", "CLIP_GRAD": 0.5}

@@ -275,6 +275,7 @@ class TestRuns:
         card = next((tmp_path / "run").glob("epoch1*/README.md")).read_text()
         assert f"the mean of the teachers `{teachers[0]}` (weight 3), `{teachers[1]}` (weight 1) by ToDi" in card
 
+    @pytest.mark.slow
     def test_a_function_trains_as_the_model_that_it_runs(self, workshop, words, tmp_path):
         teacher = teacher_spec_of(workshop).path
         (tmp_path / "mine.py").write_text(
