@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, run
 from todi.errors import InputError
-from todi.launch import best_checkpoint, evaluation_options, read_values, training_options
+from todi.finding import best_checkpoint
+from todi.launch import evaluation_options, generation_options, read_values, training_options
 from todi.options import Option, declared, option, parse
 from todi.settings import EvalConfig, TrainConfig
 

@@ -15,6 +15,7 @@ from todi.settings.shared import (
     CACHE_MODES,
     CROSS_ENTROPY,
     KERNELS,
+    NO_ADAPTER,
     ROUGE_TOKENIZERS,
     SET_NAME,
     TODAY,
@@ -34,7 +35,7 @@ from todi.settings.training import (
 
 __all__ = [
     "AUTO_TOKENIZER", "CACHE_MODES", "CROSS_ENTROPY", "CacheConfig", "DataConfig", "DecodingConfig", "EvalConfig",
-    "GenerateConfig", "KERNELS", "LAUNCHER_VARIABLES", "ObjectiveConfig", "OptimConfig", "PUBLISHED",
+    "GenerateConfig", "KERNELS", "LAUNCHER_VARIABLES", "NO_ADAPTER", "ObjectiveConfig", "OptimConfig", "PUBLISHED",
     "ROUGE_TOKENIZERS", "RunConfig", "SET_NAME", "StudentConfig", "TODAY", "TeacherCacheConfig", "TeacherConfig",
     "TrainConfig", "named_numbers", "recorded",
 ]
