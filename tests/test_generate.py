@@ -19,7 +19,7 @@ from todi.generation.decoding import generate as decode
 from todi.generation.sampling import stream_key
 from todi.generation.text_files import Selection, TextFolder
 from todi.options import parse
-from todi.runtime.storage import claimed
+from todi.runtime.storage import claimed, write_bytes, write_text
 from todi.settings import GenerateConfig, TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,8 +60,13 @@ def written(monkeypatch, teacher, prompts, tmp_path):
 def no_weights(monkeypatch):
     """Loading weights fails the test."""
     def no_weights():
-        monkeypatch.setattr("todi.generation.writing_model.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+        monkeypatch.setattr("todi.generation.writing_model.load_model",
+                            lambda *_, **__: pytest.fail("weights were loaded"))
     return no_weights
+
+
+def die():
+    raise KeyboardInterrupt
 
 
 def files(folder):
@@ -218,20 +223,19 @@ class TestGoingOn:
         assert written("whole", *words) == 0
         add, rounds = TextFolder.add, []
 
-        def killed(self, responses):
-            if len(rounds) == 2:
-                raise KeyboardInterrupt
+        def counted(self, responses):
             rounds.append(len(responses))
             add(self, responses)
-        with monkeypatch.context() as patch:
-            patch.setattr(TextFolder, "add", killed)
-            with pytest.raises(KeyboardInterrupt):
-                written("killed", *words)
+
+        def killed(self, responses):
+            counted(self, responses) if len(rounds) < 2 else die()
+        monkeypatch.setattr(TextFolder, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            written("killed", *words)
         unfinished = tmp_path / "killed/.unfinished.jsonl"
         unfinished.write_text(unfinished.read_text() + "\n[[1, 0, [3")  # as a kill in the middle of a line leaves it
-        with monkeypatch.context() as patch:
-            patch.setattr(TextFolder, "add", lambda self, responses: rounds.append(len(responses)) or add(self, responses))
-            assert written("killed", *words) == 0
+        monkeypatch.setattr(TextFolder, "add", counted)
+        assert written("killed", *words) == 0
         assert rounds == [3] * 6
         assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
@@ -239,12 +243,9 @@ class TestGoingOn:
     def test_killed_while_it_puts_files_in_place(self, monkeypatch, written, no_weights, tmp_path, name):
         assert written("whole") == 0
         with monkeypatch.context() as patch:
-            for function in ("write_bytes", "write_text"):
-                def write(path, content, real=getattr(text_files, function)):
-                    if path.name == name:
-                        raise KeyboardInterrupt
-                    real(path, content)
-                patch.setattr(text_files, function, write)
+            for function in (write_bytes, write_text):
+                patch.setattr(text_files, function.__name__, lambda path, content, function=function:
+                              die() if path.name == name else function(path, content))
             with pytest.raises(KeyboardInterrupt):
                 written("killed")
         no_weights()
@@ -277,7 +278,7 @@ class TestRefusals:
     @pytest.mark.parametrize(("words", "said"), [
         (["--temperature", 0.5], "temperature 1.0, where this run has 0.5"),
         (["--seeds", 3], "seeds [10], where this run has [3]"),
-        (["--limit", 4], "another prompts"),
+        (["--limit", 4], "other prompts"),
         (["--no-drop-cut"], "drop_cut True, where this run has False"),
     ])
     def test_text_that_was_made_otherwise(self, written, no_weights, tmp_path, capsys, words, said):
@@ -295,7 +296,7 @@ class TestRefusals:
         other = shutil.copytree(teacher, tmp_path / "other")
         tiny_model(other, "llama", vocab=len(AutoTokenizer.from_pretrained(teacher)), seed=4)
         with monkeypatch.context() as patch:
-            patch.setattr(TextFolder, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(TextFolder, "finish", lambda *_: die())
             with pytest.raises(KeyboardInterrupt):
                 written("text")
         assert written("text", model=other) == 2
@@ -403,8 +404,9 @@ class TestLaunchers:
     @pytest.mark.slow
     def test_it_writes_once_and_trains(self, workshop, prompts, tmp_path):
         settings = {"TEACHER_MODEL_PATH": workshop.model("gpt2-teacher", hidden=48, seed=1),
-                    "MODEL_PATH": workshop.model("gpt2-student", seed=2), "DATA_DIR": prompts, "DROP_CUT": 0, "EPOCH": 2,
-                    "TEXT_DIR": tmp_path / "the text", "SAVE_DIR": tmp_path / "run", "EVAL_GEN": 0, **SETTINGS}
+                    "MODEL_PATH": workshop.model("gpt2-student", seed=2), "DATA_DIR": prompts, "DROP_CUT": 0,
+                    "TEXT_DIR": tmp_path / "the text", "SAVE_DIR": tmp_path / "run", "EVAL_GEN": 0, "EPOCH": 2,
+                    **SETTINGS}
         done = launch("gpt2/seqkd_gpt2_base", DOCTOR=1, **settings)
         assert done.returncode == 0, done.stdout
         assert done.stdout.endswith(f"the training will be looked at when {tmp_path}/the text/train.jsonl is there\n")

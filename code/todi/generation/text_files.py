@@ -30,7 +30,8 @@ from todi.runtime.storage import sweep, write_bytes, write_text
 logger = logging.getLogger(__name__)
 
 _TRAIN, _DEV, _RECORD, _UNFINISHED = "train.jsonl", "dev.jsonl", "made_with.json", ".unfinished.jsonl"
-_CHECKSUMS = ("model", "adapter", "prompts", "dev.jsonl")
+_BY_CHECKSUM = {"model": "another model", "adapter": "another adapter", "prompts": "other prompts",
+                "dev.jsonl": "another dev.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,7 @@ class TextFolder:
             then = self._unfinished.earlier_with or now
         for name in {**then, **now}:
             if then.get(name) != now.get(name):
-                yield (f"another {name}" if name in _CHECKSUMS else
-                       f"{name} {then.get(name)}, where this run has {now.get(name)}")
+                yield _BY_CHECKSUM.get(name) or f"{name} {then.get(name)}, where this run has {now.get(name)}"
 
 
 def earlier_date(folder: Path) -> str | None:
