@@ -133,7 +133,7 @@ class TestWhatIsWritten:
     def test_nor_on_the_number_of_ranks(self, written, teacher, prompts, tmp_path):
         assert written("alone", "--batch-size", 3) == 0
         common = {"MODEL_PATH": teacher, "TEACHER_MODEL_PATH": teacher, "DATA_DIR": prompts, "NPROC": 2, **SETTINGS,
-                  "EVAL_BATCH_SIZE": 2, "TEXT_DIR": tmp_path / "ranks", "SAVE_DIR": tmp_path / "run", "EPOCH": 1,
+                  "EVAL_BATCH_SIZE": 2, "TEXT_DIR": tmp_path / "ranks", "SAVE_DIR": tmp_path / "run", "MAX_STEPS": 1,
                   "EVAL_GEN": 0}
         done = launch("smollm2/seqkd_smollm2", "--model-type", "auto", **common)
         assert done.returncode == 0, done.stdout
@@ -285,6 +285,7 @@ class TestRefusals:
         assert written("text") == 0
         before = files(tmp_path / "text")
         no_weights()
+        capsys.readouterr()
         for more in ([], ["--check-only"]):
             assert written("text", *words, *more) == 2
             error, = capsys.readouterr().err.splitlines()
@@ -377,19 +378,19 @@ class TestLaunchers:
 
     @pytest.mark.parametrize("launcher", LAUNCHERS)
     def test_a_dry_run_prints_both_commands(self, launcher):
-        """Teacher and student are those of the family's distillation."""
-        distils = launch(launcher.replace("seqkd", "vanilla_kd"), DRY_RUN=1).stdout
-        distils = parse(TrainConfig, shlex.split(distils.split("-m todi.train ")[1]))
+        """The teacher is that of the family's distillation, the student is trained as by SFT on the data."""
+        distils, tunes = (parse(TrainConfig, shlex.split(launch(launcher.replace("seqkd", other), DRY_RUN=1).stdout.split(
+            "-m todi.train ")[1])) for other in ("vanilla_kd", "sft"))
         writes, trains = launch(launcher, "--dev-num", "3", DRY_RUN=1, TOP_K=5, SEED=7).stdout.splitlines()
         writes = parse(GenerateConfig, shlex.split(writes.split("-m todi.generate ")[1]))
         trains = parse(TrainConfig, shlex.split(trains.split("-m todi.train ")[1]))
         assert writes.problems() == trains.problems() == []
         assert ((writes.model_path,), (writes.peft_path,)) == (
             distils.teacher.teacher_model_path, distils.teacher.adapters)
-        assert trains.student == distils.student
+        assert trains.student == tunes.student
         assert trains.data.data_dir == (writes.save_dir,)
         assert (writes.decoding.top_k, trains.run.seed, trains.data.dev_num) == (5, 7, 3)
-        assert (trains.objective.criterion, trains.optim.lr) == ("cross_entropy", distils.optim.lr)
+        assert (trains.objective.criterion, trains.optim.lr) == ("cross_entropy", tunes.optim.lr)
 
     @pytest.mark.parametrize(("words", "variables", "said"), [
         (["--data-dir", "x"], {}, "--data-dir would be trained on in place of the teacher's text; set DATA_DIR"),
