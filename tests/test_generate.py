@@ -379,11 +379,14 @@ class TestLaunchers:
     @pytest.mark.parametrize("launcher", LAUNCHERS)
     def test_a_dry_run_prints_both_commands(self, launcher):
         """The teacher is that of the family's distillation, the student is trained as by SFT on the data."""
-        distils, tunes = (parse(TrainConfig, shlex.split(launch(launcher.replace("seqkd", other), DRY_RUN=1).stdout.split(
-            "-m todi.train ")[1])) for other in ("vanilla_kd", "sft"))
-        writes, trains = launch(launcher, "--dev-num", "3", DRY_RUN=1, TOP_K=5, SEED=7).stdout.splitlines()
-        writes = parse(GenerateConfig, shlex.split(writes.split("-m todi.generate ")[1]))
-        trains = parse(TrainConfig, shlex.split(trains.split("-m todi.train ")[1]))
+        def printed(launcher, *words, **variables):
+            lines = launch(launcher, *words, DRY_RUN=1, **variables).stdout.splitlines()
+            kinds = {"todi.train": TrainConfig, "todi.generate": GenerateConfig}
+            return [parse(kinds[module], options) for _, _, module, *options in map(shlex.split, lines)]
+
+        distils, = printed(launcher.replace("seqkd", "vanilla_kd"))
+        tunes, = printed(launcher.replace("seqkd", "sft"))
+        writes, trains = printed(launcher, "--dev-num", "3", TOP_K=5, SEED=7)
         assert writes.problems() == trains.problems() == []
         assert ((writes.model_path,), (writes.peft_path,)) == (
             distils.teacher.teacher_model_path, distils.teacher.adapters)
