@@ -17,6 +17,7 @@ from todi.errors import InputError
 from todi.generation.decoding import Decoding, check_decoding, generate
 from todi.models.checks import check_architecture
 from todi.models.families import FAMILIES, Family, family_of
+from todi.models.inputs import read_model
 from todi.models.loading import load_config, load_model, load_tokenizer
 from todi.models.packing import takes_packed, use_packing
 from todi.models.probe import check_model
@@ -24,7 +25,6 @@ from todi.models.prune import keep_layers, layer_count
 from todi.models.tokenizers import start_ids
 from todi.runtime.device import choose_precision
 from todi.training.student import Student
-from todi.training.train_inputs import read_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -243,7 +243,7 @@ class TestStart:
         assert f"every sequence starts with <s>, which the tokenizer of {folder} adds" in caplog.text
         data = write_data(tmp_path / "sets" / "dolly", valid=2).parent
         read = []
-        monkeypatch.setattr("todi.evaluation.scoring.generate",
+        monkeypatch.setattr("todi.generation.writer.generate",
                             lambda model, prompts, *rest, **more: read.extend(prompts) or generate(
                                 model, prompts, *rest, **more))
         assert run_evaluate(monkeypatch, folder, data, tmp_path / "out", "--sets", "dolly", "--seeds", 1) == 0

@@ -13,7 +13,7 @@ from todi import cache
 from todi.cache import read_teacher_spec
 from todi.data import template_date
 from todi.data.chat import render
-from todi.data.records import Message, load_records
+from todi.data.records import Message, Record, load_records
 from todi.data.template_date import TemplateDate, check_same_date
 from todi.data.tokenize import encode_examples, end_id
 from todi.errors import InputError
@@ -76,6 +76,23 @@ class TestRecords:
         with pytest.raises(InputError) as error:
             load_records(path)
         assert error.value.problems[0].startswith(f"{path}:2: {said}")
+
+    def test_conversations_without_a_response(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", {"messages": turns("Hi")}, {"messages": turns("Hi", "Yes?")})
+        assert load_records(path, responses=False) == [Record("", (), (Message("user", "Hi"),)),
+                                                       Record("", ("Yes?",), (Message("user", "Hi"),))]
+        with pytest.raises(InputError, match=r"a.jsonl:1: `messages` must be a list of at least two objects"):
+            load_records(path)
+
+    @pytest.mark.parametrize(("messages", "said"), [
+        ([], "`messages` must be a list of at least one object"),
+        ([SYSTEM], "the last message must be the user's or the assistant's, not the system's"),
+        ([{"role": "assistant", "content": "Yes?"}], "nothing comes before the assistant's message"),
+    ])
+    def test_nothing_to_answer(self, tmp_path, messages, said):
+        path = write(tmp_path / "a.jsonl", {"messages": messages})
+        with pytest.raises(InputError, match=f"a.jsonl:1: {said}"):
+            load_records(path, responses=False)
 
     def test_kinds_do_not_mix(self, tmp_path):
         path = write(tmp_path / "a.jsonl", {"prompt": "a", "output": "b"}, {"messages": turns("Hi", "Yes?")})

@@ -71,6 +71,16 @@ class TestRecords:
     def test_a_whole_character_of_two_halves(self, write):
         assert load_records(write(r'{"prompt": "Say \ud83d\ude00", "output": "o"}'))[0].prompt == "Say 😀"
 
+    def test_prompts_alone(self, write):
+        path = write(record(), '{"prompt": "q"}')
+        assert [(r.prompt, r.references) for r in load_records(path, responses=False)] == [("p", ("o",)), ("q", ())]
+        with pytest.raises(InputError, match=r":2: lacks output; has prompt"):
+            load_records(path)
+        with pytest.raises(InputError, match=r":1: lacks prompt; has output"):
+            load_records(write('{"output": "o"}'), responses=False)
+        with pytest.raises(InputError, match=r":1: `output` is empty"):
+            load_records(write(record(output="")), responses=False)
+
     def test_all_bad_lines_up_to_a_limit(self, write):
         with pytest.raises(InputError) as error:
             load_records(write(*["[]"] * 50))

@@ -160,7 +160,7 @@ PLACEHOLDERS = {"CKPT_PATH": "outputs/a_run/checkpoint", "OTHER_PATH": "outputs/
                 "TEACHER": "model_hub/gpt2/gpt2-xlarge", "DIR": "outputs/my_cache", r"\[EVAL_BATCH_SIZE\]": "4"}
 QUICK = {"SEEDS": 1, "LIMIT": 20, "DEV_NUM": 4, "EVAL_GEN": 0, "MAX_STEPS": 2, "TOKENIZER": "words"}
 # With what besides some pages are typed in, each page in a checkout of its own.
-BESIDES = {"docs/several-devices.md": {"DRY_RUN": 1}}
+BESIDES = {"docs/several-devices.md": {"DRY_RUN": 1}, "docs/teacher-text.md": {"DROP_CUT": 0}}
 QUICKLY = "README.md"  # of all pages the one that every run of the tests types in
 WITH_PYTHON = ["README.md"]  # whose Python is a program that is run too
 # Run by tests of their own: the quickstart below, and this suite.

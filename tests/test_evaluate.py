@@ -122,7 +122,8 @@ class TestEvaluate:
         assert run("--seeds", 1, 2)[0] == 0
         assert first.stat().st_mtime_ns == made
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+            patch.setattr("todi.generation.writing_model.load_model",
+                          lambda *_, **__: pytest.fail("weights were loaded"))
             code, screen = run("--seeds", 1, 2, "--batch-size", 3)
         assert code == 0
         assert "is there already" in screen

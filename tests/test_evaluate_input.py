@@ -11,7 +11,8 @@ class TestBadInput:
 
     @pytest.fixture(autouse=True)
     def _no_weights(self, monkeypatch):
-        monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+        monkeypatch.setattr("todi.generation.writing_model.load_model",
+                            lambda *_, **__: pytest.fail("weights were loaded"))
 
     @pytest.mark.parametrize(("words", "message"), [
         (["--model-path", "no/such/folder/here"], "no model at no/such/folder/here"),

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from launching import ROOT, run
 from todi.errors import InputError
-from todi.launch import best_checkpoint, evaluation_options, read_values, training_options
+from todi.finding import best_checkpoint
+from todi.launch import evaluation_options, generation_options, read_values, training_options
 from todi.options import Option, declared, option, parse
-from todi.settings import EvalConfig, TrainConfig
+from todi.settings import EvalConfig, GenerateConfig, TrainConfig
 
 GPT2 = {"FAMILY": "gpt2", "CKPT_NAME": "gpt2-base", "TEACHER_NAME": "gpt2-xlarge", "CRITERION": "vanilla_kd"}
 # Made by version 0.1, but for the further settings at the end, which it left out.
@@ -42,6 +43,10 @@ def evaluate(*words: str, **variables: str) -> EvalConfig:
     return parse(EvalConfig, evaluation_options(words, variables))
 
 
+def generate(*words: str, **variables: str) -> GenerateConfig:
+    return parse(GenerateConfig, generation_options(words, GPT2 | variables))
+
+
 class TestValues:
     def test_what_is_not_said_is_as_declared(self):
         assert train() == parse(TrainConfig, [
@@ -51,7 +56,8 @@ class TestValues:
     def test_every_variable_reaches_its_option(self):
         """Every one alone, with a value that is not the default."""
         for config_type, compose, base in ((TrainConfig, training_options, GPT2 | {"SAVE_DIR": "x"}),
-                                           (EvalConfig, evaluation_options, {})):
+                                           (EvalConfig, evaluation_options, {}),
+                                           (GenerateConfig, generation_options, GPT2)):
             for one in (one for options in declared(config_type).values() for one in options):
                 for variable in one.variables:
                     text, value = other_value(one)
@@ -297,6 +303,37 @@ class TestModels:
         assert training_options([], {"MODEL_PATH": "m", "SAVE_DIR": "d"}) == ["--model-path", "m", "--save-dir", "d"]
 
 
+class TestTeacherText:
+    def test_the_teacher_writes_it(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        make_run(tmp_path / "outputs/gpt2/gpt2-xlarge/sft/run", 1000, "epoch1_step3_loss1.0000")
+        best = "outputs/gpt2/gpt2-xlarge/sft/run/epoch1_step3_loss1.0000"
+        config = generate(MODEL_PATH="student", PEFT_PATH="students")
+        assert (config.model_path, config.peft_path) == (best, None)
+        config = generate(TEACHER_PEFT="lora")
+        assert (config.model_path, config.peft_path) == ("model_hub/gpt2/gpt2-xlarge", best)
+        assert generate(TEACHER_PEFT="lora", TEACHER_PEFT_PATH="none").peft_path is None
+        assert generate(TEACHER_MODEL_PATH="mine", TEACHER_PEFT_PATH="a").peft_path == "a"
+        assert generate(TEACHER_DTYPE="bf16", PRECISION="fp32").precision == "bf16"
+
+    @pytest.mark.parametrize(("variables", "folder"), [
+        ({}, "data/dolly-by-gpt2-xlarge"), ({"DATA_DIR": "there/a there/b"}, "there/a+b-by-gpt2-xlarge"),
+        ({"TEXT_DIR": "mine"}, "mine"), ({"SAVE_DIR": "of the student"}, "data/dolly-by-gpt2-xlarge"),
+        ({"TEACHER_NAME": "a/b"}, "data/dolly-by-a-b")])
+    def test_its_folder(self, variables, folder):
+        assert generate(**variables).save_dir == folder
+        assert generation_options([], GPT2 | variables)[-2:] == ["--save-dir", folder]
+
+    @pytest.mark.parametrize(("variables", "said"), [
+        ({"TEACHER_NAME": ""}, "text is written by one model: set TEACHER_NAME or TEACHER_MODEL_PATH"),
+        ({"TEACHER_NAME": "", "TEACHER_MODEL_PATH": "m"}, "set TEACHER_NAME or TEXT_DIR"),
+        ({"TEACHER_MODEL_PATH": "a b"}, "text is written by one model"),
+        ({"TEACHER_CALLABLE": "a.py:f"}, "text is written by one model")])
+    def test_who_cannot_write(self, variables, said):
+        with pytest.raises(InputError, match=said):
+            generate(**variables)
+
+
 def make_run(folder: Path, seconds: int, *names: str) -> None:
     for name in names:
         (folder / name).mkdir(parents=True)
@@ -352,7 +389,7 @@ def test_it_is_quick_and_says_how_it_is_called():
     answer = subprocess.run([sys.executable, "-m", "todi.launch", "trian"], capture_output=True, text=True,
                             env={"PYTHONPATH": str(ROOT / "code")})
     assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)
-    assert "train|evaluate" in answer.stderr
+    assert "train|evaluate|generate" in answer.stderr
 
 
 def test_words_for_a_shell():

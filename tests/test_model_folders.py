@@ -16,11 +16,11 @@ from tiny import tiny_model, tiny_tokenizer
 from todi.errors import InputError
 from todi.evaluation import eval_inputs
 from todi.generation.decoding import stop_ids
+from todi.models.inputs import read_model
 from todi.models.loading import check_weights, load_model, load_tokenizer
 from todi.models.probe import check_model
 from todi.runtime.device import choose_precision
-from todi.settings import EvalConfig
-from todi.training.train_inputs import read_model
+from todi.settings import DecodingConfig, EvalConfig
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ class TestFiles:
     @pytest.mark.parametrize("file", ["model.safetensors.index.json", SHARDS[1], "tokenizer.json", "config.json"])
     def test_an_evaluation_checks_the_same(self, copy, tmp_path, file):
         config = EvalConfig(model_path=str(copy), sets_dir=str(write_data(tmp_path / "sets" / "tiny", valid=2).parent),
-                            sets=("tiny",), precision="fp32", max_length=64, max_prompt_length=48)
+                            sets=("tiny",), precision="fp32", decoding=DecodingConfig(64, 48))
         eval_inputs.read_inputs(config, CPU)
         (copy / file).write_bytes(POINTER)
         with pytest.raises(InputError, match=f"{copy / file} is a Git LFS pointer, not the file itself"):

@@ -13,7 +13,7 @@ from todi.criterions import DIVERGENCES
 from todi.errors import InputError
 from todi.options import check, declared, from_keywords, markdown_tables, option, parse, problems, spell
 from todi.registry import Registry
-from todi.settings import CacheConfig, EvalConfig, TrainConfig, named_numbers
+from todi.settings import CacheConfig, EvalConfig, GenerateConfig, TrainConfig, named_numbers
 from todi.settings.page import page
 from todi.training.train_inputs import check_objective
 
@@ -210,7 +210,7 @@ class TestDeclarations:
         assert "--size" in (shown := capsys.readouterr().out)
         assert "--length" not in shown
 
-    @pytest.mark.parametrize("config_type", [TrainConfig, EvalConfig, CacheConfig])
+    @pytest.mark.parametrize("config_type", [TrainConfig, EvalConfig, GenerateConfig, CacheConfig])
     def test_the_defaults_are_allowed(self, config_type):
         for options in declared(config_type).values():
             for one in options:
@@ -224,7 +224,7 @@ class TestDeclarations:
 
     def test_a_name_is_one_setting(self):
         """Within a command: a variable or a flag that two options share would set both or neither."""
-        for config_type in (TrainConfig, EvalConfig, CacheConfig):
+        for config_type in (TrainConfig, EvalConfig, GenerateConfig, CacheConfig):
             options = [one for group in declared(config_type).values() for one in group]
             for names in ([flag for one in options for flag in one.flags],
                           [variable for one in options for variable in one.variables]):
@@ -249,7 +249,8 @@ class TestThePage:
 
 
 class TestEveryOptionIsRead:
-    @pytest.mark.parametrize(("config_type", "expected"), [(TrainConfig, NOT_YET), (EvalConfig, set())])
+    @pytest.mark.parametrize(("config_type", "expected"), [(TrainConfig, NOT_YET), (EvalConfig, set()),
+                                                             (GenerateConfig, set())])
     def test_somewhere(self, config_type, expected):
         assert unread(config_type, SOURCES.values(), DECLARATIONS) == expected
 
@@ -295,7 +296,7 @@ UNREAD = {"PartConfig.share", "PartConfig.level", "PartConfig.ids", "PartConfig.
 
 
 def test_every_option_has_help():
-    for config_type in (TrainConfig, EvalConfig, CacheConfig):
+    for config_type in (TrainConfig, EvalConfig, GenerateConfig, CacheConfig):
         assert all(one.help for options in declared(config_type).values() for one in options)
 
 

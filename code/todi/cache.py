@@ -29,6 +29,7 @@ from todi.data.records import load_sets
 from todi.data.template_date import TemplateDate
 from todi.data.tokenize import encode_examples
 from todi.errors import InputError, collecting, run_main
+from todi.models.inputs import read_model
 from todi.options import check, parse
 from todi.python_files import load_plugins
 from todi.runtime.allocator import settle_allocator
@@ -41,7 +42,6 @@ from todi.teacher.filling import BATCH_TOKENS, batch_rows, batches
 from todi.teacher.live import LiveTeacher
 from todi.teacher.opening import check_match, fill_cache, load_teacher
 from todi.teacher.spec import TeacherSpec
-from todi.training.train_inputs import read_model
 
 logger = logging.getLogger("todi.cache")
 

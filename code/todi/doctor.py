@@ -20,6 +20,7 @@ from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example, encode_examples
 from todi.errors import run_main
 from todi.models.adapters import adapter_outline, add_lora
+from todi.models.inputs import ModelInputs
 from todi.models.loading import empty_model
 from todi.options import parse
 from todi.runtime.device import choose_device
@@ -39,7 +40,7 @@ from todi.training.memory import (
     training_state,
 )
 from todi.training.state import KEPT_STATES
-from todi.training.train_inputs import ModelInputs, TrainInputs, build_loss_terms, longest_sample, read_inputs
+from todi.training.train_inputs import TrainInputs, build_loss_terms, longest_sample, read_inputs
 
 logger = logging.getLogger("todi.doctor")
 

@@ -13,20 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from todi.data.records import Record
-from todi.data.template_date import check_same_date
+from todi.data.template_date import check_same_date, noted_date
 from todi.errors import run_main
-from todi.evaluation.eval_inputs import EvalInputs, decoding_of, noted_date, read_inputs
+from todi.evaluation.eval_inputs import EvalInputs, decoding_of, read_inputs
 from todi.evaluation.results import (
-    Layout,
     annotated_table,
     average,
     example_scores,
@@ -34,15 +30,14 @@ from todi.evaluation.results import (
     summarise,
     write_results,
 )
-from todi.evaluation.scoring import Writer, score
+from todi.evaluation.scoring import mean_loss, score
 from todi.evaluation.set_files import Done, SetStore
-from todi.generation.decoding import check_decoding, stop_ids
-from todi.models.adapters import merge_adapter
-from todi.models.loading import checksum_or_commit, load_model
-from todi.models.probe import check_model
+from todi.generation.decoding import stop_ids
+from todi.generation.writer import Layout, Writer, progress_bar
+from todi.generation.writing_model import load_writing_model, what_writes
 from todi.options import parse
-from todi.runtime.allocator import settle_allocator, who_allocates
-from todi.runtime.checksums import model_checksum, value_checksum
+from todi.runtime.allocator import settle_allocator
+from todi.runtime.checksums import value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
@@ -97,9 +92,7 @@ def evaluate(config: EvalConfig, world: World, device: torch.device) -> dict[str
 
 def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device, layout: Layout) -> dict[str, SetStore]:
     """What there is of each set, with a word on what does not count."""
-    made_with = {**dataclasses.asdict(decoding_of(config)), "precision": inputs.precision.name, "device": device.type,
-                 "model": checksum_or_commit(inputs.model_path, model_checksum, config.trust_remote_code),
-                 "adapter": config.peft_path and model_checksum(Path(config.peft_path)), **noted_date(inputs)}
+    made_with = what_writes(inputs.model, decoding_of(config), device, inputs.template_date, config.trust_remote_code)
     stores = {}
     for name, records in inputs.sets.items():
         of_set = {"data": questions_checksum(records), **named_tokenizer(inputs.rouge_tokenizers[name])}
@@ -118,12 +111,12 @@ def questions_checksum(records: Sequence[Record]) -> str:
 def write_sets(config: EvalConfig, inputs: EvalInputs, left: Mapping[str, Sequence[int]], done: Mapping[str, Done],
                stores: Mapping[str, SetStore], world: World, device: torch.device) -> None:
     """Writes and scores what is left, by set name and seeds."""
-    writer = Writer(build_model(inputs, config, world, device), inputs.tokenizer, decoding_of(config),
-                    config.batch_size, world)
+    decoding = decoding_of(config)
+    model = load_writing_model(inputs.model, decoding, world, device, config.trust_remote_code)
+    writer = Writer(model, inputs.model.tokenizer, decoding, config.batch_size, world)
     total = sum(len(seeds) * len(inputs.sets[name]) for name, seeds in left.items())
     written = sum(seed in seeds for name, seeds in left.items() for seed, _ in done[name].rows)
-    with tqdm(total=total, initial=written, unit="response", disable=not world.is_main,
-              mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+    with progress_bar(total, written, world) as bar:
         for name, seeds in left.items():
             write_set(writer, inputs, name, seeds, done[name], stores.get(name), bar.update)
 
@@ -133,36 +126,20 @@ def write_set(writer: Writer, inputs: EvalInputs, name: str, seeds: Sequence[int
     """Writes and scores one set with `seeds`; `store` is that of the first rank."""
     started = time.perf_counter()
     records, examples = inputs.sets[name], inputs.examples[name]
-    loss = writer.loss(examples) if done.loss is None else done.loss
+    loss = mean_loss(writer, examples) if done.loss is None else done.loss
     responses = dict(done.rows)
-    stops = stop_ids(writer.model, inputs.tokenizer, records)
+    stops = stop_ids(writer.model, writer.tokenizer, records)
     for part in writer.rounds(name, [example.prompt for example in examples], seeds, done.rows, stops, progress):
         responses |= part
         if store:
             store.add(part)
     if store:
-        by_seed = score(records, seeds, responses, inputs.tokenizer, inputs.rouge_tokenizers[name])
+        by_seed = score(records, seeds, responses, writer.tokenizer, inputs.rouge_tokenizers[name])
         store.finish(by_seed, loss)
         summary = summarise(by_seed, loss)
         logger.info("%s: rouge-l %.2f, exact match %.1f %%, %.0f tokens a response, %.0f %% cut, loss %.3f (%.0f s)",
                     name, summary["rouge_l"], summary["exact_match"], summary["response_tokens"],
                     100 * summary["cut_share"], loss, time.perf_counter() - started)
-
-
-def build_model(inputs: EvalInputs, config: EvalConfig, world: World, device: torch.device) -> PreTrainedModel:
-    """The model that is scored, its LoRA adapter merged."""
-    logger.info("device: %s x %d; precision: %s (%s)", device.type, world.size, inputs.precision.name,
-                inputs.precision.reason)
-    logger.info("allocator: %s", who_allocates())
-    model = load_model(inputs.model_path, inputs.precision.dtype, device, config.trust_remote_code)
-    if config.peft_path:
-        model = merge_adapter(model, config.peft_path)
-    check_model(model, inputs.model_path)
-    if config.num_beams == 1:
-        check_decoding(model, inputs.model_path, inputs.tokenizer.pad_token_id)
-    logger.info("model: %s%s, attention: %s", inputs.model_path,
-                f" with adapter {config.peft_path}" if config.peft_path else "", model.config._attn_implementation)
-    return model
 
 
 def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore]) -> dict[str, Any]:
@@ -174,9 +151,9 @@ def report(config: EvalConfig, inputs: EvalInputs, stores: Mapping[str, SetStore
         scores.append(example_scores(by_seed))
     layouts = set().union(*(store.layouts(config.streams) for store in stores.values()))
     results = {
-        "model": inputs.model_path, "adapter": config.peft_path,
+        "model": inputs.model.path, "adapter": config.peft_path,
         "settings": {**dataclasses.asdict(decoding_of(config)), "seeds": list(config.streams), "limit": config.limit,
-                     "precision": inputs.precision.name, **noted_date(inputs)},
+                     "precision": inputs.model.precision.name, **noted_date(inputs.template_date)},
         "layouts": [layout._asdict() for layout in sorted(layouts)],
         "sets": sets, "average": average(sets, scores),
     }

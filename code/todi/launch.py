@@ -2,10 +2,11 @@
 
     FAMILY=gpt2 CKPT_NAME=gpt2-base TEACHER_NAME=gpt2-xlarge KD_OBJ=ToDi python -m todi.launch train --lr 1e-3
     SETS="dolly vicuna" python -m todi.launch evaluate --model-path CKPT
+    TEACHER_FAMILY=gpt2 TEACHER_NAME=gpt2-xlarge python -m todi.launch generate
 
-prints the options of todi.train or todi.evaluate, quoted for a shell: what the variables say and no option says, then
-the given options as they are. For a training it also finds the models by their names, and names the folder of the run;
-that is always the last word, after --save-dir.
+prints the options of todi.train, todi.evaluate or todi.generate, quoted for a shell: what the variables say and no
+option says, then the given options as they are. For a training and for teacher text it also finds the models by their
+names, and names the folder that is written to; that is always the last word, after --save-dir.
 """
 
 import argparse
@@ -19,24 +20,25 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from todi.errors import InputError, run_main
-from todi.models.families import other_name
+from todi.finding import Given, find_models
 from todi.options import LONGEST_NAME, Option, declared, possible_path, spell
 from todi.settings import (
     CROSS_ENTROPY,
     LAUNCHER_VARIABLES,
+    NO_ADAPTER,
     PUBLISHED,
     EvalConfig,
+    GenerateConfig,
     SamplesConfig,
     TeacherCacheConfig,
     TeacherConfig,
     TrainConfig,
 )
-from todi.training.scores import Kept
 
-Given = dict[str, list[str]]  # an option's name -> the words of its value
-
-_TRAINING = {one.name: one for options in declared(TrainConfig).values() for one in options}
-_EVALUATION = {one.name: one for options in declared(EvalConfig).values() for one in options}
+_TRAINING, _EVALUATION, _GENERATION = (
+    {one.name: one for options in declared(config_type).values() for one in options}
+    for config_type in (TrainConfig, EvalConfig, GenerateConfig))
+_TEACHER = {one.name: one for one in declared(TeacherConfig)[TeacherConfig]}
 # What a shell may hold for its distillations while it also fine-tunes.
 _OF_DISTILLATION = {name for name in _TRAINING if name.startswith("kd_")} | {
     one.name for group in (TeacherConfig, TeacherCacheConfig, SamplesConfig) for one in declared(group)[group]}
@@ -69,7 +71,7 @@ def training_options(words: Sequence[str], environment: Mapping[str, str]) -> li
     # words for what a launcher has and its user does not want
     if given.get("peft") == ["full"]:
         del given["peft"]
-    if given.get("teacher_peft_path") == ["none"]:
+    if given.get("teacher_peft_path") == [NO_ADAPTER]:
         del given["teacher_peft_path"]
     said = set(read_values(_TRAINING, variables)) - _BY_NAMES
     if "SKEW_LAMBDA" in variables:
@@ -86,13 +88,33 @@ def evaluation_options(words: Sequence[str], environment: Mapping[str, str]) -> 
     return [*compose(_EVALUATION, read_values(_EVALUATION, set_variables(environment)), words), *words]
 
 
+def generation_options(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The options of todi.generate, whose model is the teacher, --save-dir last.
+
+    Raises:
+        InputError: like `training_options`, or the variables name no teacher, several, or a function.
+    """
+    variables = set_variables(environment)
+    save_dir, words = _split_off_save_dir(words)
+    teacher = find_models(variables) | read_values(_TEACHER, variables)
+    model = teacher.get("teacher_model_path", [])
+    if len(model) != 1 or "teacher_callable" in teacher:
+        raise InputError("text is written by one model: set TEACHER_NAME or TEACHER_MODEL_PATH, not TEACHER_CALLABLE")
+    given = read_values(_GENERATION, variables) | {"model_path": model}
+    adapter = teacher.get("teacher_peft_path", [NO_ADAPTER])
+    if adapter != [NO_ADAPTER]:
+        given["peft_path"] = adapter
+    save_dir = save_dir or "".join(given.pop("save_dir", ())) or name_text(given, variables)
+    return [*compose(_GENERATION, given, words), *words, "--save-dir", save_dir]
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], list[str]]] = {
-    "train": training_options, "evaluate": evaluation_options}
+    "train": training_options, "evaluate": evaluation_options, "generate": generation_options}
 
 
 def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that are set and not empty. Raises InputError for those that are nearly ours."""
-    options = [*_TRAINING.values(), *_EVALUATION.values()]
+    options = [*_TRAINING.values(), *_EVALUATION.values(), *_GENERATION.values()]
     ours = {*LAUNCHER_VARIABLES, *(variable for one in options for variable in one.variables)}
     meant = {one.name.upper(): one.variables[0] for one in options if one.variables} | {name: name for name in ours}
     variables = {name: value for name, value in environment.items() if value}
@@ -183,49 +205,6 @@ def compose(options: Mapping[str, Option], given: Given, words: Sequence[str]) -
             yield from (one.flag, *value)
 
 
-def find_models(variables: Mapping[str, str]) -> Given:
-    """The student in model_hub/, and the teacher: its newest SFT run's best, or model_hub/'s with that as adapter."""
-    family, name = variables.get("FAMILY"), variables.get("CKPT_NAME")
-    found = {"model_type": [family]} if family else {}
-    if family and name:
-        found["model_path"] = [_folder("model_hub", family, name)]
-    family, name = variables.get("TEACHER_FAMILY", family), variables.get("TEACHER_NAME")
-    peft = variables.get("TEACHER_PEFT", "full")
-    if peft not in ("lora", "full"):
-        raise InputError(f"TEACHER_PEFT must be lora or full, got {peft!r}")
-    if family:
-        found["teacher_model_type"] = [family]
-    if family and name and "TEACHER_CALLABLE" not in variables:
-        tuned = best_checkpoint(Path(_folder("outputs", family, name), "sft"))
-        found |= ({"teacher_model_path": [_folder("model_hub", family, name)], "teacher_peft_path": [tuned]}
-                  if peft == "lora" else {"teacher_model_path": [tuned]})
-    return found
-
-
-def _folder(root: str, family: str, name: str) -> str:
-    """Of a model: by its name or, where only that is there, by its other one, of the published scripts or of ours."""
-    folders = [Path(root, family, one) for one in (name, other_name(family, name)) if one]
-    return str(next(filter(Path.is_dir, folders), folders[0]))
-
-
-def best_checkpoint(runs: Path) -> str:
-    """The best checkpoint of the newest run in a folder of runs, or the folder itself where there is none yet."""
-    checkpoints = [path for path in runs.glob("*/epoch*") if Kept.named(path.name)]
-    return str(best_of_run(max(checkpoints, key=_written).parent)) if checkpoints else str(runs)
-
-
-def best_of_run(run: Path) -> Path | None:
-    """The best of the checkpoints that a run keeps; None where there is none yet."""
-    checkpoints = {path: kept for path in run.glob("epoch*") if (kept := Kept.named(path.name))}
-    return max(checkpoints, key=lambda path: checkpoints[path].order, default=None)
-
-
-def _written(checkpoint: Path) -> float:
-    """When its weights were; the folder itself changes when it is scored."""
-    return max((file.stat().st_mtime for file in checkpoint.glob("*.safetensors")),
-               default=checkpoint.parent.stat().st_mtime)
-
-
 def name_run(given: Given, variables: Mapping[str, str], said: Collection[str]) -> str:
     """The folder of a run, below outputs/. Earlier runs are found by it: a change of it would start them anew.
 
@@ -257,6 +236,15 @@ def name_run(given: Given, variables: Mapping[str, str], said: Collection[str]) 
     parts += [f"{name}={text(name).replace('/', '-')}" for name, one in _TRAINING.items()
               if name in said and not one.may_change and text(name) != spell(one.default)]
     return f"outputs/{required('FAMILY')}/{required('CKPT_NAME')}/{task}/{_fitting('__'.join(parts))}"
+
+
+def name_text(given: Given, variables: Mapping[str, str]) -> str:
+    """The folder of a teacher's text: data/<set>-by-<teacher>, beside the prompts; names of several sets are joined."""
+    if "TEACHER_NAME" not in variables:
+        raise InputError("set TEACHER_NAME or TEXT_DIR: the folder of the text is named by it")
+    folders = list(map(Path, given.get("data_dir", _GENERATION["data_dir"].default)))
+    teacher = variables["TEACHER_NAME"].replace("/", "-")
+    return str(folders[0].parent / _fitting(f"{'+'.join(folder.name for folder in folders)}-by-{teacher}"))
 
 
 def _fitting(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from todi.evaluation.results import aligned, markdown_table, result_cells
-from todi.launch import best_of_run
+from todi.finding import best_of_run
 from todi.plot import figure_of, read_metrics
 
 

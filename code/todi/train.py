@@ -31,6 +31,7 @@ from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
+from todi.models.inputs import ModelInputs
 from todi.models.loading import load_model
 from todi.models.packing import takes_packed, use_packing
 from todi.models.probe import check_model
@@ -71,7 +72,6 @@ from todi.training.step import TrainStep
 from todi.training.student import Student
 from todi.training.student_text import StudentSource, StudentWriter
 from todi.training.train_inputs import (
-    ModelInputs,
     TrainInputs,
     build_loss_terms,
     checksums,

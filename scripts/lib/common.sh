@@ -1,4 +1,4 @@
-# What all launchers share. Source it, set the defaults that differ, call sft, distil or evaluate.
+# What all launchers share. Source it, set the defaults that differ, call sft, distil, seqkd or evaluate.
 #
 # docs/settings.md lists the variables: what is set outside wins over a launcher's `default`, which wins over the
 # declared one. Words after the launcher's name go to the Python command as they are.
@@ -107,10 +107,34 @@ sft() { train cross_entropy "$@"; }
 distil() { train vanilla_kd "$@"; }
 evaluate() { read_settings evaluate "$@"; launch env todi.evaluate "${options[@]}"; }
 
-# train CRITERION WORD...
-train() {
+# seqkd WORD...: has the teacher answer the prompts of DATA_DIR, once, then trains the student on its text by SFT. The
+# words go to the training.
+seqkd() {
+  local text data=' --data-dir[= ]'
+  trains_by cross_entropy
+  [[ ! " $* " =~ $data ]] || die "--data-dir would be trained on in place of the teacher's text; set DATA_DIR, the folder of the prompts"
+  read_settings generate
+  text=${options[${#options[@]} - 1]}
+  if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m todi.generate "${options[@]}" --check-only
+  else launch run_to_its_end todi.generate "${options[@]}"; fi
+  if [[ -z ${DRY_RUN:-} && ! -f $text/train.jsonl ]]; then
+    echo "the training will be looked at when $text/train.jsonl is there"
+    return
+  fi
+  DATA_DIR=$(printf %q "$text")
+  export DATA_DIR
+  sft "$@"
+}
+
+# trains_by CRITERION: says so, or stops where it is told otherwise.
+trains_by() {
   [[ ${CRITERION:-$1} == "$1" ]] || die "this launcher trains with CRITERION=$1, got $CRITERION; take an sft_*.sh or a vanilla_kd_*.sh"
   export CRITERION=$1
+}
+
+# train CRITERION WORD...
+train() {
+  trains_by "$1"
   read_settings train "${@:2}"
   if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "${options[@]}"; fi
   launch run_to_its_end todi.train "${options[@]}"

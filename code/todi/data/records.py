@@ -27,7 +27,7 @@ class Record:
 
     Attributes:
         prompt: the filled-in prompt template; of chat data, empty until `todi.data.chat.render` fills it in.
-        references: the acceptable responses; training uses the first.
+        references: the acceptable responses; training uses the first. None where none were asked for or given.
         messages: of chat data, the conversation before the response.
         end: the token that ends the response; EOS when empty.
     """
@@ -38,11 +38,15 @@ class Record:
     end: str = ""
 
 
-def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
+def load_records(path: str | Path, limit: int | None = None, responses: bool = True) -> list[Record]:
     """Reads a JSON-lines file of objects with `prompt` (a string) and `output` (a string or a list of strings), or of
     objects with `messages`, each with `role` and `content`, the last one the assistant's.
 
     Blank lines are passed over; any other field is ignored.
+
+    Args:
+        limit: read the first so many records alone.
+        responses: whether each line must have one. Else `prompt` may come alone, and the last message be the user's.
 
     Raises:
         InputError: the file is missing, has no record, or has bad lines (all of them, with line numbers).
@@ -57,7 +61,7 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
         if limit is not None and len(records) == limit:
             break
         try:
-            record = _parse_record(line)
+            record = _parse_record(line, responses)
             if records and bool(record.messages) != bool(records[0].messages):
                 raise ValueError("a file has either `prompt` and `output` or `messages`, and the first line has the "
                                  "other")
@@ -73,13 +77,13 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
     return records
 
 
-def load_sets(files: Sequence[Path], limit: int | None = None) -> list[list[Record]]:
+def load_sets(files: Sequence[Path], limit: int | None = None, responses: bool = True) -> list[list[Record]]:
     """The records of several files, at most `limit` of each. Raises InputError like `load_records`, for all files."""
     problems: list[str] = []
     sets = []
     for file in files:
         with collecting(problems):
-            sets.append(load_records(file, limit))
+            sets.append(load_records(file, limit, responses))
     if problems:
         raise InputError(problems)
     return sets
@@ -103,7 +107,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse_record(line: bytes) -> Record:
+def _parse_record(line: bytes, responses: bool) -> Record:
     try:
         fields = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -113,35 +117,46 @@ def _parse_record(line: bytes) -> Record:
     if not isinstance(fields, dict):
         raise ValueError(f"expected an object, got {type(fields).__name__}")
     if "messages" in fields:
-        return _parse_chat(fields["messages"])
-    missing = [name for name in ("prompt", "output") if name not in fields]
+        return _parse_chat(fields["messages"], responses)
+    missing = [name for name in ("prompt", "output") if name not in fields and (responses or name == "prompt")]
     if missing:
         present = ", ".join(ascii(name)[1:-1] for name in sorted(fields)[:8])
         raise ValueError(f"lacks {' and '.join(missing)}; has {present[:120] or 'nothing'}")
-    prompt, output = fields["prompt"], fields["output"]
-    references = tuple(output) if isinstance(output, list) else (output,)
+    prompt = fields["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("`prompt` must be a non-empty string")
+    check_text("`prompt`", prompt)
+    return Record(prompt, _parse_output(fields["output"]) if "output" in fields else ())
+
+
+def _parse_output(output: object) -> tuple[str, ...]:
+    references = tuple(output) if isinstance(output, list) else (output,)
     if not references or not all(isinstance(text, str) for text in references):
         raise ValueError("`output` must be a string or a non-empty list of strings")
     if not references[0].strip():
         raise ValueError("`output` is empty")
-    check_text("`prompt`", prompt)
     for text in references:
         check_text("`output`", text)
-    return Record(prompt, references)
+    return references
 
 
-def _parse_chat(messages: object) -> Record:
-    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("`messages` must be a list of at least two objects with `role` and `content`")
+def _parse_chat(messages: object, responses: bool) -> Record:
+    least = 2 if responses else 1
+    if not isinstance(messages, list) or len(messages) < least or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError(f"`messages` must be a list of at least {'two objects' if responses else 'one object'} with "
+                         "`role` and `content`")
     for number, turn in enumerate(messages, 1):
         if turn.get("role") not in ROLES:
             raise ValueError(f"message {number} has the role {turn.get('role')!r}; allowed: {', '.join(ROLES)}")
         if not isinstance(turn.get("content"), str) or not turn["content"].strip():
             raise ValueError(f"`content` of message {number} must be a non-empty string")
         check_text(f"`content` of message {number}", turn["content"])
-    *before, last = (Message(turn["role"], turn["content"]) for turn in messages)
+    *before, last = turns = [Message(turn["role"], turn["content"]) for turn in messages]
+    if last.role == "user" and not responses:
+        return Record("", (), tuple(turns))
     if last.role != "assistant":
-        raise ValueError(f"the last message must be the assistant's, not the {last.role}'s")
+        whose = "assistant's" if responses else "user's or the assistant's"
+        raise ValueError(f"the last message must be the {whose}, not the {last.role}'s")
+    if not before:
+        raise ValueError("nothing comes before the assistant's message")
     return Record("", (last.content,), tuple(before))

@@ -48,6 +48,15 @@ class TemplateDate:
         return datetime.datetime.fromisoformat(self._date)
 
 
+def noted_date(noted: str) -> dict[str, str]:
+    """The entry "template_date" of what describes responses; none where no template writes a date.
+
+    Args:
+        noted: `TemplateDate.noted`.
+    """
+    return {} if noted == TODAY else {"template_date": noted}
+
+
 def check_same_date(noted: str, world: World) -> None:
     """Raises InputError where the ranks have different dates: midnight passed, or a node lacks the run's files."""
     dates = sorted(set(world.gather(noted)))

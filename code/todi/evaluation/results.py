@@ -13,13 +13,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from todi.errors import InputError
 from todi.evaluation.bootstrap import interval
 from todi.evaluation.rouge_tokens import PUBLISHED
+from todi.generation.writer import Layout
 from todi.runtime.storage import write_text
 from todi.settings import SET_NAME
 
@@ -44,16 +45,6 @@ class Generation:
     exact_match: bool
     tokens: int
     cut: bool
-
-
-class Layout(NamedTuple):
-    """How prompts were decoded together: so many at a time on each of so many processes."""
-
-    batch_size: int
-    processes: int
-
-    def __str__(self) -> str:
-        return f"batches of {self.batch_size} on {self.processes} process{'es' * (self.processes > 1)}"
 
 
 def is_set_name(name: str) -> bool:

@@ -83,9 +83,19 @@ def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, records: 
 
 def to_texts(responses: Sequence[Response], tokenizer: Tokenizer) -> list[str]:
     """The responses as they are scored: without special tokens and surrounding space."""
-    texts = tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True)
+    return _as_texts(responses, tokenizer, str.strip)
+
+
+def to_training_texts(responses: Sequence[Response], tokenizer: Tokenizer) -> list[str]:
+    """The responses as they are learnt: without special tokens, but with the space that the model wrote around them."""
+    return _as_texts(responses, tokenizer, str, clean_up_tokenization_spaces=False)
+
+
+def _as_texts(responses: Sequence[Response], tokenizer: Tokenizer, trim: Callable[[str], str],
+              **options: bool) -> list[str]:
+    texts = tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True, **options)
     # half a character, which a vocabulary may have, can be written to no file
-    return [text.strip().encode("utf-8", "replace").decode("utf-8") for text in texts]
+    return [trim(text).encode("utf-8", "replace").decode("utf-8") for text in texts]
 
 
 @torch.no_grad()  # not inference_mode: a model that is in training must not be left with inference tensors

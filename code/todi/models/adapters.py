@@ -123,6 +123,18 @@ def find_adapter(path: str) -> Path:
     return Path(path)
 
 
+def base_of(adapter: str) -> str:
+    """The model that a LoRA adapter was trained on. Raises InputError when the adapter does not say."""
+    file = find_adapter(adapter) / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(f"{file} is not a JSON object") from None
+    if not (base and isinstance(base, str)):
+        raise InputError(f"{file} does not name the base model; give it as --model-path")
+    return base
+
+
 def load_adapter(model: PreTrainedModel, path: str, trained: bool = True) -> PeftModel:
     """`model` with the saved LoRA adapter at `path`, in the model's dtype.
 

@@ -1,5 +1,6 @@
 """Files and folders that are there in full or not at all, whenever the process or the machine stops."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from todi.errors import StorageError
+from todi.errors import InputError, StorageError
 
 # Hidden, so that no pattern of finished folders finds them; swept away when the run goes on.
 _UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
@@ -50,9 +51,35 @@ def publish(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file, in full or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same with its bytes."""
     with writing(path):
-        unfinished(path).write_text(text, encoding="utf-8")
+        unfinished(path).write_bytes(content)
         publish(path)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes a folder, and until the block ends keeps other runs from claiming it.
+
+    Raises:
+        InputError: another run has claimed it.
+        StorageError: it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is writing to {folder}") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def discard(folder: Path) -> None:

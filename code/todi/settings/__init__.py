@@ -1,10 +1,13 @@
-"""The settings: of a training run, of an evaluation, of a teacher cache. Each is declared here and nowhere else.
+"""The settings: of a training run, an evaluation, teacher text, a teacher cache. Each is declared here and nowhere
+else.
 
 Nothing below the entry points and the builders ever sees these classes.
 """
 
 from todi.settings.caching import CacheConfig
+from todi.settings.decoding import DecodingConfig
 from todi.settings.evaluation import EvalConfig
+from todi.settings.generation import GenerateConfig
 from todi.settings.launchers import LAUNCHER_VARIABLES
 from todi.settings.published import PUBLISHED
 from todi.settings.samples import SamplesConfig
@@ -13,6 +16,7 @@ from todi.settings.shared import (
     CACHE_MODES,
     CROSS_ENTROPY,
     KERNELS,
+    NO_ADAPTER,
     ROUGE_TOKENIZERS,
     SET_NAME,
     TODAY,
@@ -31,8 +35,8 @@ from todi.settings.training import (
 )
 
 __all__ = [
-    "AUTO_TOKENIZER", "CACHE_MODES", "CROSS_ENTROPY", "CacheConfig", "DataConfig", "EvalConfig", "KERNELS",
-    "LAUNCHER_VARIABLES", "ObjectiveConfig", "OptimConfig", "PUBLISHED", "ROUGE_TOKENIZERS", "RunConfig",
-    "SET_NAME", "SamplesConfig", "StudentConfig", "TODAY", "TeacherCacheConfig", "TeacherConfig", "TrainConfig",
-    "named_numbers", "recorded",
+    "AUTO_TOKENIZER", "CACHE_MODES", "CROSS_ENTROPY", "CacheConfig", "DataConfig", "DecodingConfig", "EvalConfig",
+    "GenerateConfig", "KERNELS", "LAUNCHER_VARIABLES", "NO_ADAPTER", "ObjectiveConfig", "OptimConfig", "PUBLISHED",
+    "ROUGE_TOKENIZERS", "RunConfig", "SET_NAME", "SamplesConfig", "StudentConfig", "TODAY", "TeacherCacheConfig",
+    "TeacherConfig", "TrainConfig", "named_numbers", "recorded",
 ]

@@ -2,7 +2,9 @@
 
 from todi.options import markdown_tables
 from todi.settings.caching import CacheConfig
+from todi.settings.decoding import DecodingConfig
 from todi.settings.evaluation import EvalConfig
+from todi.settings.generation import GenerateConfig
 from todi.settings.launchers import LAUNCHER_VARIABLES
 from todi.settings.training import DataConfig, TeacherConfig, TrainConfig
 
@@ -39,6 +41,12 @@ file.
 ## Evaluation: `python -m todi.evaluate`
 
 {markdown_tables(EvalConfig, ("variable", "option", "default", "allowed", "meaning"))}
+
+## Teacher text: `python -m todi.generate`
+
+Besides its own, the settings of how a response is written above.
+
+{markdown_tables(GenerateConfig, ("variable", "option", "default", "allowed", "meaning"), leave_out=(DecodingConfig,))}
 
 ## Teacher cache: `python -m todi.cache`
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from todi.options import option
+from todi.options import Names, option
 
 CROSS_ENTROPY = "cross_entropy"
 CRITERIA = (CROSS_ENTROPY, "vanilla_kd")
@@ -70,6 +70,32 @@ def folder_problems(flag: str, path: str) -> Iterator[str]:
         yield f"{flag} {path}: {there} is no folder"
 
 
+def several_problems(flag: str, values: Sequence[object]) -> Iterator[str]:
+    """What is wrong with a list that needs one at least, and each once."""
+    if not values:
+        yield f"{flag} needs at least one"
+    repeated = sorted({str(value) for value in values if values.count(value) > 1})
+    if repeated:
+        yield f"{flag}: {', '.join(repeated)} given more than once"
+
+
+def writing_model_option(env: Names | None = None) -> Any:
+    return option(None, "a model folder, a GGUF file, or a Hub name; an adapter names its own", env=env)
+
+
+def adapter_option() -> Any:
+    # no variable for what the launchers are told by words: that of a training may be set in the same shell
+    return option(None, "a LoRA adapter, merged into --model-path or into the base that it names", env=())
+
+
+def limit_option(of: str) -> Any:
+    return option(None, f"use only the first so many records of each {of}", least=1)
+
+
+def no_repeat_ngram_size_option(default: int) -> Any:
+    return option(default, "n-grams of this size may occur once only; 0 is off", least=0)
+
+
 def eval_batch_size_option() -> Any:
     return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
                   may_change=True)
@@ -81,8 +107,8 @@ def rouge_tokenizer_option() -> Any:
                   choices=ROUGE_TOKENIZERS)
 
 
-def precision_option() -> Any:
-    return option("auto", "compute precision; auto asks the device", choices=PRECISIONS)
+def precision_option(env: Names | None = None) -> Any:
+    return option("auto", "compute precision; auto asks the device", choices=PRECISIONS, env=env)
 
 
 def allocator_option() -> Any:

@@ -1,10 +1,8 @@
 """The folder of a run: who writes to it, and what lies in it."""
 
 import dataclasses
-import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import Any
 
 import deepspeed
 
-from todi.errors import InputError
 from todi.runtime.distributed import World
 from todi.runtime.logs import log_file
-from todi.runtime.storage import discard, write_text, writing
+from todi.runtime.storage import claimed, discard, write_text
 from todi.training.checkpoints import BestCheckpoints
 from todi.training.monitors import JsonLines
 from todi.training.state import Position, SavedState, StateStore
@@ -53,7 +50,7 @@ class RunFolder:
         """
         with ExitStack() as stack:
             if self.world.is_main:
-                stack.callback(os.close, self._lock())
+                stack.enter_context(claimed(self.path))
             self.world.barrier()
             if self.path.is_dir():  # on another node it need not be there
                 stack.enter_context(log_file(self.path / "train.log"))
@@ -112,14 +109,3 @@ class RunFolder:
     def _complete(self, position: Position) -> Position:
         return dataclasses.replace(position, best=self.checkpoints.kept,
                                    metrics_bytes=self.metrics.bytes if self.metrics else 0)
-
-    def _lock(self) -> int:
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise InputError(f"another run is writing to {self.path}") from None
-        return descriptor

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.criterions import LossTerm, ModelShape, TermContext, build_divergence, build_terms
 from todi.criterions.kernels import check_kernels
@@ -19,11 +17,11 @@ from todi.data.sample_sources import epoch_counts
 from todi.data.template_date import TemplateDate
 from todi.data.tokenize import Example
 from todi.errors import InputError, collecting
-from todi.models.adapters import check_adapter, check_lora
-from todi.models.checks import check_architecture, check_checkpointing, check_positions, check_vocabulary
-from todi.models.families import Family, family_of
-from todi.models.loading import check_weights, checksum_or_commit, load_config, load_tokenizer
-from todi.models.tokenizers import start_ids, tokenizer_difference
+from todi.models.adapters import check_lora
+from todi.models.checks import check_checkpointing
+from todi.models.inputs import ModelInputs, read_model
+from todi.models.loading import checksum_or_commit
+from todi.models.tokenizers import tokenizer_difference
 from todi.python_files import load_plugins
 from todi.runtime.checksums import file_checksum, weights_checksum
 from todi.runtime.device import Precision, choose_precision
@@ -35,18 +33,6 @@ from todi.training.monitors import check_monitors
 from todi.training.record import read_record
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """What is known of a model before its weights are loaded."""
-
-    path: str
-    config: PretrainedConfig
-    family: Family
-    tokenizer: Tokenizer
-    precision: Precision
-    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -193,39 +179,6 @@ def longest_sample(config: TrainConfig, examples: Sequence[Example]) -> tuple[in
     return max(longest[0], sample), max(longest[1], response)
 
 
-def read_model(path: str, model_type: str, adapter: str | None, precision: Precision | None, max_length: int,
-               trust_remote_code: bool, trained: bool = False) -> ModelInputs:
-    """What is known of a model and its adapter, to be `trained` or not, short of weights.
-
-    Raises:
-        InputError: with every problem.
-    """
-    model_config = load_config(path, trust_remote_code)
-    problems: list[str] = []
-    family = tokenizer = None
-    with collecting(problems):
-        family = _family(model_type, model_config.model_type)
-    if adapter:
-        with collecting(problems):
-            check_adapter(adapter, model_config, path, trust_remote_code, trained)
-    with collecting(problems):
-        check_architecture(model_config, path, trained, trust_remote_code)
-        check_weights(path, trust_remote_code)
-    with collecting(problems):
-        check_positions(model_config, max_length, path)
-    with collecting(problems):
-        tokenizer = load_tokenizer(path, trust_remote_code)
-        check_vocabulary(model_config, tokenizer, path)
-    if trained and family and tokenizer:
-        with collecting(problems):
-            start = tokenizer.convert_ids_to_tokens(start_ids(tokenizer, family))
-            if start and family.prepend_bos is None:
-                logger.info("every sequence starts with %s, which the tokenizer of %s adds", " ".join(start), path)
-    if problems:
-        raise InputError(problems)
-    return ModelInputs(path, model_config, family, tokenizer, precision, adapter)
-
-
 def check_objective(name: str, params: tuple[str, ...], flag: str, may_move: bool = True) -> None:
     """Whether there is such a divergence with such parameters. Raises InputError where there is not.
 
@@ -287,13 +240,6 @@ def _check_shares(data: DataConfig, sizes: Sequence[int]) -> None:
         raise InputError(f"--data-shares {' '.join(map(str, data.data_shares))} leaves a folder out of an epoch of "
                          f"{sum(counts)} samples: {mix}")
     logger.info("an epoch has %d samples: %s", sum(counts), mix)
-
-
-def _family(model_type: str, architecture: str) -> Family:
-    try:
-        return family_of(model_type, architecture)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def _check_tokenizers(student: ModelInputs, teacher: ModelInputs) -> None:

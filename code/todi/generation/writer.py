@@ -1,0 +1,82 @@
+"""Responses to many prompts with several seeds, over one or several ranks, in batches that can be gone on with."""
+
+import sys
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from todi.generation.decoding import Decoding, Response, generate
+from todi.generation.sampling import stream_key
+from todi.runtime.distributed import World
+
+Row = tuple[int, int]  # seed, index of the record
+
+
+class Layout(NamedTuple):
+    """How prompts were decoded together: so many at a time on each of so many processes."""
+
+    batch_size: int
+    processes: int
+
+    def __str__(self) -> str:
+        return f"batches of {self.batch_size} on {self.processes} process{'es' * (self.processes > 1)}"
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes responses with one model. Every rank has one, and calls its methods in step with the others.
+
+    Attributes:
+        batch_size: most responses that a rank writes together.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    decoding: Decoding
+    batch_size: int
+    world: World
+
+    def rounds(self, set_name: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], written: Container[Row],
+               eos_ids: Collection[int], progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
+        """Writes a response to each prompt with each seed, but for those that are `written`.
+
+        In a round each rank has a batch, of prompts of about the same length, so that the ranks finish together.
+        What a round is follows from batch size and ranks alone: one that goes on has the same batches.
+
+        Args:
+            set_name: part of the name of each random stream.
+            progress: called with the number of responses that have been finished since the last call.
+
+        Yields:
+            the responses of a round, those of all ranks on every rank.
+        """
+        # The longest first, so that memory runs out now or never; the seeds of a prompt together, for one prefill.
+        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]), reverse=True)
+        rows = [(seed, index) for index in order for seed in seeds]
+        size = self.batch_size * self.world.size
+        for start in range(0, len(rows), size):
+            rest = [row for row in rows[start:start + size] if row not in written]
+            if rest:
+                yield self._round(set_name, prompts, rest, eos_ids, progress)
+
+    def _round(self, set_name: str, prompts: Sequence[Sequence[int]], rows: Sequence[Row],
+               eos_ids: Collection[int], progress: Callable[[int], object]) -> dict[Row, Response]:
+        rank, ranks = self.world.rank, self.world.size
+        mine = rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
+        responses = generate(self.model, [prompts[index] for _, index in mine],
+                             [stream_key(set_name, seed, index) for seed, index in mine], decoding=self.decoding,
+                             eos_ids=eos_ids, pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size,
+                             progress=progress)
+        everyone = self.world.gather(list(zip(mine, responses, strict=True)))
+        progress(len(rows) - len(mine))
+        return {row: response for part in everyone for row, response in part}
+
+
+def progress_bar(total: int, written: int, world: World) -> tqdm:
+    """Of `total` responses, of which some are written; the first rank shows it."""
+    return tqdm(total=total, initial=written, unit="response", disable=not world.is_main,
+                mininterval=0.5 if sys.stderr.isatty() else 10)
