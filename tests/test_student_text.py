@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+import shutil
 from itertools import islice
 
 import pytest
 import torch
 from launching import run, slow
 from stopping import KD, TWO_RANKS, finished, gone_on_with, stopped
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from todi.criterions import DistillationCriterion, HeadRows, LinearHead, build_divergence
 from todi.data.plans import StepShape
+from todi.data.records import Record
 from todi.data.sample_sources import DatasetSource
-from todi.data.tokenize import Example
+from todi.data.tokenize import Example, encode_examples
 from todi.errors import InputError
 from todi.generation.decoding import Decoding, Response
 from todi.generation.sampling import stream_key
+from todi.models.families import FAMILIES
 from todi.options import from_keywords
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
@@ -282,3 +285,26 @@ def test_it_trains(settings, tmp_path, more):
         assert all(0 < line["response_tokens"] <= 12 for line in rounds)
         assert rounds[0]["samples"] == rounds[0]["written"] == 16 and rounds[1]["written"] == 2
     assert len([line for line in lines if line["kind"] == "train"]) == 3 * int(more.get("EPOCH", 1))
+
+
+def test_a_prompt_alone_has_no_end(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path)
+    alone, whole = (encode_examples([Record("Write a number:", references)], tokenizer, FAMILIES["gpt2"], 64, 48)[0]
+                    for references in ((), ("",)))
+    assert (*alone.ids, tokenizer.eos_token_id) == whole.ids
+    assert (alone.response_tokens, whole.response_tokens) == (0, 1)
+
+
+@pytest.mark.slow
+def test_prompts_may_come_alone(workshop, settings, tmp_path):
+    """The student writes the same to them as to those that have responses; those cannot be trained on."""
+    shutil.copytree(workshop.data, tmp_path / "alone")
+    records = map(json.loads, (tmp_path / "alone/train.jsonl").read_text().splitlines())
+    (tmp_path / "alone/train.jsonl").write_text(
+        "".join(json.dumps({"prompt": record["prompt"]}) + "\n" for record in records))
+    common = settings | ON_POLICY | {"EPOCH": 1}
+    whole = finished(tmp_path / "whole", **common)
+    alone = finished(tmp_path / "run", **common | {"DATA_DIR": tmp_path / "alone"})
+    assert without_speed(alone)["metrics"] == without_speed(whole)["metrics"]
+    refused = run(KD, **common | {"DATA_DIR": tmp_path / "alone", "SAMPLES": "mixed", "SAVE_DIR": tmp_path / "mixed"})
+    assert refused.returncode == 2 and refused.stdout.count("lacks output") == 18, refused.stdout

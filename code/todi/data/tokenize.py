@@ -65,10 +65,14 @@ def encode_prompts(records: Sequence[Record], tokenizer: Tokenizer, family: Fami
 
 def encode_examples(records: Sequence[Record], tokenizer: Tokenizer, family: Family, max_length: int,
                     max_prompt_length: int) -> list[Example]:
-    """Prompt and first reference of each record, closed by its end (EOS), cut to `max_length` tokens in all."""
+    """Prompt and first reference of each record, closed by its end (EOS), cut to `max_length` tokens in all.
+
+    Of a record without a reference there is the prompt alone.
+    """
     prompts = encode_prompts(records, tokenizer, family, max_prompt_length)
-    responses = tokenizer([record.references[0] for record in records], add_special_tokens=False)["input_ids"]
-    whole = [(*prompt, *response, end_id(record, tokenizer))
+    texts = [record.references[0] if record.references else "" for record in records]
+    responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    whole = [(*prompt, *response, end_id(record, tokenizer)) if record.references else tuple(prompt)
              for prompt, response, record in zip(prompts, responses, records, strict=True)]
     _log_cut("samples", sum(len(ids) > max_length for ids in whole), len(whole), max_length)
     return [Example(ids[:max_length], len(prompt), sample_id)

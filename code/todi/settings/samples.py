@@ -38,6 +38,11 @@ class SamplesConfig:
         """Whether the student writes."""
         return self.samples in SAMPLES[1:]
 
+    @property
+    def uses_responses(self) -> bool:
+        """Whether those of the data are trained on."""
+        return self.samples != "student"
+
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
         for field in dataclasses.fields(self):

@@ -79,7 +79,7 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     with collecting(problems):
         check_monitors(config.run.report_to)
     with collecting(problems):
-        train = load_sets(train_files, config.data.train_num)
+        train = load_sets(train_files, config.data.train_num, responses=config.source.uses_responses)
     with collecting(problems):
         dev = load_sets(dev_files, config.data.dev_num)
     precision, deepspeed_config = _computation(config, device, problems)
