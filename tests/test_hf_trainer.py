@@ -74,7 +74,7 @@ def written_down(model, teacher, batch, objective, **params):
     vocabulary = min(logits.shape[-1], theirs.shape[-1])
     logits, theirs = logits[counts][:, :vocabulary], theirs[counts][:, :vocabulary]
     ce = torch.nn.functional.cross_entropy(logits, labels[counts])
-    kd = build_divergence(objective, **params)(logits, theirs, TEMPERATURE).mean()
+    kd = build_divergence(objective, **params)(logits, theirs, TEMPERATURE, labels[counts]).mean()
     return ((1 - KD_RATE) * ce + KD_RATE * kd).item()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,11 @@ def test_what_the_kernel_is_not_for(monkeypatch):
     assert kernels._why_no_triton(torch.float32, task_of(Case())) == "the package triton is not installed"
 
 
-@pytest.mark.parametrize("name", ["ToDi", "js_divergence", "adaptive_kl", None])
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["ToDi", "js_divergence", "adaptive_kl", "sampled_reverse_kl", None, *map(slow, (
+    "gkd", "abkd", "amid", "amid_qr", "top_k_forward_kl", "skewed_reverse_kl_detached", "EOPD", "SE_KD"))])
 def test_compiled_twin_is_the_eager_one(name):
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(301, 5, requires_grad=True)

@@ -112,7 +112,7 @@ def eager_block(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, t
 
     kd = torch.zeros_like(ce)
     if teacher_logits is not None:
-        kd, d_kd = _divergence(logits, _finite(teacher_logits, task), log_q, task)
+        kd, d_kd = _divergence(logits, _finite(teacher_logits, task), log_q, target.squeeze(-1), task)
         if d_kd is not None:
             d_logits.add_(d_kd, alpha=task.kd_rate / task.temperature)
 
@@ -142,13 +142,15 @@ def slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def _divergence(logits: Tensor, teacher_logits: Tensor, log_q: Tensor, task: RowTask) -> tuple[Tensor, Tensor | None]:
+def _divergence(logits: Tensor, teacher_logits: Tensor, log_q: Tensor, labels: Tensor,
+                task: RowTask) -> tuple[Tensor, Tensor | None]:
     """The divergence (rows,), and where one is wanted its gradient (rows, V) for the logits over temperature.
 
     What a teacher leaves out of a row, the student is not compared on there.
 
     Args:
         log_q: of the student at temperature 1.
+        labels: (rows,) token ids.
     """
     left_out = teacher_logits.isneginf() if task.sparse else None
     if left_out is not None:
@@ -157,8 +159,8 @@ def _divergence(logits: Tensor, teacher_logits: Tensor, log_q: Tensor, task: Row
         log_q = torch.log_softmax(logits / task.temperature, -1)
     log_p = torch.log_softmax(teacher_logits / task.temperature, -1)
     if not task.wants_gradients or task.kd_rate == 0:
-        return task.divergence.value(log_p, log_q), None
-    kd, d_kd = task.divergence.value_and_gradient(log_p, log_q)
+        return task.divergence.value(log_p, log_q, labels), None
+    kd, d_kd = task.divergence.value_and_gradient(log_p, log_q, labels)
     return kd, d_kd if left_out is None else d_kd.masked_fill_(left_out, 0)
 
 
