@@ -145,6 +145,11 @@ def se_kd(p, q, share=0.2):
     return kl(p, q)
 
 
+def ada_kd(p, q, **schedule):
+    """Of a row that is kept, at its temperature."""
+    return kl(q, p)
+
+
 def advantage(p, q, label):
     """What the teacher gives the token that was sampled, more than the student does."""
     return p[label].log() - q[label].log()
@@ -163,7 +168,7 @@ DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergenc
                "adaptive_kl": adaptive_kl, "ToDi": todi, "gkd": gkd, "abkd": abkd, "amid": amid, "amid_qr": amid_qr,
                "top_k_forward_kl": top_k_forward_kl, "TAID": taid, "Veto": veto, "Veto_reverse": veto_reverse,
                "skewed_reverse_kl_detached": skewed_reverse_kl_detached,
-               "ToDi_scheduled": todi_scheduled, "EOPD": eopd, "SE_KD": se_kd,
+               "ToDi_scheduled": todi_scheduled, "EOPD": eopd, "SE_KD": se_kd, "AdaKD": ada_kd,
                "sampled_reverse_kl": sampled_reverse_kl}
 # What is constant in an objective: weights, or a target.
 WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight, "TAID": taid_target, "Veto": veto_target,

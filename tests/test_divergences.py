@@ -27,7 +27,10 @@ PUBLISHED = {"skewed_forward_kl": {"skew_lambda": 0.1}, "skewed_reverse_kl": {"s
              "TAID": {"t_start": 0.4, "t_end": 1, "t_rate": 5e-4, "t_momentum": 0.99},
              **dict.fromkeys(("Veto", "Veto_reverse"), {"beta_start": 0.8, "beta_end": 0}),
              "ToDi_scheduled": {"beta_start": 0, "beta_end": 1}, "EOPD": {"k": 16, "tau": 0.8, "alpha": 1},
-             "SE_KD": {"share": 0.2}, "skewed_reverse_kl_detached": {"skew_lambda": 0.1},
+             "SE_KD": {"share": 0.2},
+             "AdaKD": {"share_start": 1, "share_least": 0.1, "share_rate": 0.05, "share_tolerance": 0.05,
+                       "share_momentum": 0.99, "share_wait": 0.05, "temperature_range": 0.5},
+             "skewed_reverse_kl_detached": {"skew_lambda": 0.1},
              **dict.fromkeys(("amid", "amid_qr"), {"alpha": -5, "skew_lambda": 0.1, "ab_alpha": 0.2, "ab_beta": 0.7})}
 OTHERS = [("skewed_forward_kl", {"skew_lambda": 0.7}), ("skewed_reverse_kl", {"skew_lambda": 0.7}),
           ("adaptive_kl", {"alpha": 0.0}), ("adaptive_kl", {"alpha": 0.2}), ("adaptive_kl", {"alpha": 0.8}),

@@ -1,5 +1,6 @@
 """The fused kernel without a GPU: interpreted beside its eager twin, and compiled ahead of time; and who runs when."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -122,6 +123,9 @@ def test_what_the_kernel_is_not_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which stands in for a GPU
     assert kernels._why_no_triton(torch.float32, task_of(Case())) is None
     assert kernels._why_no_triton(torch.float64, task_of(Case())) == "it has no kernel for torch.float64"
+    warm = dataclasses.replace(task_of(Case()), temperature=torch.ones(3, 1))
+    assert kernels._why_no_triton(torch.float32, warm) == "it has no kernel for rows with temperatures of their own"
+    assert choose_rows("auto", torch.float64, task_of(Case())) is choose_rows("auto", torch.float32, warm) is eager_rows
     monkeypatch.setattr("todi.criterions.triton_points.POINTS", {})
     assert kernels._why_no_triton(torch.float32, task_of(Case())) == "it has no kernel for the divergence ToDi"
     assert kernels._why_no_triton(torch.float32, task_of(Case(None))) is None

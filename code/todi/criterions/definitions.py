@@ -116,8 +116,12 @@ class Divergence:
     @property
     def arguments(self) -> dict[str, float]:
         """What its functions take besides log-probabilities."""
-        left_out = self.definition.not_of_functions
-        return {**{name: value for name, value in self.params.items() if name not in left_out}, **self.moved}
+        return {name: value for name, value in self.numbers.items() if name not in self.definition.not_of_functions}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All its parameters as they are at this step, whoever takes them."""
+        return {**self.params, **self.moved}
 
     def schedule(self, total_steps: int) -> Schedule | None:
         """What moves its parameters over so many optimizer steps, at the first of them; None where nothing does."""

@@ -126,7 +126,7 @@ def objective(name: str, /, *terms: Term, help: str, schedule: ScheduleKind | No
     if twice := set(own) & set(of_parts):
         raise ValueError(f"both a part and the schedule or the selection of the objective {name} have a parameter "
                          f"{', '.join(sorted(twice))}")
-    declared = {key: value for key, value in of_parts.items() if key not in moves} | own | parameters
+    declared = {key: value for key, value in (of_parts | own).items() if key not in moves} | parameters
 
     def value(log_p: Tensor, log_q: Tensor, **arguments: Any) -> Tensor:
         return sum(term.value(log_p, log_q, arguments) for term in terms)
