@@ -141,13 +141,18 @@ def test_the_share_follows_the_divergence():
 
 
 def test_the_share_goes_by_a_running_mean():
-    schedule, mean = build_divergence("AdaKD", share_momentum=0.9, share_wait=0).schedule(100), None
-    for step in range(30):
-        kd = 2 * 0.95 ** step
-        mean = kd if mean is None else 0.9 * mean + 0.1 * kd
+    schedule = build_divergence("AdaKD", share_momentum=0.9, share_wait=0).schedule(100)
+    mean = before = 2.0
+    share, seen = 1.0, []
+    for step in range(40):
+        kd = 2 * 0.95 ** min(step, 60 - 2 * step)  # falls for 20 steps, then rises twice as fast
+        mean = 0.9 * mean + 0.1 * kd
+        if abs(mean - before) > 0.05 * before:
+            share, before = min(1.0, share * (1.05 if mean > before else 0.95)), mean
         schedule.advance({"kd": kd})
-        assert schedule.mean == pytest.approx(mean)
-    assert 0.7 < schedule.values["share"] < 1
+        seen.append(schedule.values["share"])
+        assert seen[-1] == pytest.approx(share)
+    assert min(seen) < 0.8 and max(seen[30:]) > 0.9
 
 
 @pytest.mark.parametrize("name", ["TAID", "Veto", "ToDi_scheduled", "AdaKD"])
