@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from loss import Case, CudaMemory, HostMemory, Inputs, best_seconds, in_fresh_process, ours
-from todi.criterions import DIVERGENCES, build_divergence
+from todi.criterions import build_divergence
 from todi.criterions.kernels import disagreement
 from todi.criterions.rows import RowTask
 from train import ROOT, SEED, Workspace
@@ -70,9 +70,10 @@ def random_model(config: PretrainedConfig, tokenizer: Path, folder: Path) -> str
 
 def kernel_rows() -> Iterator[Row]:
     """How the fused kernel's numbers differ from those of its eager twin on this GPU, by more than rounding."""
+    from todi.criterions.triton_points import POINTS
     from todi.criterions.triton_rows import DTYPES, fused_rows
 
-    for name in (None, *DIVERGENCES):
+    for name in (None, *POINTS):
         task = RowTask(name and build_divergence(name), temperature=2.0, kd_rate=0.5 if name else 0.0,
                        label_smoothing=0.1, softcap=30.0, scale=0.5, vocabulary=0, masked=None, sparse=name is not None,
                        dtype=torch.float32, device=torch.device("cuda"), wants_gradients=True)

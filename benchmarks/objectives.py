@@ -5,7 +5,8 @@
     python benchmarks/objectives.py --device cuda --dtype bfloat16 --rows 4096
 
 Rounds go through all objectives in turn, so that what else the machine does hits all of them; the time is the best of
-the rounds. Values are those of random heads, and of no use but to see that there are some.
+the rounds. What moves during a run is as at its beginning: AdaKD's share is 1. Values are those of random heads, and of
+no use but to see that there are some.
 """
 
 import argparse

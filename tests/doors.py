@@ -2,7 +2,7 @@
 
     python tests/doors.py PLAN.json OUTPUT.json
 
-The plan has a list of runs: objective, peft_path (of an adapter to go on with) and folder, beside the common
+The plan has a list of runs: objective, kd_params, peft_path (of an adapter to go on with) and folder, beside the common
 `student`, `teacher`, `data` and `settings` of `todi.distil`.
 """
 
@@ -19,7 +19,7 @@ from todi.data.sample_sources import build_source
 from todi.data.tokenize import Example
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
-PARTS = ("loss", "kd", "ce", "accuracy")
+PARTS = ("loss", "kd", "ce", "accuracy", "kd_share")
 
 
 def losses(lines: list[dict]) -> list[dict[str, float]]:
@@ -28,9 +28,10 @@ def losses(lines: list[dict]) -> list[dict[str, float]]:
 
 def script(plan: dict, run: dict) -> list[dict[str, float]]:
     """By paths."""
-    teacher = plan["teacher"] if run["objective"] == "ToDi" else None
+    teacher = plan["teacher"] if distils(run) else None
     result = todi.distil(plan["student"], teacher, data=plan["data"], objective=run["objective"],
-                         save_dir=f"{run['folder']}-script", **lora(run), **plan["settings"])
+                         kd_params=run["kd_params"], save_dir=f"{run['folder']}-script", **lora(run),
+                         **plan["settings"])
     return losses(result.of("train"))
 
 
@@ -39,10 +40,15 @@ def notebook(plan: dict, run: dict) -> list[dict[str, float]]:
     student, teacher = (AutoModelForCausalLM.from_pretrained(plan[role]) for role in ("student", "teacher"))
     records = {split: [json.loads(line) for line in Path(plan["data"], f"{split}.jsonl").read_text().splitlines()]
                for split in ("train", "dev")}
-    result = todi.distil(student, teacher if run["objective"] == "ToDi" else None, data=records,
+    result = todi.distil(student, teacher if distils(run) else None, data=records,
                          tokenizer=AutoTokenizer.from_pretrained(plan["student"]), objective=run["objective"],
-                         save_dir=f"{run['folder']}-notebook", **lora(run), **plan["settings"])
+                         kd_params=run["kd_params"], save_dir=f"{run['folder']}-notebook", **lora(run),
+                         **plan["settings"])
     return losses(result.of("train"))
+
+
+def distils(run: dict) -> bool:
+    return run["objective"] != "cross_entropy"
 
 
 def lora(run: dict) -> dict[str, str]:
@@ -72,9 +78,10 @@ def trainer(plan: dict, run: dict, **more: object) -> list[dict[str, float]]:
         lr_scheduler_kwargs={"min_lr_rate": 1e-7 / settings["lr"]}, optim="adamw_torch",
         train_sampling_strategy="sequential", logging_steps=1, report_to=[], save_strategy="no", use_cpu=True,
         disable_tqdm=True, **more)
-    teacher = {"teacher": taught_by} if run["objective"] == "ToDi" else {}
-    made = todi.ToDiTrainer(model, arguments, objective=run["objective"], train_dataset=[rows[i] for i in order],
-                            data_collator=DataCollatorForSeq2Seq(tokenizer), **teacher)
+    teacher = {"teacher": taught_by} if distils(run) else {}
+    made = todi.ToDiTrainer(model, arguments, objective=run["objective"], kd_params=run["kd_params"],
+                            train_dataset=[rows[i] for i in order], data_collator=DataCollatorForSeq2Seq(tokenizer),
+                            **teacher)
     made.train()
     return losses([line for line in made.state.log_history if "loss" in line])
 

@@ -145,38 +145,71 @@ def se_kd(p, q, share=0.2):
     return kl(p, q)
 
 
+def ada_kd(p, q, **schedule):
+    """Of a row that is kept, at its temperature."""
+    return kl(q, p)
+
+
+def advantage(p, q, label):
+    """What the teacher gives the token that was sampled, more than the student does."""
+    return p[label].log() - q[label].log()
+
+
+def sampled_reverse_kl(p, q, label, weight=None):
+    """The value is the sampled log q/p; with the advantage held still, the policy gradient's loss."""
+    if weight is not None:
+        return -weight * q[label].log()
+    constant = advantage(p, q, label).detach()
+    return -constant - constant * (q[label].log() - q[label].log().detach())
+
+
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js_divergence": js_divergence, "tvd": tvd,
                "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
                "adaptive_kl": adaptive_kl, "ToDi": todi, "gkd": gkd, "abkd": abkd, "amid": amid, "amid_qr": amid_qr,
                "top_k_forward_kl": top_k_forward_kl, "TAID": taid, "Veto": veto, "Veto_reverse": veto_reverse,
                "skewed_reverse_kl_detached": skewed_reverse_kl_detached,
-               "ToDi_scheduled": todi_scheduled, "EOPD": eopd, "SE_KD": se_kd}
+               "ToDi_scheduled": todi_scheduled, "EOPD": eopd, "SE_KD": se_kd, "AdaKD": ada_kd,
+               "sampled_reverse_kl": sampled_reverse_kl}
 # What is constant in an objective: weights, or a target.
 WEIGHTS = {"adaptive_kl": adaptive_kl_weight, "ToDi": todi_weight, "TAID": taid_target, "Veto": veto_target,
            "Veto_reverse": veto_target, "skewed_reverse_kl_detached": mixed_target,
-           "ToDi_scheduled": todi_scheduled_weight}
+           "ToDi_scheduled": todi_scheduled_weight, "sampled_reverse_kl": advantage}
+# Estimates by one token of a row.
+SAMPLED = ("sampled_reverse_kl",)
 # Objectives that pull a student away from a teacher that it is equal to.
 SHARPENING = ("Veto", "Veto_reverse")
 
 
 def divergence(name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
-               weights: list[Tensor] | None = None, **params: float) -> Tensor:
+               weights: list[Tensor] | None = None, labels: Tensor | None = None, **params: float) -> Tensor:
     """(N, V), (N, V) -> (N,); entries of -inf in either are left out of both."""
     assert name in DIVERGENCES, f"the divergence {name!r} has no independent reference: add one to tests/reference.py"
-    values = []
+    values, places = [], labels_among_the_common(name, student_logits, teacher_logits, labels)
     for row, (p, q) in enumerate(probabilities(student_logits, teacher_logits, temperature)):
         frozen = {} if weights is None else {"weight": weights[row]}
-        values.append(DIVERGENCES[name](p, q, **params, **frozen))
+        absent = places[row] == {"label": None}  # what no model gives is never sampled
+        values.append(0 * q.sum() if absent else DIVERGENCES[name](p, q, **params, **frozen, **places[row]))
     return torch.stack(values)
 
 
 def weights(name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
-            **params: float) -> list[Tensor] | None:
+            labels: Tensor | None = None, **params: float) -> list[Tensor] | None:
     """The detached weight of each row; None for a divergence without one."""
     if name not in WEIGHTS:
         return None
-    return [WEIGHTS[name](p, q, **params).detach()
-            for p, q in probabilities(student_logits, teacher_logits, temperature)]
+    places = labels_among_the_common(name, student_logits, teacher_logits, labels)
+    return [WEIGHTS[name](p, q, **params, **place).detach()
+            for (p, q), place in zip(probabilities(student_logits, teacher_logits, temperature), places, strict=True)]
+
+
+def labels_among_the_common(name: str, student_logits: Tensor, teacher_logits: Tensor,
+                            labels: Tensor | None) -> list[dict[str, int | None]]:
+    """What a sampled divergence takes besides: the place of each row's label, None where a model does not give it."""
+    if name not in SAMPLED:
+        return [{}] * len(student_logits)
+    common = (student_logits > -torch.inf) & (teacher_logits > -torch.inf)
+    return [{"label": int(row[:label].sum()) if row[label] else None}
+            for row, label in zip(common, labels.tolist(), strict=True)]
 
 
 def probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float):
@@ -217,7 +250,7 @@ def loss_sums(student_logits: Tensor, teacher_logits: Tensor | None, labels: Ten
         vocabulary = min(z.shape[1], teacher_logits.shape[1])
         z, t = z[:, :vocabulary], teacher_logits[labelled, :vocabulary]
         z = z.masked_fill(t == -torch.inf, -torch.inf)
-        kd = divergence(name, z, t, temperature, **params or {}).sum() if labelled else zero
+        kd = divergence(name, z, t, temperature, labels=labels[labelled], **params or {}).sum() if labelled else zero
     targets = [labels[row].item() for row in labelled]
     ce = sum((cross_entropy(row, label, label_smoothing) for row, label in zip(z, targets, strict=True)), zero)
     correct = sum(row.argmax().item() == label for row, label in zip(z, targets, strict=True))

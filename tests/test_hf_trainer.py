@@ -1,6 +1,8 @@
 """ToDiTrainer against the objective written down once more, from the logits of whole batches."""
 
 import copy
+import json
+import math
 
 import numpy as np
 import pytest
@@ -12,8 +14,15 @@ from tiny import tiny_model, tiny_tokenizer
 from todi import cache as cache_command
 from todi.criterions import DIVERGENCES, build_divergence
 from todi.errors import InputError
-from todi.hf_trainer import ToDiTrainer, encode_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+from todi.hf_teachers import encode_file
+from todi.hf_trainer import ToDiTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    TrainingArguments,
+)
 
 KD_RATE, TEMPERATURE = 0.3, 2.0
 
@@ -53,12 +62,14 @@ def rows(folder, tokenizer):
 
 
 def make(tmp_path, model, tokenizer, rows, batch=4, accumulation=2, steps=2, **more):
-    names = {"eval_batch": "per_device_eval_batch_size", "smoothing": "label_smoothing_factor"}
+    names = {"eval_batch": "per_device_eval_batch_size", "smoothing": "label_smoothing_factor",
+             "save_after": "save_steps"}
     arguments = {names[name]: more.pop(name) for name in names if name in more}
     arguments = TrainingArguments(
         str(tmp_path / "out"), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        max_steps=steps, learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True,
-        disable_tqdm=True, train_sampling_strategy="sequential", **arguments)
+        max_steps=steps, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
+        save_strategy="steps" if "save_steps" in arguments else "no", disable_tqdm=True,
+        train_sampling_strategy="sequential", **arguments)
     settings = {"kd_rate": KD_RATE, "kd_temperature": TEMPERATURE} | more
     collator = DataCollatorForSeq2Seq(tokenizer)
     return ToDiTrainer(model, arguments, train_dataset=rows, data_collator=collator, **settings)
@@ -74,14 +85,11 @@ def written_down(model, teacher, batch, objective, **params):
     vocabulary = min(logits.shape[-1], theirs.shape[-1])
     logits, theirs = logits[counts][:, :vocabulary], theirs[counts][:, :vocabulary]
     ce = torch.nn.functional.cross_entropy(logits, labels[counts])
-    kd = build_divergence(objective, **params)(logits, theirs, TEMPERATURE).mean()
+    kd = build_divergence(objective, **params)(logits, theirs, TEMPERATURE, labels[counts]).mean()
     return ((1 - KD_RATE) * ce + KD_RATE * kd).item()
 
 
-KINDS = {name: DIVERGENCES[name] for name in DIVERGENCES}
-
-
-@pytest.mark.parametrize("objective", [name for name, kind in KINDS.items() if not (kind.schedule or kind.selection)])
+@pytest.mark.parametrize("objective", [name for name in DIVERGENCES if not DIVERGENCES[name].selection])
 def test_every_divergence(tmp_path, student, teacher, tokenizer, rows, objective):
     """Padding on the right, prompts without a label, vocabularies of different sizes."""
     trainer = make(tmp_path, student, tokenizer, rows, teacher=teacher, objective=objective)
@@ -92,10 +100,53 @@ def test_every_divergence(tmp_path, student, teacher, tokenizer, rows, objective
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", [name for name, kind in KINDS.items() if kind.schedule or kind.selection])
-def test_what_looks_beyond_rows_and_steps_is_refused(tmp_path, student, teacher, tokenizer, rows, objective):
-    with pytest.raises(InputError, match=f"{objective} looks beyond rows and steps; todi.distil trains with it"):
-        make(tmp_path, student, tokenizer, rows, teacher=teacher, objective=objective)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_selected_from_each_sample(tmp_path, student, teacher, tokenizer, rows, packed):
+    """However samples lie in a batch: the rows of all of them are those of each by itself."""
+    trainer = make(tmp_path, student, tokenizer, rows, teacher=teacher, objective="SE_KD", kd_params={"share": 0.3})
+    batch = DataCollatorWithFlattening()(rows[:5]) if packed else trainer.data_collator(rows[:5])
+    student, teacher, kept = copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), []
+    for row in rows[:5]:
+        ids, counts = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:] != -100
+        with torch.no_grad():
+            logits, theirs = (model(input_ids=ids).logits[0, :-1][counts] for model in (student, teacher))
+        logits, theirs = (side[:, :student.config.vocab_size] for side in (logits, theirs))
+        q = (logits / TEMPERATURE).softmax(-1)
+        surest_last = (q * q.log()).sum(-1).argsort()[:math.ceil(0.3 * len(q))]
+        kept.append(build_divergence("forward_kl")(logits, theirs, TEMPERATURE)[surest_last].sum() / 0.3)
+    sums = trainer._sums(trainer.model, batch, trainer.teacher)
+    assert sums["kd"].item() == pytest.approx(sum(kept).item(), rel=1e-5)
+    assert sums["tokens"] == (batch["labels"] != -100).sum()
+
+
+SCHEDULED = {"TAID": ("kd_t", {"t_rate": 0.5}), "ToDi_scheduled": ("kd_beta", {"beta_end": 4.0}),
+             "AdaKD": ("kd_share", {"share_momentum": 0.5, "share_rate": 0.2, "share_tolerance": 1e-4})}
+
+
+@pytest.mark.parametrize("objective", SCHEDULED)
+def test_a_schedule_moves_with_the_steps_and_is_in_checkpoints(tmp_path, folder, teacher, tokenizer, rows, objective):
+    """A run, the same in other micro-batches, and the same gone on with from a checkpoint: equal losses and values."""
+    moved, params = SCHEDULED[objective]
+
+    def trained(name, batch, checkpoint=None):
+        model = AutoModelForCausalLM.from_pretrained(folder / "student")
+        trainer = make(tmp_path / name, model, tokenizer, rows, batch, 8 // batch, steps=6, teacher=teacher,
+                       save_after=3, objective=objective, kd_params=params)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        return [[line[key] for key in ("loss", "kd", moved)] for line in lines]
+
+    whole = trained("whole", 8)
+    checkpoint = tmp_path / "whole" / "out" / "checkpoint-3"
+    assert len({value for _, _, value in whole}) > 2
+    for found in (trained("cut", 2), trained("resumed", 8, str(checkpoint))):
+        assert found == [pytest.approx(line, rel=1e-5) for line in whole]
+    if objective != "ToDi_scheduled":  # whose state is the number of the step
+        saved = json.loads((checkpoint / "trainer_state.json").read_text())
+        del saved["stateful_callbacks"]["ToDiTrainer schedule"]
+        (checkpoint / "trainer_state.json").write_text(json.dumps(saved))
+        assert trained("forgotten", 8, str(checkpoint))[3:] != [pytest.approx(line, rel=1e-5) for line in whole[3:]]
 
 
 def test_a_step_is_divided_once_however_it_is_cut(tmp_path, folder, tokenizer, rows, teacher):

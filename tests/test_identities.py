@@ -103,6 +103,14 @@ def test_logits_count_up_to_a_constant_and_gradients_sum_to_zero(name):
     assert_close(gradient.sum(-1), torch.zeros(6, dtype=torch.float64))
 
 
+def test_csd_by_the_students_weights_has_the_gradient_of_reverse_kl():
+    """sum q_i q_j (d_i - d_j)^2 / 4 with d the difference of logits, and q constant (CSD, ICLR 2026)."""
+    student, q = STUDENT.clone().requires_grad_(), STUDENT.softmax(-1)
+    gap = student - TEACHER
+    value = (q[:, :, None] * q[:, None] * (gap[:, :, None] - gap[:, None]).square()).sum() / 4
+    assert_close(torch.autograd.grad(value, student)[0], of("reverse_kl")[1])
+
+
 def test_taids_target_is_amids_geometric_mean():
     log_p, log_q = TEACHER.log_softmax(-1), STUDENT.log_softmax(-1)
     mean, _ = alpha_mixture(log_p, log_q, alpha=1, skew_lambda=0.3)

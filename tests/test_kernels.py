@@ -1,15 +1,17 @@
 """The fused kernel without a GPU: interpreted beside its eager twin, and compiled ahead of time; and who runs when."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from interpreted import CASES, DTYPES, Case, task_of
-from todi.criterions import LinearHead, build_divergence, kernels, linear_distillation_loss
+from todi.criterions import HeadRows, LinearHead, build_divergence, distillation_loss, kernels
 from todi.criterions.kernels import MAKERS, choose_rows
 from todi.criterions.rows import eager_rows
 from todi.errors import InputError
@@ -121,6 +123,9 @@ def test_what_the_kernel_is_not_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which stands in for a GPU
     assert kernels._why_no_triton(torch.float32, task_of(Case())) is None
     assert kernels._why_no_triton(torch.float64, task_of(Case())) == "it has no kernel for torch.float64"
+    warm = dataclasses.replace(task_of(Case()), temperature=torch.ones(3, 1))
+    assert kernels._why_no_triton(torch.float32, warm) == "it has no kernel for rows with temperatures of their own"
+    assert choose_rows("auto", torch.float64, task_of(Case())) is choose_rows("auto", torch.float32, warm) is eager_rows
     monkeypatch.setattr("todi.criterions.triton_points.POINTS", {})
     assert kernels._why_no_triton(torch.float32, task_of(Case())) == "it has no kernel for the divergence ToDi"
     assert kernels._why_no_triton(torch.float32, task_of(Case(None))) is None
@@ -128,15 +133,30 @@ def test_what_the_kernel_is_not_for(monkeypatch):
     assert kernels._why_no_triton(torch.float32, task_of(Case())) == "the package triton is not installed"
 
 
-@pytest.mark.parametrize("name", ["ToDi", "js_divergence", "adaptive_kl", None])
-def test_compiled_twin_is_the_eager_one(name):
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def check_compiled(name: str | None, temperature: float | torch.Tensor = 1.0) -> None:
+    """The compiled row function gives the sums and gradients of the eager one."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(301, 5, requires_grad=True)
-    teacher = (torch.randn(7, 6), LinearHead(torch.randn(301, 6))) if name else (None, None)
+    teacher = HeadRows(torch.randn(7, 6), LinearHead(torch.randn(301, 6))) if name else None
     labels = torch.tensor([3, -100, 5, 7, 300, 0, 1])
     results = {}
     for way in ("eager", "compile"):
-        sums = linear_distillation_loss(hidden, LinearHead(weight), *teacher, labels,
-                                        divergence=name and build_divergence(name), kernels=way, chunk_size=3)
+        sums = distillation_loss(hidden, LinearHead(weight), teacher, labels, temperature=temperature,
+                                 divergence=name and build_divergence(name), kernels=way, chunk_size=3)
         results[way] = *sums, *torch.autograd.grad(sums.loss, (hidden, weight))
     assert_close(results["compile"], results["eager"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ToDi", "js_divergence", "adaptive_kl", None, *map(slow, (
+    "gkd", "abkd", "amid", "amid_qr", "top_k_forward_kl", "skewed_reverse_kl_detached", "EOPD", "SE_KD",
+    "sampled_reverse_kl"))])
+def test_compiled_twin_is_the_eager_one(name):
+    check_compiled(name)
+
+
+@pytest.mark.slow
+def test_compiled_twin_with_a_temperature_for_each_row():
+    check_compiled("reverse_kl", torch.linspace(0.5, 2, 7))

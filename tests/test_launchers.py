@@ -80,8 +80,9 @@ def test_every_objective(runs, name):
     done = runs(name)
     assert_checkpoint_loads(done.checkpoint)
     kd = [line["kd"] for line in done.metrics("train")]
-    assert kd[-1] > 0 and (kd[-1] < kd[0] or DIVERGENCES[name].schedule)  # what is moved may rise
-    assert ("weight_under_p" in done.metrics("train")[-1]) == (DIVERGENCES[name].entry_weight is not None)
+    kind = DIVERGENCES[name]  # what is moved may rise; an estimate by text of others may go anywhere
+    assert kind.sampled or kd[-1] > 0 and (kd[-1] < kd[0] or kind.schedule)
+    assert ("weight_under_p" in done.metrics("train")[-1]) == (kind.entry_weight is not None)
 
 
 @pytest.mark.slow

@@ -91,7 +91,17 @@ def test_two_ranks_under_torchrun(workshop, tmp_path, own_group):
 
 DOORS = ("script", "notebook", "trainer")
 RUNS = {"SFT": ("cross_entropy", None), "SFT, LoRA": ("cross_entropy", "lora"), "ToDi": ("ToDi", None),
-        "ToDi, LoRA": ("ToDi", "lora")}
+        "ToDi, LoRA": ("ToDi", "lora"), "AdaKD": ("AdaKD", None)}
+# So that it moves within four steps.
+MOVING = {"share_momentum": 0.5, "share_rate": 0.2, "share_tolerance": 0.001}
+
+
+def of_divergence(run: dict) -> dict[str, str]:
+    """The launcher's variables for a run's objective."""
+    if run["objective"] == "cross_entropy":
+        return {}
+    return {"KD_OBJ": run["objective"],
+            "KD_PARAMS": " ".join(f"{name}={value}" for name, value in run["kd_params"].items())}
 
 
 @pytest.mark.slow
@@ -104,13 +114,14 @@ def test_every_door_gives_the_same_losses(workshop, tmp_path, ranks):
     add_adapter(student, tmp_path / "adapter")
     data = write_data(tmp_path / "data" / "doors", train=16, dev=4)
     settings = SETTINGS | {"global_batch_size": 8, "batch_size": 2, "seed": 10, "progress": False}
-    runs = [{"name": name, "objective": objective, "peft_path": peft and tmp_path / "adapter",
+    runs = [{"name": name, "objective": objective, "kd_params": MOVING if objective == "AdaKD" else {},
+             "peft_path": peft and tmp_path / "adapter",
              "folder": str(tmp_path / name.replace(", ", "-"))} for name, (objective, peft) in RUNS.items()]
     variables = {"MODEL_PATH": student, "TEACHER_MODEL_PATH": teacher, "DATA_DIR": data, "EPOCH": 2, "LR": 1e-2,
                  "EVAL_GEN": 0, "GLOBAL_BATCH_SIZE": 8, "BATCH_SIZE": 2, "NPROC": ranks}
     launched = {run["name"]: workshop.train(
-        "gpt2/vanilla_kd_gpt2_base" if run["objective"] == "ToDi" else "gpt2/sft_gpt2_base",
-        f"doors-{ranks}-{run['name']}", **variables,
+        "gpt2/vanilla_kd_gpt2_base" if run["objective"] != "cross_entropy" else "gpt2/sft_gpt2_base",
+        f"doors-{ranks}-{run['name']}", **variables, **of_divergence(run),
         **{"PEFT": "lora", "PEFT_PATH": run["peft_path"]} if run["peft_path"] else {}) for run in runs}
     found = run_program("doors", {"student": student, "teacher": teacher, "data": data, "settings": settings,
                                   "runs": runs}, tmp_path, ranks)
@@ -123,7 +134,8 @@ def test_every_door_gives_the_same_losses(workshop, tmp_path, ranks):
             ours = found[f"{name} {door}"]
             assert len(ours) == len(train)
             for line, expected in zip(ours, train, strict=True):
-                assert {"loss", "ce", "accuracy"} <= line.keys() and ("kd" in line) == ("kd" in expected)
+                assert {"loss", "ce", "accuracy"} <= line.keys()
+                assert line.keys() & {"kd", "kd_share"} == expected.keys() & {"kd", "kd_share"}
                 expected = pytest.approx({part: expected[part] for part in line}, rel=1e-6, abs=1e-6)
                 assert line == expected, f"{name} {door}"
 

@@ -135,6 +135,23 @@ def test_heads(head, name):
     check(make_case(**head), name, chunk_size=3, temperature=2.0, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("name", ["ToDi", "sampled_reverse_kl"])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_rows_with_temperatures_of_their_own(name, chunk_size):
+    """Each row is that of a loss of its own, with the square of its temperature as a factor."""
+    case, temperatures = make_case(bias=True, softcap=2.0), torch.linspace(0.5, 3, ROWS, dtype=torch.float64)
+    found = ours(case, name, temperature=temperatures, kd_rate=1, chunk_size=chunk_size)
+    expected = 0
+    for row, temperature in enumerate(temperatures.tolist()):
+        alone = SimpleNamespace(**{**vars(case), **{key: getattr(case, key)[[row]] for key in
+                                                    ("hidden", "teacher_hidden", "labels")}})
+        expected = expected + temperature ** 2 * ours(alone, name, temperature=temperature, kd_rate=1).loss
+    assert_close((found.loss, found.kd), (expected, expected.detach()))
+    assert_close(gradients(found.loss, case), gradients(expected, case))
+    with torch.no_grad():
+        assert_close(ours(case, name, temperature=temperatures, kd_rate=1).kd, found.kd)
+
+
 def test_padding_of_either_vocabulary_gets_no_gradient():
     case = make_case(vocabulary=15, teacher_vocabulary=11, bias=True)
     _, d_weight, d_bias = gradients(ours(case).loss, case)

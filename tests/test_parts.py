@@ -126,7 +126,36 @@ def test_a_step_that_was_left_out_moves_taid_along_the_line_alone():
     assert schedule.state_dict() == {"step": 3, "t": schedule.t, "m": 0.0, "before": 2.0}
 
 
-@pytest.mark.parametrize("name", ["TAID", "Veto", "ToDi_scheduled"])
+def test_the_share_follows_the_divergence():
+    """AdaKD's: it stays for a while, falls with a falling divergence, rises with a rising one, and has its bounds."""
+    made = build_divergence("AdaKD", share_rate=0.2, share_tolerance=0.1, share_momentum=0, share_wait=0.3,
+                            share_least=0.6)
+    schedule, seen = made.schedule(10), []
+    assert made.numbers["share"] == 1 and schedule.watches
+    for kd in (9, 8, 7, 2, 1.85, 1.75, None, 1.7, 0.5, 0.4, 0.5, 1, 2, 4):
+        schedule.advance(None if kd is None else {"kd": kd, "ce": 9.0})
+        seen.append(schedule.values["share"])
+    # the divergence counts from the fourth step on, 2
+    assert seen == pytest.approx([1, 1, 1, 1, 1, .8, .8, .8, .64, .6, .72, .864, 1, 1])
+    assert schedule.state_dict() == {"step": 14, "share": 1.0, "mean": 4, "before": 4}
+
+
+def test_the_share_goes_by_a_running_mean():
+    schedule = build_divergence("AdaKD", share_momentum=0.9, share_wait=0).schedule(100)
+    mean = before = 2.0
+    share, seen = 1.0, []
+    for step in range(40):
+        kd = 2 * 0.95 ** min(step, 60 - 2 * step)  # falls for 20 steps, then rises twice as fast
+        mean = 0.9 * mean + 0.1 * kd
+        if abs(mean - before) > 0.05 * before:
+            share, before = min(1.0, share * (1.05 if mean > before else 0.95)), mean
+        schedule.advance({"kd": kd})
+        seen.append(schedule.values["share"])
+        assert seen[-1] == pytest.approx(share)
+    assert min(seen) < 0.8 and max(seen[30:]) > 0.9
+
+
+@pytest.mark.parametrize("name", ["TAID", "Veto", "ToDi_scheduled", "AdaKD"])
 def test_a_schedule_goes_on_from_its_state(name):
     first, second = (build_divergence(name).schedule(20) for _ in range(2))
     for step in range(9):
@@ -175,7 +204,8 @@ def test_a_schedule_is_kept_at_resume(settings, tmp_path, name, moved, params):
 
 
 @pytest.mark.parametrize(("name", "params"), [
-    ("TAID", "t_rate=0.5"), pytest.param("SE_KD", "share=0.3", marks=pytest.mark.slow)])
+    ("TAID", "t_rate=0.5"), pytest.param("SE_KD", "share=0.3", marks=pytest.mark.slow),
+    pytest.param("AdaKD", "share_momentum=0.5 share_rate=0.2 share_tolerance=0.01", marks=pytest.mark.slow)])
 def test_nothing_depends_on_how_a_step_is_cut(workshop, name, params):
     models = {f"{role}_PATH": workshop.model(role, family="gpt2", hidden=hidden, seed=seed)
               for role, hidden, seed in (("TEACHER_MODEL", 48, 1), ("MODEL", 32, 2))}

@@ -7,7 +7,7 @@ import reference
 import torch
 from todi.criterions import DistillationCriterion, HeadRows, LinearHead, LogitRows, MeanRows, build_divergence
 from todi.criterions import linear_head as head_module
-from todi.criterions.selection import largest_of_each
+from todi.criterions.selection import cooler_where_larger, largest_of_each
 from torch.testing import assert_close
 
 COUNTS = (7, 0, 1, 5, 3)
@@ -61,6 +61,61 @@ def test_loss_and_gradients(kd_rate, temperature, teacher_vocabulary, chunk_size
     assert_close((found["loss"], found["kd"], found["ce"]), (expected, kd.detach(), ce.detach()))
     assert (found["tokens"], found["correct"]) == (ROWS, (z.argmax(-1) == labels).sum())
     assert_close(torch.autograd.grad(found["loss"], leaves), torch.autograd.grad(expected, leaves))
+
+
+@pytest.mark.parametrize("kd_rate", [1.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("teacher_vocabulary", [15, 9])
+@pytest.mark.parametrize("teachers", [1, 2])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_rows_with_temperatures(kd_rate, temperature, teacher_vocabulary, teachers, share):
+    """AdaKD, row by row: the rows by their Hellinger distance, then the temperature of each and its square."""
+    hidden, weight, bias = draw(ROWS, 4, seed=1), draw(VOCABULARY, 4, seed=2), draw(VOCABULARY, seed=3)
+    bias[4] = -INF
+    labels, leaves = torch.arange(ROWS) % 4, [leaf.requires_grad_() for leaf in (hidden, weight)]
+    single = HeadRows(draw(ROWS, 5, seed=4), LinearHead(draw(teacher_vocabulary, 5, seed=5)))
+    teacher = single if teachers == 1 else MeanRows([single, single], [1, 2])
+    divergence = build_divergence("AdaKD", temperature_range=0.7).at({"share": share})
+    criterion = DistillationCriterion(divergence, temperature, kd_rate, chunk_size=2)
+    found = criterion(hidden, LinearHead(weight, bias), labels, teacher, COUNTS)
+
+    vocabulary = min(VOCABULARY, teacher_vocabulary)
+    z, t = (hidden @ weight.T + bias)[:, :vocabulary], single.head(single.hidden)[:, :vocabulary]
+    distances = torch.stack([(1 - (p * q).sqrt().sum()).sqrt()
+                             for p, q in reference.probabilities(z.detach(), t, temperature)])
+    kept, kd, first = kept_of(distances, COUNTS, share), 0, 0
+    for count in COUNTS:
+        rows = [row for row in kept if first <= row < first + count]
+        median = sorted(distances[rows].tolist())[(len(rows) - 1) // 2] if rows else None
+        for row in rows:
+            own = temperature * math.exp(-0.7 * math.tanh(math.log(distances[row].item() / median)))
+            kd = kd + own ** 2 * reference.divergence("reverse_kl", z[[row]], t[[row]], own)[0]
+        first += count
+    kd = kd / share
+    ce = sum(reference.cross_entropy(row, label, 0.0) for row, label in zip(z, labels.tolist(), strict=True))
+    expected = (1 - kd_rate) * ce + kd_rate * kd
+    assert_close((found["loss"], found["kd"], found["ce"]), (expected, kd.detach(), ce.detach()))
+    assert_close(torch.autograd.grad(found["loss"], leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_rows_that_are_the_teachers_have_the_common_temperature():
+    """Their distances are 0, and so is the median."""
+    assert cooler_where_larger(torch.zeros(5), (2, 0, 3), temperature_range=0.5).tolist() == [1] * 5
+    assert cooler_where_larger(torch.tensor([0, 0, 1.0]), (3,), temperature_range=0.5).tolist() == pytest.approx(
+        [1, 1, math.exp(-0.5)])
+    assert not len(cooler_where_larger(torch.zeros(0), (), temperature_range=0.5))
+
+
+def test_a_sample_does_not_depend_on_the_others():
+    """Samples one by one are the samples at once: so a step may be cut in any way."""
+    hidden, head = draw(ROWS, 4, seed=1), LinearHead(draw(VOCABULARY, 4, seed=2))
+    teacher, labels = HeadRows(draw(ROWS, 4, seed=4), LinearHead(draw(VOCABULARY, 4, seed=5))), torch.arange(ROWS) % 4
+    for divergence in (build_divergence("SE_KD"), build_divergence("AdaKD").at({"share": 0.5})):
+        criterion = DistillationCriterion(divergence, 2.0, 0.3)
+        whole = criterion(hidden, head, labels, teacher, COUNTS)
+        parts = [criterion(hidden[rows], head, labels[rows], teacher.taken(rows), (len(rows),))
+                 for rows in torch.arange(ROWS).split(COUNTS)]
+        assert_close(whole, {name: sum(part[name] for part in parts) for name in whole})
 
 
 def test_a_share_of_all_is_the_whole():

@@ -73,7 +73,7 @@ def full_loss(student, probabilities: torch.Tensor, labels: torch.Tensor, diverg
     vocabulary, counts = probabilities.shape[1], labels != IGNORE
     logits = (hidden @ head.weight.T + head.bias)[counts, :vocabulary]
     ce = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
-    kd = divergence(logits, probabilities[counts].log() * temperature, temperature).sum()
+    kd = divergence(logits, probabilities[counts].log() * temperature, temperature, labels[counts]).sum()
     return (1 - kd_rate) * ce + kd_rate * kd
 
 

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "distil": "todi.api", "ToDiTrainer": "todi.hf_trainer", "InputError": "todi.errors", "RunError": "todi.errors",
-    "encode_file": "todi.hf_trainer",
+    "encode_file": "todi.hf_teachers",
 }
 __all__ = ["InputError", "RunError", "ToDiTrainer", "distil", "encode_file", "evaluate"]
 

@@ -22,22 +22,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from todi.criterions import DistillationCriterion, HeadRows, TeacherRows, build_divergence
+from todi.criterions import DistillationCriterion, TeacherRows, build_divergence
 from todi.criterions.linear import IGNORE_INDEX
-from todi.data.chat import render
-from todi.data.records import load_records
-from todi.data.template_date import TemplateDate
-from todi.data.tokenize import Example, encode_examples, examples_checksum
 from todi.errors import InputError
+from todi.hf_schedule import ScheduleSteps
+from todi.hf_teachers import SAMPLES, CachedModel, LiveModel, check
 from todi.models.backbone import backbone_and_head, labelled_rows
-from todi.models.families import family_of
 from todi.models.loading import load_model, load_tokenizer
-from todi.models.probe import check_model
 from todi.models.tokenizers import tokenizer_difference
 from todi.settings import CROSS_ENTROPY
-from todi.teacher.cache_files import CacheStore
 
-SAMPLES = "sample_ids"  # the column that says which samples of a teacher cache a batch has
 _SUMS = ("loss", "kd", "ce", "correct", "tokens")
 _NOT_FOR_MODELS = ("labels", "shift_labels", "num_items_in_batch", SAMPLES)
 
@@ -46,8 +40,9 @@ class ToDiTrainer(Trainer):
     """Distils: (1 - kd_rate) cross-entropy + kd_rate divergence, per label, as `todi.distil` does.
 
     The sums of all micro-batches and ranks are divided once by the labels of the whole step, however it is cut.
-    Beside `loss` the logs have `kd`, `ce` and `accuracy`. `eval_loss` is the same loss over all labels of the
-    evaluation set; with a cache it is the cross-entropy, for a cache knows training samples alone.
+    Beside `loss` the logs have `kd`, `ce`, `accuracy` and what a schedule moves, such as `kd_beta`. `eval_loss` is the
+    same loss over all labels of the evaluation set; with a cache it is the cross-entropy, for a cache knows training
+    samples alone.
 
     Args:
         model: a causal language model, or a PeftModel around one.
@@ -78,8 +73,6 @@ class ToDiTrainer(Trainer):
             raise InputError(f"{self.args.n_gpu} GPUs in one process (DataParallel): start with torchrun or accelerate "
                              "launch, or choose one with CUDA_VISIBLE_DEVICES")
         divergence = None if teacher is None else build_divergence(objective, **kd_params or {})
-        if divergence and (divergence.definition.schedule or divergence.definition.selection):
-            raise InputError(f"{divergence.name} looks beyond rows and steps; todi.distil trains with it")
         self.criterion = DistillationCriterion(divergence, kd_temperature, 0.0 if teacher is None else kd_rate,
                                                self.args.label_smoothing_factor, loss_chunk_size)
         self.teacher = None if teacher is None else self._open_teacher(teacher)
@@ -87,7 +80,9 @@ class ToDiTrainer(Trainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._window: list[Tensor] = []  # sums since the last line of the log
         self._evaluated: list[Tensor] = []
-        _check(model, trained=True)
+        self._schedule = ScheduleSteps(self)
+        self.add_callback(self._schedule)
+        check(model, trained=True)
         _add_loss(model)
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False,
@@ -96,6 +91,7 @@ class ToDiTrainer(Trainer):
         divide by; its mean without `num_items_in_batch`."""
         sums = self._sums(model, inputs, self.teacher)
         self._window.append(_stacked(sums))
+        self._schedule.see(self._window[-1])
         loss = sums["loss"] / (sums["tokens"].clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
@@ -109,7 +105,7 @@ class ToDiTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             counted = inputs | {"labels": self._without_repeats(inputs["labels"])}
-            sums = self._sums(model, counted, self.teacher if isinstance(self.teacher, _Model) else None)
+            sums = self._sums(model, counted, self.teacher if isinstance(self.teacher, LiveModel) else None)
             self._evaluated.append(_stacked(sums))
             loss = (sums["loss"] / sums["tokens"].clamp(min=1)).detach()
             if prediction_loss_only:
@@ -120,29 +116,31 @@ class ToDiTrainer(Trainer):
         """As `Trainer`'s, with a loss that does not depend on how the set was cut into batches."""
         self._evaluated = []
         output = super().evaluation_loop(*words, metric_key_prefix=metric_key_prefix, **options)
-        means = self._means(self._evaluated, with_loss=True)
+        means = self.means(self._evaluated, with_loss=True)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs: dict[str, float], *words: Any, **options: Any) -> None:
         """Adds the parts of the loss to a line about training."""
         if "loss" in logs:
-            logs |= self._means(self._window, with_loss=False)
+            logs |= self.means(self._window, with_loss=False) | self._schedule.values
             self._window = []
         super().log(logs, *words, **options)
 
     def _sums(self, model: nn.Module, inputs: Mapping[str, Any],
-              teacher: "_Model | _Cache | None") -> dict[str, Tensor]:
+              teacher: LiveModel | CachedModel | None) -> dict[str, Tensor]:
         _share_head(_base(self.model))
-        labels = _next_tokens(inputs).flatten()
+        by_sample = _next_tokens(inputs)
+        labels = by_sample.flatten()
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
         inputs_of_models = _for_models(inputs)
         said = None if teacher is None else teacher.rows(inputs_of_models, rows, inputs.get(SAMPLES))
         criterion = self.criterion if said else DistillationCriterion(
             label_smoothing=self.criterion.label_smoothing, chunk_size=self.criterion.chunk_size)
-        return model(**inputs_of_models, distillation=_Loss(criterion, rows, labels[rows], said))
+        counts = _counts(by_sample, inputs.get("position_ids")) if criterion.selects else None
+        return model(**inputs_of_models, distillation=_Loss(criterion, rows, labels[rows], said, counts))
 
-    def _means(self, parts: list[Tensor], with_loss: bool) -> dict[str, float]:
+    def means(self, parts: list[Tensor], with_loss: bool) -> dict[str, float]:
         """Of the sums of all ranks, per label."""
         mine = torch.stack(parts).sum(0) if parts else torch.zeros(len(_SUMS), device=self.args.device)
         sums = dict(zip(_SUMS, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
@@ -165,70 +163,18 @@ class ToDiTrainer(Trainer):
         if SAMPLES not in self._signature_columns:
             self._signature_columns.append(SAMPLES)
 
-    def _open_teacher(self, teacher: nn.Module | str | PathLike) -> "_Model | _Cache":
+    def _open_teacher(self, teacher: nn.Module | str | PathLike) -> LiveModel | CachedModel:
         device = self.args.device
         if isinstance(teacher, nn.Module):
-            return _Model(teacher.to(device))
+            return LiveModel(teacher.to(device))
         if (Path(teacher) / "cache.json").is_file():
-            return _Cache(CacheStore(Path(teacher)), device, self.train_dataset)
+            return CachedModel(Path(teacher), device, self.train_dataset)
         if isinstance(self.processing_class, Tokenizer):
             difference = tokenizer_difference(self.processing_class, load_tokenizer(fspath(teacher)))
             if difference:
                 raise InputError(f"the teacher {teacher} and the student have different tokenizers: {difference}")
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        return _Model(load_model(fspath(teacher), dtype, device))
-
-
-def encode_file(file: str | PathLike, tokenizer: Tokenizer, *, model_type: str, max_length: int = 512,
-                max_prompt_length: int = 256) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file as this project encodes them, for a Trainer: prompts carry no label.
-
-    Args:
-        model_type: of the student, `model.config.model_type`: some families begin with BOS.
-
-    Returns:
-        `input_ids` and `labels` of each record, and `sample_ids`, its number, by which a teacher cache knows it.
-
-    Raises:
-        InputError: the file is missing or has bad lines.
-    """
-    records = render(load_records(file), tokenizer, Path(file), TemplateDate())
-    examples = encode_examples(records, tokenizer, family_of("auto", model_type), max_length, max_prompt_length)
-    return [{"input_ids": list(example.ids), SAMPLES: example.sample_id,
-             "labels": [IGNORE_INDEX] * example.prompt_length + list(example.ids[example.prompt_length:])}
-            for example in examples]
-
-
-class _Model:
-    """A teacher that is run on every batch."""
-
-    def __init__(self, model: nn.Module):
-        _check(model)
-        self.backbone, self.head = backbone_and_head(model.eval().requires_grad_(False))
-
-    @torch.no_grad()
-    def rows(self, inputs: Mapping[str, Any], rows: Tensor, samples: Tensor | None) -> HeadRows:
-        return HeadRows(labelled_rows(self.backbone, inputs, rows), self.head)
-
-
-class _Cache:
-    """A teacher's hidden states, made by `python -m todi.cache build` for the samples of `dataset`."""
-
-    def __init__(self, store: CacheStore, device: torch.device, dataset: Any):
-        self.store, self.device = store, device
-        self.head = store.head(device)
-        if store.missing():
-            raise InputError(f"the teacher cache {store.folder} is not complete; python -m todi.cache build goes on")
-        examples = [_as_example(row) for row in dataset]
-        if store.fingerprint["token ids"] != examples_checksum(examples):
-            raise InputError(f"the teacher cache {store.folder} is of other samples than train_dataset; make it of the "
-                             "same file, lengths and tokenizer, and the data set by todi.encode_file")
-
-    def rows(self, inputs: Mapping[str, Any], rows: Tensor, samples: Tensor | None) -> HeadRows:
-        """Raises InputError where a batch does not say which samples it has."""
-        if samples is None:
-            raise InputError(f"with a teacher cache every batch needs {SAMPLES}; the data collator must keep them")
-        return HeadRows(self.store.read(samples.tolist()).to(self.device), self.head)
+        return LiveModel(load_model(fspath(teacher), dtype, device))
 
 
 @dataclass(frozen=True)
@@ -239,11 +185,12 @@ class _Loss:
     rows: Tensor
     labels: Tensor
     teacher: TeacherRows | None
+    counts: Sequence[int] | None
 
     def __call__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         backbone, head = backbone_and_head(model)
         hidden = labelled_rows(backbone, inputs, self.rows)
-        return dict(self.criterion(hidden, head, self.labels, self.teacher))
+        return dict(self.criterion(hidden, head, self.labels, self.teacher, self.counts))
 
 
 def _add_loss(model: PreTrainedModel | PeftModel) -> None:
@@ -264,12 +211,6 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _check(model: nn.Module, trained: bool = False) -> None:
-    """Whether hidden states and head give the logits of a model, and so on. Raises InputError."""
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 has taken them apart
-        check_model(model, getattr(model, "name_or_path", "") or type(model).__name__, trained)
-
-
 def _share_head(model: nn.Module) -> None:
     """Tells ZeRO-3 that the model's own forward reads the head's parameters, so that it gathers them."""
     for parameter in model.get_output_embeddings().parameters(recurse=False):
@@ -286,15 +227,15 @@ def _next_tokens(inputs: Mapping[str, Any]) -> Tensor:
     return nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
+def _counts(labels: Tensor, positions: Tensor | None) -> list[int]:
+    """Of (B, T) the labels of each sample: of a row, or of a part of one where positions begin anew."""
+    begins = (torch.arange(labels.shape[1], device=labels.device) if positions is None else positions) == 0
+    samples = begins.expand_as(labels).flatten().cumsum(0)
+    return samples[labels.flatten() != IGNORE_INDEX].bincount().tolist()
+
+
 def _for_models(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in _NOT_FOR_MODELS}
-
-
-def _as_example(row: Mapping[str, Any]) -> Example:
-    """As it was encoded: its labels begin behind the prompt."""
-    labels = list(row["labels"])
-    prompt = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    return Example(tuple(row["input_ids"]), prompt)
 
 
 def _stacked(sums: Mapping[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ import todi.criterions.divergences  # noqa: F401, I001  they register themselves
 import todi.criterions.alpha_beta
 import todi.criterions.alpha_mixture
 import todi.criterions.top_k
+import todi.criterions.sampled
 import todi.criterions.targets
 import todi.criterions.row_weights
 import todi.criterions.presets  # noqa: F401

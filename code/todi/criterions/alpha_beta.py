@@ -9,13 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-from todi.criterions.definitions import divergence, through_softmax
+from todi.criterions.definitions import ABSENT, divergence, through_softmax
 from todi.criterions.parameters import Parameter
 
 # A power below this is taken for 0: both differ by less than float32 can tell.
 _NO_POWER = 1e-9
-# Where alpha + beta is less, what neither model gives would count; a masked entry has less than so much of log p.
-_COUNTS_ABSENT, _ABSENT = 1e-3, -1e6
+# Where alpha + beta is less, what neither model gives would count.
+_COUNTS_ABSENT = 1e-3
 
 
 def power_gap(log_a: Tensor, log_b: Tensor, power: float, log_weight: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def alpha_beta_gaps(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> 
     by_q = power_gap(log_p, log_q, alpha, beta * log_q)
     by_p = power_gap(log_q, log_p, beta, alpha * log_p)
     if alpha + beta < _COUNTS_ABSENT:
-        absent = torch.maximum(log_p, log_q) < _ABSENT
+        absent = torch.maximum(log_p, log_q) < ABSENT
         by_q, by_p = by_q.masked_fill(absent, 0), by_p.masked_fill(absent, 0)
     return by_q, by_p
 

@@ -36,6 +36,11 @@ class DistillationCriterion:
     kernels: str = "auto"
     own: "DistillationCriterion | None" = None
 
+    @property
+    def selects(self) -> bool:
+        """Whether it takes some rows of each sample, and so has to know which rows are whose."""
+        return self.divergence is not None and self.divergence.definition.selection is not None
+
     def schedule(self, total_steps: int) -> Schedule | None:
         """What moves parameters of the divergence over so many optimizer steps; None where nothing does."""
         return None if self.divergence is None else self.divergence.schedule(total_steps)
@@ -61,7 +66,7 @@ class DistillationCriterion:
             return self._by_author(hidden, head, labels, teacher, counts, own)
         options = {"divergence": self.divergence, "temperature": self.temperature, "kd_rate": self.kd_rate,
                    "label_smoothing": self.label_smoothing, "chunk_size": self.chunk_size, "kernels": self.kernels}
-        if self.divergence and self.divergence.definition.selection:
+        if self.selects:
             if counts is None:
                 raise ValueError(f"{self.divergence.name} selects rows of each sample: say how many each has")
             sums = selected_loss(hidden, head, teacher, labels, counts, **options)._asdict()

@@ -6,13 +6,15 @@ line, the launchers, the chunked loss and the tests find it in the registry. Thr
     log_p: (N, V) log-probabilities of the teacher, constant; log_q: (N, V) of the student; every entry is finite.
 
 A function returns (N,) values, in nats. Its gradient comes from autograd, or from a second function, the closed form,
-that makes value and gradient together in fewer passes over the vocabulary.
+that makes value and gradient together in fewer passes over the vocabulary. One that is `sampled` estimates by one token
+of each row, its label, and gets `labels`, (N,) token ids, besides.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ from todi.registry import Registry, did_you_mean
 MASKED_LOGIT = -1e9
 # Of q: an entry with more than this share has a gradient that is a difference of nearly equal numbers.
 NEARLY_ALL = 0.99
+# A masked entry has less log-probability than this, at any temperature below a thousand.
+ABSENT = -1e6
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Definition:
         help: the formula and its source, from the docstring of `value`.
         schedule: what moves some of the functions' parameters from step to step; None where nothing does.
         selection: which rows of a sample it is taken of in training; None for all.
+        sampled: whether `value` and `closed_form` estimate by the `labels` (N,), which they then take by keyword; so a
+            value may be below 0.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Definition:
     help: str
     schedule: ScheduleKind | None = None
     selection: Selection | None = None
+    sampled: bool = False
 
     @property
     def not_of_functions(self) -> set[str]:
@@ -65,7 +72,7 @@ DIVERGENCES: Registry[Definition] = Registry("kd objective")
 
 
 def divergence(name: str, /, *, closed_form: Callable[..., tuple[Tensor, Tensor]] | None = None,
-               entry_weight: Callable[..., Tensor] | None = None,
+               entry_weight: Callable[..., Tensor] | None = None, sampled: bool = False,
                **parameters: Parameter) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorator that registers a value function under `name`, with its companions and its parameters.
 
@@ -78,10 +85,12 @@ def divergence(name: str, /, *, closed_form: Callable[..., tuple[Tensor, Tensor]
             raise TypeError(f"{parameter} of the divergence {name} must be a Parameter, got {declared!r}")
 
     def register(value: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        for function in filter(None, (value, closed_form, entry_weight)):
-            inspect.signature(function).bind("log_p", "log_q", **parameters)  # else it would fail in a run's first step
+        labels = {"labels": "labels"} if sampled else {}
+        for function, more in ((value, labels), (closed_form, labels), (entry_weight, {})):
+            if function is not None:  # else it would fail in a run's first step
+                inspect.signature(function).bind("log_p", "log_q", **more, **parameters)
         help = inspect.getdoc(value) or ""
-        DIVERGENCES.add(name, Definition(name, value, closed_form, entry_weight, parameters, help))
+        DIVERGENCES.add(name, Definition(name, value, closed_form, entry_weight, parameters, help, sampled=sampled))
         return value
 
     return register
@@ -107,8 +116,12 @@ class Divergence:
     @property
     def arguments(self) -> dict[str, float]:
         """What its functions take besides log-probabilities."""
-        left_out = self.definition.not_of_functions
-        return {**{name: value for name, value in self.params.items() if name not in left_out}, **self.moved}
+        return {name: value for name, value in self.numbers.items() if name not in self.definition.not_of_functions}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All its parameters as they are at this step, whoever takes them."""
+        return {**self.params, **self.moved}
 
     def schedule(self, total_steps: int) -> Schedule | None:
         """What moves its parameters over so many optimizer steps, at the first of them; None where nothing does."""
@@ -119,7 +132,8 @@ class Divergence:
         """The same where its schedule has these values."""
         return replace(self, moved=moved)
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
+                 labels: Tensor | None = None) -> Tensor:
         """The divergence of each row.
 
         Entries of -inf in either model lie outside the common vocabulary and carry no probability in both.
@@ -128,40 +142,57 @@ class Divergence:
             student_logits: (N, V), differentiable.
             teacher_logits: (N, V), constant.
             temperature: divides both.
+            labels: (N,) token ids, for a divergence that is sampled.
 
         Returns:
-            (N,) values >= 0, float32 (float64 for float64 logits).
-        """
-        return self.value(*log_probabilities(student_logits, teacher_logits, temperature))
+            (N,) values >= 0 (of any sign where it is sampled), float32 (float64 for float64 logits).
 
-    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        Raises:
+            ValueError: it is sampled, and there are no labels.
+        """
+        return self.value(*log_probabilities(student_logits, teacher_logits, temperature), labels)
+
+    def value(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None = None) -> Tensor:
         """(N, V), (N, V) -> (N,), differentiable in `log_q`. Raises InputError for a definition that returns else."""
-        value = self.definition.value(log_p, log_q, **self.arguments)
+        value = self.definition.value(log_p, log_q, **self._arguments(labels))
         if value.shape != log_q.shape[:-1]:
             raise InputError(f"the divergence {self.name} returned shape {tuple(value.shape)} for {len(log_q)} rows; "
                              "expected a value for each row, (N,), and no mean")
-        return _not_negative(value)
+        return self._rounded(value)
 
     def entry_weight(self, log_p: Tensor, log_q: Tensor) -> Tensor | None:
         """The (N, V) weight of the forward part, for a divergence that mixes per entry; else None."""
         entry_weight = self.definition.entry_weight
         return None if entry_weight is None else entry_weight(log_p, log_q, **self.arguments)
 
-    def value_and_gradient(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, log_p: Tensor, log_q: Tensor,
+                           labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The value (N,) and its gradient (N, V) with respect to the logits, over temperature, behind `log_q`."""
         if self.definition.closed_form is None:
-            value, gradient = self.value_and_autograd(log_p, log_q)
+            value, gradient = self.value_and_autograd(log_p, log_q, labels)
         else:
-            value, gradient = self.definition.closed_form(log_p, log_q, **self.arguments)
-        return _not_negative(value), _top_from_the_others(gradient, log_q)
+            value, gradient = self.definition.closed_form(log_p, log_q, **self._arguments(labels))
+        return self._rounded(value), _top_from_the_others(gradient, log_q)
 
-    def value_and_autograd(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_autograd(self, log_p: Tensor, log_q: Tensor,
+                           labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same as `value_and_gradient`, always by autograd, which loses digits where a row is peaked."""
         with torch.enable_grad():
             leaf = log_q.detach().requires_grad_()
-            value = self.value(log_p, leaf)
+            value = self.value(log_p, leaf, labels)
             gradient, = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), through_softmax(gradient, log_q.exp())
+
+    def _arguments(self, labels: Tensor | None) -> dict[str, Any]:
+        if not self.definition.sampled:
+            return self.arguments
+        if labels is None:
+            raise ValueError(f"{self.name} is an estimate by one token of each row: give labels, (N,) token ids")
+        return {**self.arguments, "labels": labels}
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        """Without the rounding errors below 0 of what cannot be there."""
+        return value if self.definition.sampled else _not_negative(value)
 
 
 def build_divergence(name: str, **params: float) -> Divergence:

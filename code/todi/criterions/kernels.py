@@ -40,7 +40,8 @@ def choose_rows(kernels: str, dtype: torch.dtype, task: RowTask) -> RowFunction:
     if kernels not in MAKERS:
         raise ValueError(f"kernels must be {', '.join(MAKERS)}, got {kernels!r}")
     divergence = task.divergence
-    key = kernels, dtype, task.device, divergence and (divergence.definition.value, *divergence.params.items())
+    key = (kernels, dtype, task.device, task.has_temperatures,
+           divergence and (divergence.definition.value, *divergence.params.items()))
     if key not in _chosen:
         _chosen[key], what = MAKERS[kernels](dtype, task)
         logger.info("loss: %s for %s, %s on %s", what, divergence.name if divergence else "cross-entropy",
@@ -109,6 +110,8 @@ def _why_no_triton(dtype: torch.dtype, task: RowTask) -> str | None:
         return f"it has no kernel for {dtype}"
     if task.divergence is not None and task.divergence.name not in triton_points.POINTS:
         return f"it has no kernel for the divergence {task.divergence.name}"
+    if task.has_temperatures:
+        return "it has no kernel for rows with temperatures of their own"
     return None
 
 

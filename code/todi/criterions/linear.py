@@ -64,7 +64,7 @@ def linear_distillation_loss(student_hidden: Tensor, student_head: LinearHead,
 
 
 def distillation_loss(student_hidden: Tensor, student_head: LinearHead, teacher: TeacherRows | None, labels: Tensor, *,
-                      divergence: Divergence | None, temperature: float = 1.0, kd_rate: float = 0.5,
+                      divergence: Divergence | None, temperature: float | Tensor = 1.0, kd_rate: float = 0.5,
                       label_smoothing: float = 0.0, chunk_size: int | None = None,
                       kernels: str = "auto") -> LossSums:
     """Cross-entropy and divergence of N rows, in chunks, with the gradients made on the way.
@@ -77,8 +77,9 @@ def distillation_loss(student_hidden: Tensor, student_head: LinearHead, teacher:
         student_hidden: (N, H_s) last hidden states, after the final norm.
         teacher: what it says of these rows; None, like `divergence`, for cross-entropy alone.
         labels: (N,) token ids; a row with -100 counts for nothing, whatever either model says of it.
-        temperature: of both softmaxes of the divergence, > 0; the cross-entropy is at 1.
-        kd_rate: share of the divergence in `loss`, in [0, 1]; there is no temperature^2 factor.
+        temperature: T of both softmaxes of the divergence, > 0; the cross-entropy is at 1. (N,) gives each row one of
+            its own, and its divergence then counts T^2 times, so that the gradients of all rows are of one scale.
+        kd_rate: share of the divergence in `loss`, in [0, 1]; with one temperature for all there is no T^2 factor.
         label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1).
         chunk_size: rows at a time; by default as many as keep a (chunk, V) tensor at 64 MiB (CPU), 256 MiB (GPU).
         kernels: what computes between the matrix products: auto, triton, compile, eager (`todi.criterions.kernels`).
@@ -99,6 +100,8 @@ def distillation_loss(student_hidden: Tensor, student_head: LinearHead, teacher:
     wants_hidden = grad and student_hidden.requires_grad
     wants_weight = grad and student_head.weight.requires_grad
     wants_bias = grad and student_head.bias is not None and student_head.bias.requires_grad
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
     task = RowTask(divergence, temperature, 0.0 if teacher is None else kd_rate, label_smoothing, student_head.softcap,
                    student_head.scale, vocabulary, masked_entries(student_head, teacher, vocabulary),
                    sparse=teacher is not None and teacher.sparse, dtype=compute_dtype(student_hidden), device=device,
@@ -221,7 +224,7 @@ class _Gradients:
 
 def _chunk(hidden: Tensor, head: LinearHead, rows: slice, job: _Job, grads: _Gradients) -> Tensor:
     """The five sums of one chunk; its gradients go to `grads`."""
-    labels, task = job.labels[rows], job.task
+    labels, task = job.labels[rows], job.task.of(rows)
     hidden = _labelled(hidden[rows], labels)
     logits, teacher_logits = head.rows(hidden), None
     if job.teacher is not None:  # its rows without a label may hold anything: the row function drops them
@@ -251,8 +254,9 @@ def _autocast(hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
     return hidden.to(dtype), LinearHead(head.weight.to(dtype), bias, head.softcap, head.scale)
 
 
-def _check_ranges(temperature: float, kd_rate: float, label_smoothing: float, chunk_size: int | None) -> None:
-    if not temperature > 0:
+def _check_ranges(temperature: float | Tensor, kd_rate: float, label_smoothing: float,
+                  chunk_size: int | None) -> None:
+    if not isinstance(temperature, Tensor) and not temperature > 0:  # to ask a tensor is to wait for the device
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if not 0 <= kd_rate <= 1:
         raise ValueError(f"kd_rate must be in [0, 1], got {kd_rate}")

@@ -8,6 +8,7 @@ of its divergences, and everything that takes a divergence takes it.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,16 +86,16 @@ class Term:
     def parts(self) -> list[Definition | Part]:
         return [part for part in (self.divergence, self.target, self.weight) if part is not None]
 
-    def value(self, log_p: Tensor, log_q: Tensor, arguments: Mapping[str, float]) -> Tensor:
-        """(N,), differentiable in `log_q`."""
+    def value(self, log_p: Tensor, log_q: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """(N,), differentiable in `log_q`. Args: arguments: of all parts, and `labels` (N,) where one is sampled."""
         target, weight = self._constants(log_p, log_q, arguments)
-        value = self._divergence(arguments).value(target, log_q)
+        value = self._divergence(arguments).value(target, log_q, arguments.get("labels"))
         return value if weight is None else weight * value
 
-    def value_and_gradient(self, log_p: Tensor, log_q: Tensor, arguments: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, log_p: Tensor, log_q: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """(N,), and (N, V) for the logits behind `log_q`."""
         target, weight = self._constants(log_p, log_q, arguments)
-        value, gradient = self._divergence(arguments).value_and_gradient(target, log_q)
+        value, gradient = self._divergence(arguments).value_and_gradient(target, log_q, arguments.get("labels"))
         return (value, gradient) if weight is None else (weight * value, gradient.mul_(weight[:, None]))
 
     def _divergence(self, arguments: Mapping[str, float]) -> Divergence:
@@ -125,19 +126,20 @@ def objective(name: str, /, *terms: Term, help: str, schedule: ScheduleKind | No
     if twice := set(own) & set(of_parts):
         raise ValueError(f"both a part and the schedule or the selection of the objective {name} have a parameter "
                          f"{', '.join(sorted(twice))}")
-    declared = {key: value for key, value in of_parts.items() if key not in moves} | own | parameters
+    declared = {key: value for key, value in (of_parts | own).items() if key not in moves} | parameters
 
-    def value(log_p: Tensor, log_q: Tensor, **arguments: float) -> Tensor:
+    def value(log_p: Tensor, log_q: Tensor, **arguments: Any) -> Tensor:
         return sum(term.value(log_p, log_q, arguments) for term in terms)
 
-    def closed_form(log_p: Tensor, log_q: Tensor, **arguments: float) -> tuple[Tensor, Tensor]:
+    def closed_form(log_p: Tensor, log_q: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
         values, gradients = zip(*(term.value_and_gradient(log_p, log_q, arguments) for term in terms), strict=True)
         return sum(values), sum(gradients)
 
     alone = len(terms) == 1 and len(terms[0].parts) == 1  # then what it mixes per entry is the divergence's
     entry_weight = terms[0].divergence.entry_weight if alone else None
+    sampled = any(term.divergence.sampled for term in terms)
     return DIVERGENCES.add(name, Definition(name, value, closed_form, entry_weight, declared, help.strip(), schedule,
-                                             selection))
+                                             selection, sampled))
 
 
 def _own(part: Definition | Part, arguments: Mapping[str, float]) -> dict[str, float]:

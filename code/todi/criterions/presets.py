@@ -2,8 +2,8 @@
 
 from todi.criterions.parameters import Parameter
 from todi.criterions.parts import Term, objective
-from todi.criterions.schedules import INTERPOLATION, linear_schedule
-from todi.criterions.selection import UNSUREST_STUDENT
+from todi.criterions.schedules import ADAPTIVE_SHARE, INTERPOLATION, linear_schedule
+from todi.criterions.selection import FURTHEST_APART, UNSUREST_STUDENT
 
 objective("TAID", Term("forward_kl", target="interpolated"), schedule=INTERPOLATION, help="""\
 KL(p_t || q), p_t = softmax((1 - t) z_q + t z_p), t rising from `t_start` (Shing et al., TAID, ICLR 2025).
@@ -42,4 +42,16 @@ KL(p || q) of the rows of each sample, 20 % by default, where the student's entr
 
 A kept row counts 1 / share times, so that KD is the mean over kept rows, but that a sample keeps up to one row more
 than its share. The paper has no cross-entropy (KD_RATE=1) and T = 1. Called on logits it is that of every row.
+""")
+
+objective("AdaKD", Term("reverse_kl"), selection=FURTHEST_APART, schedule=ADAPTIVE_SHARE, help="""\
+KL(q || p) of the rows furthest from the teacher's, each at its own temperature (Xie et al., AdaKD, AAAI 2026).
+
+Furthest by the Hellinger distance s at the temperature T of the divergence. A kept row is compared at
+T exp(-c tanh log(s / median s)), c = `temperature_range`, and counts the square of that times; KD is the mean over kept
+rows, as in SE_KD. Their share follows the divergence (`AdaptiveShare`). The paper's rows and median are those of a
+batch, which depends on how a step is cut; here they are those of a sample. The published code moves the share with
+every micro-batch, and lets gradients flow through the temperatures; here they are constant. The paper has it around
+other divergences too (`objective` makes these), no cross-entropy (KD_RATE=1), and T = 1. Called on logits it is that of
+every row, at one temperature.
 """)

@@ -1,15 +1,10 @@
 """What a row counts for in a divergence, found out from both models' distributions of that row."""
 
-import torch
 from torch import Tensor
 
 from todi.criterions.parameters import Parameter
 from todi.criterions.parts import row_weight
-
-
-def entropy(log_p: Tensor) -> Tensor:
-    """(N, V) -> (N,), in nats."""
-    return -torch.linalg.vecdot(log_p.exp(), log_p)
+from todi.criterions.row_statistics import entropy
 
 
 @row_weight("unsure_teacher", tau=Parameter(0.8, help="entropy of the teacher, in nats, above which a row counts"),

@@ -5,7 +5,7 @@ all of them.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -27,7 +27,8 @@ class RowTask:
 
     Attributes:
         divergence: None for cross-entropy alone.
-        temperature: of both softmaxes of the divergence; the cross-entropy is at 1.
+        temperature: of both softmaxes of the divergence; the cross-entropy is at 1. Where it is (N, 1), each row has
+            its own, and its divergence counts as often as the square of that says.
         kd_rate: share of the divergence in the loss; 0 without one.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
         softcap: c, where the student's logits are c tanh(x / c).
@@ -40,7 +41,7 @@ class RowTask:
     """
 
     divergence: Divergence | None
-    temperature: float
+    temperature: float | Tensor
     kd_rate: float
     label_smoothing: float
     softcap: float | None
@@ -51,6 +52,15 @@ class RowTask:
     dtype: torch.dtype
     device: torch.device
     wants_gradients: bool
+
+    @property
+    def has_temperatures(self) -> bool:
+        """Whether each row has its own."""
+        return isinstance(self.temperature, Tensor)
+
+    def of(self, rows: slice) -> "RowTask":
+        """What is asked of some of the rows."""
+        return replace(self, temperature=self.temperature[rows]) if self.has_temperatures else self
 
     @cached_property
     def uniform(self) -> Tensor:
@@ -89,7 +99,7 @@ def in_blocks(block_function: BlockFunction) -> RowFunction:
         sums = logits.new_zeros(5, dtype=task.dtype)
         for rows in slices(len(logits), rows_within(_BLOCK_BYTES, task.vocabulary, logits.device)):
             teacher_block = None if teacher_logits is None else teacher_logits[rows]
-            block_sums, d_logits = block_function(logits[rows], teacher_block, labels[rows], task)
+            block_sums, d_logits = block_function(logits[rows], teacher_block, labels[rows], task.of(rows))
             sums += block_sums
             if d_logits is not None:
                 logits[rows] = d_logits  # nothing reads these logits again
@@ -112,8 +122,12 @@ def eager_block(logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, t
 
     kd = torch.zeros_like(ce)
     if teacher_logits is not None:
-        kd, d_kd = _divergence(logits, _finite(teacher_logits, task), log_q, task)
-        if d_kd is not None:
+        kd, d_kd = _divergence(logits, _finite(teacher_logits, task), log_q, target.squeeze(-1), task)
+        if task.has_temperatures:
+            kd = kd * task.temperature.squeeze(-1).square()
+        if d_kd is not None and task.has_temperatures:
+            d_logits.addcmul_(d_kd, task.kd_rate * task.temperature)  # T^2 / T
+        elif d_kd is not None:
             d_logits.add_(d_kd, alpha=task.kd_rate / task.temperature)
 
     correct = logits.max(-1, keepdim=True).indices == target  # faster than argmax
@@ -142,23 +156,25 @@ def slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, length, size))
 
 
-def _divergence(logits: Tensor, teacher_logits: Tensor, log_q: Tensor, task: RowTask) -> tuple[Tensor, Tensor | None]:
+def _divergence(logits: Tensor, teacher_logits: Tensor, log_q: Tensor, labels: Tensor,
+                task: RowTask) -> tuple[Tensor, Tensor | None]:
     """The divergence (rows,), and where one is wanted its gradient (rows, V) for the logits over temperature.
 
     What a teacher leaves out of a row, the student is not compared on there.
 
     Args:
         log_q: of the student at temperature 1.
+        labels: (rows,) token ids.
     """
     left_out = teacher_logits.isneginf() if task.sparse else None
     if left_out is not None:
         logits, teacher_logits = (side.masked_fill(left_out, MASKED_LOGIT) for side in (logits, teacher_logits))
-    if left_out is not None or task.temperature != 1:
+    if left_out is not None or task.has_temperatures or task.temperature != 1:
         log_q = torch.log_softmax(logits / task.temperature, -1)
     log_p = torch.log_softmax(teacher_logits / task.temperature, -1)
     if not task.wants_gradients or task.kd_rate == 0:
-        return task.divergence.value(log_p, log_q), None
-    kd, d_kd = task.divergence.value_and_gradient(log_p, log_q)
+        return task.divergence.value(log_p, log_q, labels), None
+    kd, d_kd = task.divergence.value_and_gradient(log_p, log_q, labels)
     return kd, d_kd if left_out is None else d_kd.masked_fill_(left_out, 0)
 
 

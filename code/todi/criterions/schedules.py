@@ -135,6 +135,60 @@ class Interpolation(_Fields):
         self.t = t
 
 
+@dataclass
+class AdaptiveShare(_Fields):
+    """AdaKD's share of the rows: it falls where the divergence has fallen, and rises where that has risen.
+
+    It goes by the running mean of the divergence and what that was when the share moved last: below it by more than
+    `tolerance` of it, the share becomes 1 - rate times what it was, above it by more, 1 + rate times.
+    """
+
+    start: float
+    least: float
+    rate: float
+    tolerance: float
+    momentum: float
+    first_steps: int  # of a run, through which the share stays
+    step: int = 0
+    share: float | None = None  # what the steps so far have made of `start`
+    mean: float | None = None
+    before: float | None = None
+
+    watches = True
+    state = ("step", "share", "mean", "before")
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {"share": self.start if self.share is None else self.share}
+
+    def advance(self, means: Mapping[str, float] | None) -> None:
+        """See `Schedule`; a step that was left out changes nothing but the number of steps."""
+        self.step += 1
+        if means is None:
+            return
+        now, share = means["kd"], self.values["share"]
+        self.mean = now if self.mean is None else self.momentum * self.mean + (1 - self.momentum) * now
+        if self.before is None:
+            self.before = self.mean if self.step > self.first_steps else None
+        elif self.mean > self.before * (1 + self.tolerance):
+            self.share, self.before = min(1.0, share * (1 + self.rate)), self.mean
+        elif self.mean < self.before * (1 - self.tolerance):
+            self.share, self.before = max(self.least, share * (1 - self.rate)), self.mean
+
+
+ADAPTIVE_SHARE = ScheduleKind(
+    ("share",),
+    {"share_start": Parameter(1.0, above=0, most=1, help="of a sample's rows, those that count at first"),
+     "share_least": Parameter(0.1, above=0, most=1, help="the least that the share becomes"),
+     "share_rate": Parameter(0.05, least=0, below=1, help="by how much of itself the share moves at a time"),
+     "share_tolerance": Parameter(0.05, least=0, help="by how much of itself the divergence has to move for that"),
+     "share_momentum": Parameter(0.99, least=0, below=1, help="momentum of the mean of the divergence"),
+     "share_wait": Parameter(0.05, least=0, most=1, help="of the steps of a run, the first ones in which it stays")},
+    lambda params, total_steps: AdaptiveShare(
+        *(params[f"share_{name}"] for name in ("start", "least", "rate", "tolerance", "momentum")),
+        math.floor(params["share_wait"] * total_steps)))
+
+
 INTERPOLATION = ScheduleKind(
     ("t",),
     {"t_start": Parameter(0.4, least=0, most=1, help="the teacher's share of the target at first; 0.2 for a small gap"),

@@ -27,12 +27,13 @@ class TeacherRows(Protocol):
     def sparse(self) -> bool:
         """Whether a row may have entries of -inf besides `masked`: the divergence leaves them out, in both models."""
 
-    def logits(self, rows: slice, vocabulary: int, temperature: float) -> Tensor:
+    def logits(self, rows: slice, vocabulary: int, temperature: float | Tensor) -> Tensor:
         """The logits of some rows, in any precision; a tensor that the caller may overwrite.
 
         Args:
             vocabulary: of the first so many entries, at most V.
-            temperature: T, at which the divergence compares: the teacher's distribution is softmax(logits / T).
+            temperature: T, at which the divergence compares: the teacher's distribution is softmax(logits / T). Or
+                (n, 1), of each row.
 
         Returns:
             (n, vocabulary).
@@ -65,7 +66,7 @@ class HeadRows:
     def masked(self) -> Tensor | None:
         return None if self.head.bias is None else self.head.bias.isneginf()
 
-    def logits(self, rows: slice, vocabulary: int, temperature: float) -> Tensor:
+    def logits(self, rows: slice, vocabulary: int, temperature: float | Tensor) -> Tensor:
         return self.head.cropped(vocabulary).rows(self.hidden[rows])
 
     def taken(self, rows: Tensor) -> "HeadRows":
@@ -101,7 +102,7 @@ class MeanRows:
     def sparse(self) -> bool:
         return any(teacher.sparse for teacher in self.teachers)
 
-    def logits(self, rows: slice, vocabulary: int, temperature: float) -> Tensor:
+    def logits(self, rows: slice, vocabulary: int, temperature: float | Tensor) -> Tensor:
         """T log sum_i w_i softmax(t_i / T), in float32 (float64 where the first teacher's are)."""
         mean, whole = None, sum(self.weights)
         for teacher, weight in zip(self.teachers, self.weights, strict=True):
@@ -130,14 +131,14 @@ class LogitRows:
     def vocabulary(self) -> int:
         return self.values.shape[-1]
 
-    def logits(self, rows: slice, vocabulary: int, temperature: float) -> Tensor:
+    def logits(self, rows: slice, vocabulary: int, temperature: float | Tensor) -> Tensor:
         return self.values[rows, :vocabulary].clone()
 
     def taken(self, rows: Tensor) -> "LogitRows":
         return LogitRows(self.values[rows])
 
 
-def _log_probabilities(teacher: TeacherRows, rows: slice, vocabulary: int, temperature: float) -> Tensor:
+def _log_probabilities(teacher: TeacherRows, rows: slice, vocabulary: int, temperature: float | Tensor) -> Tensor:
     """(n, vocabulary); -inf for an entry that is masked, which soft-capping may have made finite."""
     logits = teacher.logits(rows, vocabulary, temperature)
     logits = logits.to(compute_dtype(logits)).div_(temperature)
