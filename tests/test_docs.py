@@ -234,9 +234,11 @@ def follow(workshop, tmp_path_factory) -> Callable[[str], subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def typed_in(workshop, follow) -> dict[str, Future[subprocess.CompletedProcess]]:
-    """All other pages, several at a time."""
-    return {name: workshop.pool.submit(follow, name) for name in TYPED if name != QUICKLY}
+def typed_in(workshop, follow, request) -> dict[str, Future[subprocess.CompletedProcess]]:
+    """All other pages that are asked for, several at a time."""
+    asked = [item.callspec.params["name"] for item in request.session.items
+             if getattr(item, "originalname", "") == "test_commands_run"]
+    return {name: workshop.pool.submit(follow, name) for name in asked}
 
 
 def test_the_commands_of_the_readme_run(follow):
