@@ -166,13 +166,16 @@ class Bar:
     def __init__(self, run: RunInfo):
         self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc=Path(run.name).name)
 
+    def step_done(self, step: int) -> None:
+        """Moves on."""
+        self._bar.update(step - self._bar.n)
+
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Moves on, and shows the losses."""
+        """Shows the losses."""
         numbers = scalars(kind, values)
         shown = {name: f"{numbers[f'{kind}/{name}']:.3f}" for name in self._SHOWN if f"{kind}/{name}" in numbers}
         self._bar.set_postfix({kind if name == "loss" and kind == "dev" else name: value
-                               for name, value in shown.items()}, refresh=False)
-        self._bar.update(step - self._bar.n)
+                               for name, value in shown.items()})
 
     def close(self) -> None:
         """Leaves it as it is."""
