@@ -12,6 +12,7 @@ from launching import ROOT, Workshop, write_data
 from todi.errors import InputError
 from todi.given import data_folders, model_path, rows_of, sets_folder
 from todi.options import from_keywords, parse
+from todi.results import Result
 from todi.settings import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +78,17 @@ class TestAGuest:
 
     def test_another_signal_reaches_the_host(self, found):
         assert found["heard"] == ["SIGTERM"]
+
+
+def test_a_row_of_a_result_has_no_losses_of_an_earlier_one(tmp_path):
+    """Epochs shorter than the interval of the log have none of their own."""
+    lines = [{"kind": kind, "epoch": epoch, "step": step, "loss": loss} for kind, epoch, step, loss in (
+        ("dev", 1, 2, 4.0), ("train", 2, 3, 3.0), ("dev", 2, 4, 2.0), ("dev", 3, 6, 1.0), ("train", 4, 7, 0.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    rows = repr(Result(tmp_path, None, evaluate=None, settings={})).splitlines()[3:]
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert [(cell[2], cell[3], cell[6]) for cell in cells] == [
+        ("2", "–", "4.0000"), ("4", "3.0000", "2.0000"), ("6", "–", "1.0000"), ("7", "0.5000", "–")]
 
 
 @pytest.mark.slow
