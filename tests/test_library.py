@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import todi
 import torch
 from launching import ROOT, Workshop, write_data
 from todi.errors import InputError
@@ -158,6 +159,10 @@ class TestSettings:
             "--lr must be a number, got 'x'", "--seed must be a whole number, got 1.5",
             "--model-path is required", "--kd-temperature must be above 0, got -1.0",
             "--criterion vanilla_kd needs --teacher-model-path or --teacher-callable"]
+
+    def test_advice_has_the_names_of_the_call(self):
+        with pytest.raises(InputError, match="^there is no setting objectve; did you mean objective[?]$"):
+            todi.distil("a", "b", data="c", save_dir="d", objectve="forward_kl")
 
     @pytest.mark.parametrize("theirs, ours", [
         ("learning_rate", "lr"), ("per_device_train_batch_size", "batch_size"), ("num_train_epochs", "num_epochs"),

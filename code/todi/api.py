@@ -74,7 +74,7 @@ def distil(student: Model, teacher: Model | Sequence[Model] | None = None, *, da
     settings |= {"save_dir": save_dir, "report_to": _trackers(settings.get("report_to", ()), progress)}
     names = [one if is_path(one) else "a loaded model" for one in (student, *teachers)]
     # before anything is written
-    from_keywords(TrainConfig, {"model_path": names[0], "teacher_model_path": names[1:], **settings})
+    from_keywords(TrainConfig, {"model_path": names[0], "teacher_model_path": names[1:], **settings}, _GIVEN_AS)
     folder, stop = Path(save_dir), None
     with _in_this_process(settings.get("process_group_timeout", TIMEOUT)) as (world, device):
         paths = on_first_rank(world, lambda: {

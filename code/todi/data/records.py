@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from todi.errors import InputError, collecting
+from todi.registry import did_you_mean_beside
 
 MOST_PROBLEMS = 20  # a file of the wrong kind has a problem on every line; nobody reads more than these
 
@@ -49,8 +50,10 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no such data file: {path}" + (
-            f"; {path.parent} is a file: give its folder" if path.parent.is_file() else ""))
+        folder = path.parent
+        hint = (f"{folder} is a file: give its folder" if folder.is_file() else
+                "" if folder.is_dir() else did_you_mean_beside(folder))
+        raise InputError(f"no such data file: {path}; {hint}".rstrip("; "))
     records: list[Record] = []
     problems: list[str] = []
     for number, line in _numbered_lines(path):

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from todi.errors import InputError
+from todi.registry import did_you_mean_beside
 
 _SENTENCEPIECE = b"\n"  # the first field of its protocol buffer; tiktoken's files are text
 _POINTER = b"version https://git-lfs"
@@ -200,17 +201,18 @@ def _differ(folder: str, *names: str) -> bool:
 
 def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):
     """`auto_class.from_pretrained` for all three sources, with one clear error."""
-    place = Path(path)
+    place, what = Path(path), path
     if place.suffix == ".gguf" and place.is_file():
         source, kwargs = str(place.parent), {**kwargs, "gguf_file": place.name}
     elif place.is_dir():
         refuse_pointers(place)
         source = path
     elif is_hub_name(path):
-        source = path
+        source, what = path, f"{path}, which is no folder here and so taken for a Hub name"
     else:
-        raise InputError(f"no model at {path}: no such folder or .gguf file, and not the form of a Hub name")
-    with refusing(f"cannot read {auto_class.__name__[4:]} of {path}"):
+        raise InputError(f"no model at {path}: no such folder or .gguf file, and not the form of a Hub name; "
+                         f"{did_you_mean_beside(place)}".rstrip("; "))
+    with refusing(f"cannot read {auto_class.__name__[4:]} of {what}"):
         return auto_class.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
 
 
