@@ -211,7 +211,11 @@ class TestWhatIsGiven:
         assert len(list(tmp_path.iterdir())) == 2
 
     def test_folders_stay_what_they_are(self, tmp_path):
-        assert data_folders("a", tmp_path) == ["a"] and data_folders([Path("a"), "b"], tmp_path) == ["a", "b"]
+        assert data_folders("a", tmp_path) == ["a"] and data_folders([tmp_path, "b"], tmp_path) == [str(tmp_path), "b"]
+
+    def test_texts_are_no_records(self, tmp_path):
+        with pytest.raises(InputError, match=r"none of these is one, the first: 'Q: a\\nA: b'; records are dicts"):
+            data_folders(["Q: a\nA: b", "Q: c\nA: d"], tmp_path)
 
     @pytest.mark.parametrize("data", [[], [1, 2], 7, {"train": ROWS}, ROWS[:1], b"text"])
     def test_other_data_is_refused(self, tmp_path, data):
@@ -242,6 +246,17 @@ class TestWhatIsGiven:
     def test_rows_are_dicts(self):
         with pytest.raises(InputError, match="got a list of str"):
             rows_of(["a"], "data")
+
+    def test_bad_records_are_named_by_their_numbers(self, tmp_path):
+        """As in a file; nothing of them is written."""
+        with pytest.raises(InputError) as refused:
+            data_folders({"train": [*ROWS[:2], {"question": "a", "answer": "b"}, {"prompt": "a", "output": ""}],
+                          "dev": ROWS}, tmp_path)
+        assert refused.value.problems == ['data["train"][2]: lacks prompt and output; has answer, question',
+                                          'data["train"][3]: `output` is empty']
+        with pytest.raises(InputError, match="data: 15 more bad records"):
+            rows_of([{}] * 35, "data")
+        assert not list(tmp_path.iterdir())
 
 
 def test_importing_it_is_light():

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike, fspath
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.data.records import parse_record, readable
 from todi.errors import InputError
 from todi.evaluation.results import is_set_name
 from todi.runtime.checksums import file_checksum, value_checksum
@@ -23,6 +25,8 @@ from todi.runtime.distributed import World
 from todi.runtime.storage import writing
 
 DEV_SHARE = 10  # of records without a dev set every tenth is kept apart
+
+_FORMS = "dicts with prompt and output or with messages"
 
 Records = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, anything that yields rows
 Path_ = str | PathLike
@@ -73,6 +77,9 @@ def data_folders(data: Any, place: Path) -> list[str]:
     if is_path(data):
         return [fspath(data)]
     if isinstance(data, Sequence) and data and all(map(is_path, data)):
+        if not any(map(isdir, data)):
+            raise InputError(f"data: a list of text is a list of folders, and none of these is one, the first: "
+                             f"{fspath(data[0])!r}; records are {_FORMS}")
         return list(map(fspath, data))
     splits = _splits(data)
     return [str(_named_by_contents(place, "data", lambda folder: _write_splits(folder, splits)))]
@@ -105,11 +112,18 @@ def on_first_rank(world: World, make: Callable[[], Any]) -> Any:
 
 
 def rows_of(records: Records, what: str) -> list[dict[str, Any]]:
-    """Records as plain dicts. Raises InputError where they are anything else."""
+    """Records as plain dicts. Raises InputError where they are anything else, with every bad one by its number."""
     rows = list(records) if isinstance(records, Iterable) and not isinstance(records, Mapping) else None
     if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise InputError(f"{what} must be records, dicts with prompt and output or with messages; got "
-                         f"{_described(records)}")
+        raise InputError(f"{what} must be records, {_FORMS}; got {_described(records)}")
+    problems = []
+    for number, row in enumerate(rows):
+        try:
+            parse_record(_as_line(row).encode())
+        except ValueError as error:
+            problems.append(f"{what}[{number}]: {error}")
+    if problems:
+        raise InputError(readable(problems, f"{what}: {{}} more bad records"))
     return [dict(row) for row in rows]
 
 
@@ -127,11 +141,14 @@ def _splits(data: Any) -> dict[str, list[dict[str, Any]]]:
             "dev": [rows[number] for number in sorted(apart)]}
 
 
+def _as_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(dict(row), default=str)
+
+
 def _write_splits(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     folder.mkdir(parents=True)
     for name, rows in splits.items():
-        lines = (json.dumps(row, default=str) for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(f"{_as_line(row)}\n" for row in rows), encoding="utf-8")
 
 
 def _named_by_contents(place: Path, kind: str, write: Callable[[Path], None]) -> Path:

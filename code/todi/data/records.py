@@ -60,17 +60,15 @@ def load_records(path: str | Path, limit: int | None = None) -> list[Record]:
         if limit is not None and len(records) == limit:
             break
         try:
-            record = _parse_record(line)
+            record = parse_record(line)
             if records and bool(record.messages) != bool(records[0].messages):
                 raise ValueError("a file has either `prompt` and `output` or `messages`, and the first line has the "
                                  "other")
             records.append(record)
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"{path}: {len(problems) - MOST_PROBLEMS} more bad lines"]
     if problems:
-        raise InputError(problems)
+        raise InputError(readable(problems, f"{path}: {{}} more bad lines"))
     if not records:
         raise InputError(f"{path} has no record")
     return records
@@ -86,6 +84,12 @@ def load_sets(files: Sequence[Path], limit: int | None = None) -> list[list[Reco
     if problems:
         raise InputError(problems)
     return sets
+
+
+def readable(problems: list[str], more: str) -> list[str]:
+    """So many of `problems` as somebody would read, and `more` with the number of those that are left out."""
+    return [*problems[:MOST_PROBLEMS], *([more.format(len(problems) - MOST_PROBLEMS)]
+                                         if len(problems) > MOST_PROBLEMS else [])]
 
 
 def check_text(what: str, text: str) -> None:
@@ -106,7 +110,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse_record(line: bytes) -> Record:
+def parse_record(line: bytes) -> Record:
+    """A record of a line of JSON. Raises ValueError with what is wrong with it."""
     try:
         fields = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -147,6 +147,13 @@ def refuse_pointers(folder: Path) -> None:
                              "download it again")
 
 
+def _refuse_folders_of_models(folder: Path) -> None:
+    """Refuses a run's folder, or a family's, where one of the models in it is meant."""
+    within = sorted(file.parent.name for kind in ("", "adapter_") for file in folder.glob(f"*/{kind}config.json"))
+    if within and not any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+        raise InputError(f"{folder} is no model, but the folder of {', '.join(within)}: give one of these")
+
+
 def _ask_for_sentencepiece(folder: Path) -> None:
     """Refuses a SentencePiece file alone where nothing here can read it; transformers would ask for tiktoken."""
     file = next((file for file in folder.glob("*.model") if file.read_bytes().startswith(_SENTENCEPIECE)), None)
@@ -206,6 +213,7 @@ def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):
         source, kwargs = str(place.parent), {**kwargs, "gguf_file": place.name}
     elif place.is_dir():
         refuse_pointers(place)
+        _refuse_folders_of_models(place)
         source = path
     elif is_hub_name(path):
         source, what = path, f"{path}, which is no folder here and so taken for a Hub name"
