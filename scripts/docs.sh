@@ -9,4 +9,4 @@ if [[ ! -x $venv/bin/mkdocs ]]; then
   "${BASE_PYTHON:-python3}" -m venv "$venv"
   "$venv/bin/python" -m pip install --disable-pip-version-check --quiet mkdocs-material==9.8.2
 fi
-exec "$venv/bin/mkdocs" build --strict
+NO_MKDOCS_2_WARNING=1 exec "$venv/bin/mkdocs" build --strict

@@ -92,6 +92,9 @@ class TestRecords:
             load_records(write(""))
         with pytest.raises(InputError, match="no such data file"):
             load_records(tmp_path / "nowhere.jsonl")
+        (tmp_path / "dates").mkdir()
+        with pytest.raises(InputError, match=f"/date/train.jsonl; did you mean {tmp_path}/dates[?]$"):
+            load_records(tmp_path / "date" / "train.jsonl")
         with pytest.raises(InputError, match="data.jsonl is a file: give its folder"):
             load_records(write("") / "train.jsonl")
 

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import todi
 import torch
 from launching import ROOT, Workshop, write_data
 from todi.errors import InputError
 from todi.given import data_folders, model_path, rows_of, sets_folder
 from todi.options import from_keywords, parse
+from todi.results import Result
 from todi.settings import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +79,17 @@ class TestAGuest:
 
     def test_another_signal_reaches_the_host(self, found):
         assert found["heard"] == ["SIGTERM"]
+
+
+def test_a_row_of_a_result_has_no_losses_of_an_earlier_one(tmp_path):
+    """Epochs shorter than the interval of the log have none of their own."""
+    lines = [{"kind": kind, "epoch": epoch, "step": step, "loss": loss} for kind, epoch, step, loss in (
+        ("dev", 1, 2, 4.0), ("train", 2, 3, 3.0), ("dev", 2, 4, 2.0), ("dev", 3, 6, 1.0), ("train", 4, 7, 0.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    rows = repr(Result(tmp_path, None, evaluate=None, settings={})).splitlines()[3:]
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert [(cell[2], cell[3], cell[6]) for cell in cells] == [
+        ("2", "–", "4.0000"), ("4", "3.0000", "2.0000"), ("6", "–", "1.0000"), ("7", "0.5000", "–")]
 
 
 @pytest.mark.slow
@@ -159,6 +172,10 @@ class TestSettings:
             "--model-path is required", "--kd-temperature must be above 0, got -1.0",
             "--criterion vanilla_kd needs --teacher-model-path or --teacher-callable"]
 
+    def test_advice_has_the_names_of_the_call(self):
+        with pytest.raises(InputError, match="^there is no setting objectve; did you mean objective[?]$"):
+            todi.distil("a", "b", data="c", save_dir="d", objectve="forward_kl")
+
     @pytest.mark.parametrize("theirs, ours", [
         ("learning_rate", "lr"), ("per_device_train_batch_size", "batch_size"), ("num_train_epochs", "num_epochs"),
         ("warmup_steps", "warmup_iters"), ("lr_scheduler_type", "lr_scheduler"), ("max_grad_norm", "clip_grad"),
@@ -206,7 +223,11 @@ class TestWhatIsGiven:
         assert len(list(tmp_path.iterdir())) == 2
 
     def test_folders_stay_what_they_are(self, tmp_path):
-        assert data_folders("a", tmp_path) == ["a"] and data_folders([Path("a"), "b"], tmp_path) == ["a", "b"]
+        assert data_folders("a", tmp_path) == ["a"] and data_folders([tmp_path, "b"], tmp_path) == [str(tmp_path), "b"]
+
+    def test_texts_are_no_records(self, tmp_path):
+        with pytest.raises(InputError, match=r"none of these is one, the first: 'Q: a\\nA: b'; records are dicts"):
+            data_folders(["Q: a\nA: b", "Q: c\nA: d"], tmp_path)
 
     @pytest.mark.parametrize("data", [[], [1, 2], 7, {"train": ROWS}, ROWS[:1], b"text"])
     def test_other_data_is_refused(self, tmp_path, data):
@@ -237,6 +258,17 @@ class TestWhatIsGiven:
     def test_rows_are_dicts(self):
         with pytest.raises(InputError, match="got a list of str"):
             rows_of(["a"], "data")
+
+    def test_bad_records_are_named_by_their_numbers(self, tmp_path):
+        """As in a file; nothing of them is written."""
+        with pytest.raises(InputError) as refused:
+            data_folders({"train": [*ROWS[:2], {"question": "a", "answer": "b"}, {"prompt": "a", "output": ""}],
+                          "dev": ROWS}, tmp_path)
+        assert refused.value.problems == ['data["train"][2]: lacks prompt and output; has answer, question',
+                                          'data["train"][3]: `output` is empty']
+        with pytest.raises(InputError, match="data: 15 more bad records"):
+            rows_of([{}] * 35, "data")
+        assert not list(tmp_path.iterdir())
 
 
 def test_importing_it_is_light():

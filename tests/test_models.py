@@ -86,8 +86,24 @@ class TestLoading:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(InputError, match="no model at .*: no such folder or .gguf file, and not the form of a Hub"):
             load_config(str(tmp_path / "nowhere"))
+        (tmp_path / "smollm2-12-layers").mkdir()
+        with pytest.raises(InputError, match=f"form of a Hub name; did you mean {tmp_path}/smollm2-12-layers[?]$"):
+            load_config(str(tmp_path / "smollm-12-layers"))
         with pytest.raises(InputError, match="cannot read Config of"):
             load_config(str(tmp_path))
+
+    @pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+    def test_the_folder_of_a_run(self, tmp_path, file):
+        (tmp_path / "epoch1_step5_loss1.0000").mkdir()
+        (tmp_path / "epoch1_step5_loss1.0000" / file).write_text("{}")
+        (tmp_path / "args.json").write_text("{}")
+        with pytest.raises(InputError, match="is no model, but the folder of epoch1_step5_loss1.0000: give one"):
+            load_config(str(tmp_path))
+
+    def test_what_is_taken_for_a_hub_name_is_called_one(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match="of models/small, which is no folder here and so taken for a Hub"):
+            load_config("models/small")
 
     def test_a_tokenizer_without_pad_pads_with_eos(self, tmp_path):
         tiny_tokenizer(tmp_path)

@@ -63,6 +63,29 @@ def test_every_epoch_is_trained_judged_and_saved(tmp_path):
         "metrics.jsonl", "train.log", "state", "epoch2_step5_loss1.0000"}
 
 
+def test_one_who_wants_to_is_told_of_every_step(tmp_path):
+    class Bar:
+        def __init__(self):
+            self.steps, self.kinds = [], []
+
+        def step_done(self, step):
+            self.steps.append(step)
+
+        def log(self, kind, step, values):
+            self.kinds.append((kind, step))
+
+        def close(self):
+            pass
+
+    bar, folder = Bar(), RunFolder(tmp_path / "run", ALONE)
+    with folder.claimed():
+        trainer = make_trainer(folder, Step())
+        trainer.monitors = Monitors({"metrics.jsonl": folder.metrics, "bar": bar})
+        trainer.train()
+    assert bar.steps == [1, 2, 3, 4, 5]
+    assert [step for kind, step in bar.kinds if kind == "train"] == [2, 4, 5]
+
+
 def test_peak_memory_is_that_of_the_rank_that_takes_most(tmp_path, monkeypatch):
     monkeypatch.setattr("todi.training.trainer.peak_memory_gib", lambda device: 3.0)
     monkeypatch.setattr(World, "largest", lambda self, values, device: [5.0] if values == [3.0] else list(values))

@@ -74,13 +74,13 @@ def distil(student: Model, teacher: Model | Sequence[Model] | None = None, *, da
     settings |= {"save_dir": save_dir, "report_to": _trackers(settings.get("report_to", ()), progress)}
     names = [one if is_path(one) else "a loaded model" for one in (student, *teachers)]
     # before anything is written
-    from_keywords(TrainConfig, {"model_path": names[0], "teacher_model_path": names[1:], **settings})
+    asked = from_keywords(TrainConfig, {"model_path": names[0], "teacher_model_path": names[1:], **settings}, _GIVEN_AS)
     folder, stop = Path(save_dir), None
     with _in_this_process(settings.get("process_group_timeout", TIMEOUT)) as (world, device):
         paths = on_first_rank(world, lambda: {
             "model_path": model_path(student, tokenizer, folder / "inputs", "student"),
             "teacher_model_path": [model_path(one, tokenizer, folder / "inputs", "teacher") for one in teachers],
-            "data_dir": data_folders(data, folder / "inputs")})
+            "data_dir": data_folders(data, folder / "inputs", asked.source.uses_responses)})
         config = from_keywords(TrainConfig, paths | settings)
         settle_tf32(config.run.tf32, device)
         try:
@@ -166,13 +166,16 @@ class Bar:
     def __init__(self, run: RunInfo):
         self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc=Path(run.name).name)
 
+    def step_done(self, step: int) -> None:
+        """Moves on."""
+        self._bar.update(step - self._bar.n)
+
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Moves on, and shows the losses."""
+        """Shows the losses."""
         numbers = scalars(kind, values)
         shown = {name: f"{numbers[f'{kind}/{name}']:.3f}" for name in self._SHOWN if f"{kind}/{name}" in numbers}
         self._bar.set_postfix({kind if name == "loss" and kind == "dev" else name: value
-                               for name, value in shown.items()}, refresh=False)
-        self._bar.update(step - self._bar.n)
+                               for name, value in shown.items()})
 
     def close(self) -> None:
         """Leaves it as it is."""

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike, fspath
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from todi.data.records import parse_record, readable
 from todi.errors import InputError
 from todi.evaluation.results import is_set_name
 from todi.runtime.checksums import file_checksum, value_checksum
@@ -23,6 +25,8 @@ from todi.runtime.distributed import World
 from todi.runtime.storage import writing
 
 DEV_SHARE = 10  # of records without a dev set every tenth is kept apart
+
+_FORMS = "dicts with prompt and output or with messages"
 
 Records = Iterable[Mapping[str, Any]]  # a list of dicts, a datasets.Dataset, anything that yields rows
 Path_ = str | PathLike
@@ -60,12 +64,13 @@ def model_path(model: Path_ | PreTrainedModel, tokenizer: Tokenizer | None, plac
     return str(_named_by_contents(place, kind, write))
 
 
-def data_folders(data: Any, place: Path) -> list[str]:
+def data_folders(data: Any, place: Path, responses: bool = True) -> list[str]:
     """The folders with train.jsonl and dev.jsonl: those that `data` names, or one in `place` with what it holds.
 
     Args:
         data: a folder or several; {"train": records, "dev": records}, where "validation" and "test" stand for dev; or
             the records of train, every tenth of which is kept apart as dev.
+        responses: whether the records of train need them; those of dev do.
 
     Raises:
         InputError: it is none of these.
@@ -73,8 +78,11 @@ def data_folders(data: Any, place: Path) -> list[str]:
     if is_path(data):
         return [fspath(data)]
     if isinstance(data, Sequence) and data and all(map(is_path, data)):
+        if not any(map(isdir, data)):
+            raise InputError(f"data: a list of text is a list of folders, and none of these is one, the first: "
+                             f"{fspath(data[0])!r}; records are {_FORMS}")
         return list(map(fspath, data))
-    splits = _splits(data)
+    splits = _splits(data, responses)
     return [str(_named_by_contents(place, "data", lambda folder: _write_splits(folder, splits)))]
 
 
@@ -104,22 +112,29 @@ def on_first_rank(world: World, make: Callable[[], Any]) -> Any:
     return outcome
 
 
-def rows_of(records: Records, what: str) -> list[dict[str, Any]]:
-    """Records as plain dicts. Raises InputError where they are anything else."""
+def rows_of(records: Records, what: str, responses: bool = True) -> list[dict[str, Any]]:
+    """Records as plain dicts. Raises InputError where they are anything else, with every bad one by its number."""
     rows = list(records) if isinstance(records, Iterable) and not isinstance(records, Mapping) else None
     if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise InputError(f"{what} must be records, dicts with prompt and output or with messages; got "
-                         f"{_described(records)}")
+        raise InputError(f"{what} must be records, {_FORMS}; got {_described(records)}")
+    problems = []
+    for number, row in enumerate(rows):
+        try:
+            parse_record(_as_line(row).encode(), responses)
+        except ValueError as error:
+            problems.append(f"{what}[{number}]: {error}")
+    if problems:
+        raise InputError(readable(problems, f"{what}: {{}} more bad records"))
     return [dict(row) for row in rows]
 
 
-def _splits(data: Any) -> dict[str, list[dict[str, Any]]]:
+def _splits(data: Any, responses: bool) -> dict[str, list[dict[str, Any]]]:
     if isinstance(data, Mapping):
         dev = next((name for name in ("dev", "validation", "test") if name in data), None)
         if "train" not in data or dev is None:
             raise InputError(f'data must have "train" and "dev", got {", ".join(map(repr, data)) or "nothing"}')
-        return {"train": rows_of(data["train"], 'data["train"]'), "dev": rows_of(data[dev], f'data["{dev}"]')}
-    rows = rows_of(data, "data")
+        return {"train": rows_of(data["train"], 'data["train"]', responses), "dev": rows_of(data[dev], f'data["{dev}"]')}
+    rows = rows_of(data, "data", responses)
     if len(rows) < 2:
         raise InputError("data has a single record; one to train on and one to judge by are the least")
     apart = set(range(DEV_SHARE - 1, len(rows), DEV_SHARE)) or {len(rows) - 1}
@@ -127,11 +142,14 @@ def _splits(data: Any) -> dict[str, list[dict[str, Any]]]:
             "dev": [rows[number] for number in sorted(apart)]}
 
 
+def _as_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(dict(row), default=str)
+
+
 def _write_splits(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     folder.mkdir(parents=True)
     for name, rows in splits.items():
-        lines = (json.dumps(row, default=str) for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(f"{_as_line(row)}\n" for row in rows), encoding="utf-8")
 
 
 def _named_by_contents(place: Path, kind: str, write: Callable[[Path], None]) -> Path:

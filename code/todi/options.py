@@ -219,18 +219,22 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, prog: str | N
     return _build(config_type, vars(values))
 
 
-def from_keywords(config_type: type[C], values: Mapping[str, Any]) -> C:
+def from_keywords(config_type: type[C], values: Mapping[str, Any], called: Mapping[str, str] | None = None) -> C:
     """Builds `config_type`, like `parse`, from values by the names of the settings.
 
     A path counts as its text, a single value as a list of it, and {"beta": 0.5} as a list of beta=0.5.
+
+    Args:
+        called: settings that have another name where the values are given, for the advice after an unknown one.
 
     Raises:
         InputError: everything that is wrong: unknown names (with the nearest known one), values of the wrong type, and
             what `check` would find in the rest.
     """
     known = {one.name: one for options in declared(config_type).values() for one in options}
+    at_hand = [(called or {}).get(name, name) for name in known]
     instead = getattr(config_type, "INSTEAD", {})
-    found = [f"there is no setting {name}; {instead.get(_flag(name)) or _nearest(name, list(known))}".rstrip("; ")
+    found = [f"there is no setting {name}; {instead.get(_flag(name)) or _nearest(name, at_hand)}".rstrip("; ")
              for name in values if name not in known]
     taken = {name: one.default for name, one in known.items()}
     for name in filter(known.__contains__, values):

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -54,3 +55,13 @@ def did_you_mean(given: str, allowed: "Registry | list[str]") -> str:
     by_lower = {name.lower(): name for name in allowed}
     near = difflib.get_close_matches(given.lower(), by_lower, n=1)
     return f"did you mean {by_lower[near[0]]}? " if near else ""
+
+
+def did_you_mean_beside(path: Path) -> str:
+    """The same, for a path that is not there, among what lies beside it: 'did you mean data/mine? '."""
+    try:
+        beside = {other.name: other for other in path.parent.iterdir()}
+    except OSError:  # there is no such place, or it cannot be read
+        return ""
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {beside[near[0]]}? " if near else ""

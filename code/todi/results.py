@@ -85,14 +85,16 @@ class Result:
 
     @property
     def _cells(self) -> list[list[str]]:
-        """A row for each evaluation on dev, beside the last training losses before it; at least the newest of these."""
+        """A row for each evaluation on dev, beside the newest training losses since the last one; at its end those that
+        no evaluation has followed yet."""
         rows, train = [], {}
         for line in self.metrics:
             if line["kind"] == "train":
                 train = line
             elif line["kind"] == "dev":
                 rows.append((line["epoch"], line["step"], train, line))
-        if train and (not rows or rows[-1][1] < train["step"]):
+                train = {}
+        if train:
             rows.append((train["epoch"], train["step"], train, {}))
         return [["epoch", "step", "loss", "divergence", "cross-entropy", "dev loss", "dev ROUGE-L"],
                 *([str(epoch), str(step), *(_number(train.get(name), 4) for name in ("loss", "kd", "ce")),

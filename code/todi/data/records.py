@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from todi.errors import InputError, collecting
+from todi.registry import did_you_mean_beside
 
 MOST_PROBLEMS = 20  # a file of the wrong kind has a problem on every line; nobody reads more than these
 
@@ -53,25 +54,25 @@ def load_records(path: str | Path, limit: int | None = None, responses: bool = T
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no such data file: {path}" + (
-            f"; {path.parent} is a file: give its folder" if path.parent.is_file() else ""))
+        folder = path.parent
+        hint = (f"{folder} is a file: give its folder" if folder.is_file() else
+                "" if folder.is_dir() else did_you_mean_beside(folder))
+        raise InputError(f"no such data file: {path}; {hint}".rstrip("; "))
     records: list[Record] = []
     problems: list[str] = []
     for number, line in _numbered_lines(path):
         if limit is not None and len(records) == limit:
             break
         try:
-            record = _parse_record(line, responses)
+            record = parse_record(line, responses)
             if records and bool(record.messages) != bool(records[0].messages):
                 raise ValueError("a file has either `prompt` and `output` or `messages`, and the first line has the "
                                  "other")
             records.append(record)
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"{path}: {len(problems) - MOST_PROBLEMS} more bad lines"]
     if problems:
-        raise InputError(problems)
+        raise InputError(readable(problems, f"{path}: {{}} more bad lines"))
     if not records:
         raise InputError(f"{path} has no record")
     return records
@@ -87,6 +88,12 @@ def load_sets(files: Sequence[Path], limit: int | None = None, responses: bool =
     if problems:
         raise InputError(problems)
     return sets
+
+
+def readable(problems: list[str], more: str) -> list[str]:
+    """So many of `problems` as somebody would read, and `more` with the number of those that are left out."""
+    return [*problems[:MOST_PROBLEMS], *([more.format(len(problems) - MOST_PROBLEMS)]
+                                         if len(problems) > MOST_PROBLEMS else [])]
 
 
 def check_text(what: str, text: str) -> None:
@@ -107,7 +114,12 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parse_record(line: bytes, responses: bool) -> Record:
+def parse_record(line: bytes, responses: bool = True) -> Record:
+    """A record of a line of JSON, with a response or, without `responses`, perhaps none.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
     try:
         fields = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

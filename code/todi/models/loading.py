@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from todi.errors import InputError
+from todi.registry import did_you_mean_beside
 
 _SENTENCEPIECE = b"\n"  # the first field of its protocol buffer; tiktoken's files are text
 _POINTER = b"version https://git-lfs"
@@ -146,6 +147,13 @@ def refuse_pointers(folder: Path) -> None:
                              "download it again")
 
 
+def _refuse_folders_of_models(folder: Path) -> None:
+    """Refuses a run's folder, or a family's, where one of the models in it is meant."""
+    within = sorted(file.parent.name for kind in ("", "adapter_") for file in folder.glob(f"*/{kind}config.json"))
+    if within and not any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+        raise InputError(f"{folder} is no model, but the folder of {', '.join(within)}: give one of these")
+
+
 def _ask_for_sentencepiece(folder: Path) -> None:
     """Refuses a SentencePiece file alone where nothing here can read it; transformers would ask for tiktoken."""
     file = next((file for file in folder.glob("*.model") if file.read_bytes().startswith(_SENTENCEPIECE)), None)
@@ -200,17 +208,19 @@ def _differ(folder: str, *names: str) -> bool:
 
 def _load(auto_class, path: str, trust_remote_code: bool, **kwargs):
     """`auto_class.from_pretrained` for all three sources, with one clear error."""
-    place = Path(path)
+    place, what = Path(path), path
     if place.suffix == ".gguf" and place.is_file():
         source, kwargs = str(place.parent), {**kwargs, "gguf_file": place.name}
     elif place.is_dir():
         refuse_pointers(place)
+        _refuse_folders_of_models(place)
         source = path
     elif is_hub_name(path):
-        source = path
+        source, what = path, f"{path}, which is no folder here and so taken for a Hub name"
     else:
-        raise InputError(f"no model at {path}: no such folder or .gguf file, and not the form of a Hub name")
-    with refusing(f"cannot read {auto_class.__name__[4:]} of {path}"):
+        raise InputError(f"no model at {path}: no such folder or .gguf file, and not the form of a Hub name; "
+                         f"{did_you_mean_beside(place)}".rstrip("; "))
+    with refusing(f"cannot read {auto_class.__name__[4:]} of {what}"):
         return auto_class.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
 
 

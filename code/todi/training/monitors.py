@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from todi.errors import InputError, RunError
 from todi.registry import Registry
@@ -55,6 +55,14 @@ class Monitor(Protocol):
 
     def close(self) -> None:
         """Ends; what is buffered is written."""
+
+
+@runtime_checkable
+class StepMonitor(Monitor, Protocol):
+    """A monitor that is told of each step besides, also of those that no line of the log is due for."""
+
+    def step_done(self, step: int) -> None:
+        """Takes the number of optimizer steps done."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,13 @@ class Monitors:
         for name, monitor in list(self._monitors.items()):
             with self._left_out_if_it_fails(name):
                 monitor.log(kind, step, values)
+
+    def step_done(self, step: int) -> None:
+        """See `StepMonitor.step_done`."""
+        for name, monitor in list(self._monitors.items()):
+            if isinstance(monitor, StepMonitor):
+                with self._left_out_if_it_fails(name):
+                    monitor.step_done(step)
 
     def close(self) -> None:
         """Closes all of them, the last one first; to be called however the run ends."""

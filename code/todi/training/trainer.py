@@ -133,6 +133,7 @@ class Trainer:
             else:
                 self._note_bad_step(plan, result.finite)
             self.progress.samples += plan.samples
+            self.monitors.step_done(self.at.step)
             if logs:
                 self._log_train(epoch, means(self.window, self.world), lr, result)
                 self.window = {}
