@@ -137,7 +137,9 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def check_compiled(name: str | None, temperature: float | torch.Tensor = 1.0) -> None:
-    """The compiled row function gives the sums and gradients of the eager one."""
+    """The compiled row function gives the sums and gradients of the eager one, and has been compiled."""
+    torch._dynamo.reset()  # past a number of variants of a function all others are silently eager
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(301, 5, requires_grad=True)
     teacher = HeadRows(torch.randn(7, 6), LinearHead(torch.randn(301, 6))) if name else None
@@ -148,6 +150,8 @@ def check_compiled(name: str | None, temperature: float | torch.Tensor = 1.0) ->
                                  divergence=name and build_divergence(name), kernels=way, chunk_size=3)
         results[way] = *sums, *torch.autograd.grad(sums.loss, (hidden, weight))
     assert_close(results["compile"], results["eager"], rtol=1e-5, atol=1e-6)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] > 0 and set(frames) == {"total", "ok"}
 
 
 @pytest.mark.parametrize("name", ["ToDi", "js_divergence", "adaptive_kl", None, *map(slow, (

@@ -191,7 +191,7 @@ class Divergence:
         return {**self.arguments, "labels": labels}
 
     def _rounded(self, value: Tensor) -> Tensor:
-        """Without the rounding errors below 0 of what cannot be there."""
+        """Without rounding errors below 0, where nothing else can be there."""
         return value if self.definition.sampled else _not_negative(value)
 
 

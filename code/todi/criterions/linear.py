@@ -101,7 +101,7 @@ def distillation_loss(student_hidden: Tensor, student_head: LinearHead, teacher:
     wants_weight = grad and student_head.weight.requires_grad
     wants_bias = grad and student_head.bias is not None and student_head.bias.requires_grad
     if isinstance(temperature, Tensor):
-        temperature = temperature[:, None]
+        temperature = temperature[:, None].to(compute_dtype(student_hidden))
     task = RowTask(divergence, temperature, 0.0 if teacher is None else kd_rate, label_smoothing, student_head.softcap,
                    student_head.scale, vocabulary, masked_entries(student_head, teacher, vocabulary),
                    sparse=teacher is not None and teacher.sparse, dtype=compute_dtype(student_hidden), device=device,

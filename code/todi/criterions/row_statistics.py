@@ -1,4 +1,4 @@
-"""Numbers that tell of a row what its distributions are like: what weights, selections and diagnostics go by."""
+"""Numbers that tell of a row what its distributions are like: what weights and selections go by."""
 
 import torch
 from torch import Tensor
