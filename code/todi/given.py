@@ -133,7 +133,8 @@ def _splits(data: Any, responses: bool) -> dict[str, list[dict[str, Any]]]:
         dev = next((name for name in ("dev", "validation", "test") if name in data), None)
         if "train" not in data or dev is None:
             raise InputError(f'data must have "train" and "dev", got {", ".join(map(repr, data)) or "nothing"}')
-        return {"train": rows_of(data["train"], 'data["train"]', responses), "dev": rows_of(data[dev], f'data["{dev}"]')}
+        return {"train": rows_of(data["train"], 'data["train"]', responses),
+                "dev": rows_of(data[dev], f'data["{dev}"]')}
     rows = rows_of(data, "data", responses)
     if len(rows) < 2:
         raise InputError("data has a single record; one to train on and one to judge by are the least")
