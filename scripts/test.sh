@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lints and tests on the CPU:  bash scripts/test.sh [--all] [PYTEST OPTION...]
-# --all adds the long tests; of the longest, fuzzes of ten thousand tries, a tenth (TENTHS=10 for all of them).
+# --all adds the long tests; the longest, fuzzes of ten thousand tries, come with TENTHS=10, or as many tenths.
 # Sets up what it needs in .venv by itself. One process for each core, eight at most; -n 0 runs them all in this one.
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 source "$ROOT/scripts/lib/setup.sh"

@@ -15,8 +15,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-# Of the long fuzzes, which take an hour in all: TENTHS=10 bash scripts/test.sh --all -k tries
-TENTHS = range(1, 1 + int(os.environ.get("TENTHS", 1)))
+_TENTHS = int(os.environ.get("TENTHS", 0))
 
 
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
@@ -51,6 +50,12 @@ def run(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: ob
 def cores_of_this_process() -> int:
     """Of the machine's cores the share of this one of pytest's processes."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
+def in_ten_thousand_tries(test: Callable) -> Callable:
+    """Marks a fuzz that takes the number of a thousand tries: TENTHS=10 bash scripts/test.sh --all -k ten_thousand."""
+    numbered = pytest.mark.parametrize("first", range(1, 1 + max(1, _TENTHS)))(test)
+    return pytest.mark.slow(pytest.mark.skipif(not _TENTHS, reason="an hour for all of TENTHS=10")(numbered))
 
 
 def slow(value: object) -> object:

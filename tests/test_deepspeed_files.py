@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from launching import ROOT, TENTHS
+from launching import ROOT, in_ten_thousand_tries
 from todi.errors import InputError
 from todi.runtime.device import Precision
 from todi.training.deepspeed_config import build_deepspeed_config
@@ -206,8 +206,7 @@ def test_what_is_accepted_trains(tmp_path, process_group):
     assert try_files(tmp_path, 300) > 30
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", TENTHS)
+@in_ten_thousand_tries
 def test_what_is_accepted_trains_in_ten_thousand_tries(first, tmp_path):
     """A thousand at a time in a process of its own: DeepSpeed keeps what an engine held."""
     work = ("import pathlib, sys, torch, test_deepspeed_files as test\n"

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from launching import TENTHS
+from launching import in_ten_thousand_tries
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_adapters import MERGED, save_adapter
@@ -178,8 +177,7 @@ def test_an_adapter_that_passes_the_check_runs(tmp_path):
     assert counts["gone on with"] > 5 and counts["merged"] > 5 and counts["refused"] > 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", TENTHS)
+@in_ten_thousand_tries
 def test_an_adapter_that_passes_the_check_runs_in_ten_thousand_tries(first, tmp_path):
     counts = try_adapters(tmp_path, 1000, first)
     print("counts", counts)

@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from launching import ROOT, TENTHS, Workshop, run
+from launching import ROOT, Workshop, in_ten_thousand_tries, run
 from test_adapters import save_adapter
 from todi import evaluate
 from todi.errors import InputError
@@ -170,9 +169,7 @@ def test_settings_that_pass_the_check_train_and_score(workshop, tmp_path, monkey
     assert counts["trained"] > 2 and counts["evaluated"] > 2 and counts["refused training"] > 10, counts
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("TENTHS" not in os.environ, reason="three minutes for each of TENTHS")
-@pytest.mark.parametrize("first", TENTHS)
+@in_ten_thousand_tries
 def test_settings_that_pass_the_check_train_and_score_in_ten_thousand_tries(first, tmp_path):
     """A thousand at a time in a process of its own: DeepSpeed keeps what an engine held."""
     work = ("import os, pathlib, torch, test_fuzz_settings as test\n"
@@ -231,8 +228,7 @@ def test_what_bash_reads(tmp_path):
     assert codes[0] > 3 and codes[2] > 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", TENTHS)
+@in_ten_thousand_tries
 def test_what_bash_reads_in_a_thousand_tries(first):
     codes = try_bash(100, first)
     assert codes[0] > 10 and codes[2] > 10
