@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from evaluating import add_adapter, run
-from launching import ROOT, write_data
+from launching import ROOT, slow, write_data
 from launching import run as launch
 from test_chat import chat_tokenizer, turns, write
 from tiny import tiny_model
@@ -405,17 +405,21 @@ class TestLaunchers:
         assert done.returncode == 2
         assert said in done.stdout
 
-    @pytest.mark.slow
-    def test_it_writes_once_and_trains(self, workshop, prompts, tmp_path):
-        settings = {"TEACHER_MODEL_PATH": workshop.model("gpt2-teacher", hidden=48, seed=1),
-                    "MODEL_PATH": workshop.model("gpt2-student", seed=2), "DATA_DIR": prompts, "DROP_CUT": 0,
-                    "TEXT_DIR": tmp_path / "the text", "SAVE_DIR": tmp_path / "run", "EVAL_GEN": 0, "EPOCH": 2,
-                    **SETTINGS}
-        done = launch("gpt2/seqkd_gpt2_base", DOCTOR=1, **settings)
+    @pytest.fixture
+    def settings(self, workshop, prompts, tmp_path):
+        return {"TEACHER_MODEL_PATH": workshop.model("gpt2-teacher", hidden=48, seed=1), "DATA_DIR": prompts,
+                "MODEL_PATH": workshop.model("gpt2-student", seed=2), "DROP_CUT": 0, "EPOCH": 2, "EVAL_GEN": 0,
+                "TEXT_DIR": tmp_path / "the text", "SAVE_DIR": tmp_path / "run", **SETTINGS}
+
+    @pytest.mark.parametrize("asked", [["--check-only"], slow([])])
+    def test_a_look_before_there_is_a_text(self, settings, tmp_path, asked):
+        done = launch("gpt2/seqkd_gpt2_base", *asked, **settings, **({} if asked else {"DOCTOR": 1}))
         assert done.returncode == 0, done.stdout
         assert done.stdout.endswith(f"the training will be looked at when {tmp_path}/the text/train.jsonl is there\n")
-        assert not (tmp_path / "the text").exists()
+        assert not (tmp_path / "the text").exists() and not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
+    def test_it_writes_once_and_trains(self, settings, tmp_path):
         done = launch("gpt2/seqkd_gpt2_base", **settings)
         assert done.returncode == 0, done.stdout
         args = json.loads((tmp_path / "run/args.json").read_text())
