@@ -312,6 +312,13 @@ class TestRefusals:
                          "--save-dir (TEXT_DIR)")
         assert files(prompts) == before
 
+    @pytest.mark.parametrize("record", [{"made_with": {"temperature": 1.0}, "loss": 2.0, "seeds": {}}, [], "x"])
+    def test_a_record_that_is_of_others(self, written, tmp_path, capsys, record):
+        """An evaluation has one of this name too."""
+        write(tmp_path / "text/made_with.json", record)
+        assert written("text") == 2
+        assert f"{tmp_path}/text has a made_with.json that was not written by todi.generate" in capsys.readouterr().err
+
     def test_another_run_in_the_same_folder(self, written, tmp_path, capsys):
         with claimed(tmp_path / "text"):
             assert written("text") == 2

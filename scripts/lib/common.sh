@@ -139,8 +139,7 @@ trains_by() {
 train() {
   trains_by "$1"
   read_settings train "${@:2}"
-  if [[ -n ${DOCTOR:-} || " $* " =~ $check ]]; then
-    WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "${options[@]}"; fi
+  if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "${options[@]}"; fi
   launch run_to_its_end todi.train "${options[@]}"
 }
 
