@@ -19,6 +19,7 @@ from todi.generation.decoding import generate as decode
 from todi.generation.sampling import stream_key
 from todi.generation.text_files import Selection, TextFolder
 from todi.options import parse
+from todi.runtime.checksums import file_checksum
 from todi.runtime.storage import claimed, write_bytes, write_text
 from todi.settings import GenerateConfig, TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,7 +117,9 @@ class TestWhatIsWritten:
         assert all(len(made_with[name]) == 64 for name in ("model", "prompts", "dev.jsonl"))
         assert record["selection"] == {"drop_cut": True, "least_tokens": 1, "most_tokens": None}
         assert record["layouts"] == [{"batch_size": 32, "processes": 1}]
-        assert set(record["files"]) == {"train.jsonl", "dev.jsonl"}
+        assert record["files"] == {name: file_checksum(tmp_path / "text" / name)
+                                   for name in ("train.jsonl", "dev.jsonl")}
+        assert record["files"]["dev.jsonl"] == made_with["dev.jsonl"]
         found = record["responses"]
         assert f"{found['kept']} responses of 9 ({found['dropped']['cut']} cut" in capsys.readouterr().out
         assert sorted(files(tmp_path / "text")) == ["dev.jsonl", "made_with.json", "train.jsonl"]
