@@ -9,7 +9,7 @@ import torch
 from evaluating import generations, run, run_evaluate
 from launching import run as launch
 from tiny import EOS, tiny_model, tiny_tokenizer
-from todi import cache
+from todi import cache, generate
 from todi.cache import read_teacher_spec
 from todi.data import template_date
 from todi.data.chat import render
@@ -300,6 +300,20 @@ class TestDate:
         assert evaluated(monkeypatch, dated, tmp_path, "--template-date", "2026-07-31") == 0
         assert "made with other data, template_date and is done again" in capsys.readouterr().out
         assert about() == ("2026-07-31", "2026-07-31")
+
+    def test_teacher_text(self, monkeypatch, dated, today, tmp_path, capsys):
+        """It is of the day of its first start; training puts its own day into the template."""
+        def write_text(*words):
+            return run(monkeypatch, generate, "--model-path", dated, "--data-dir", tmp_path / "data/chat", "--save-dir",
+                       tmp_path / "text", "--max-length", 64, "--max-prompt-length", 48, "--no-drop-cut", *words)
+        assert write_text() == 0
+        made_with = json.loads((tmp_path / "text/made_with.json").read_text())["made_with"]
+        assert made_with["template_date"] == "2026-07-30"
+        today("2026-07-31")
+        assert write_text() == 0
+        assert "is there already" in capsys.readouterr().out
+        assert write_text("--template-date", "2026-07-31") == 2
+        assert "template_date 2026-07-30, where this run has 2026-07-31; other prompts" in capsys.readouterr().err
 
     def test_an_evaluation_without_one(self, monkeypatch, chat, today, tmp_path):
         assert evaluated(monkeypatch, chat, tmp_path) == 0

@@ -14,7 +14,7 @@ from todi.errors import InputError
 from todi.launch import evaluation_options
 from todi.options import declared, parse
 from todi.runtime.device import choose_device
-from todi.settings import EvalConfig, TrainConfig
+from todi.settings import EvalConfig, GenerateConfig, TrainConfig
 from todi.training.train_inputs import read_inputs
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -45,15 +45,15 @@ def test_a_data_file(lines, tmp_path):
             line["output"] if isinstance(line["output"], str) else line["output"][0] for line in read]
 
 
-flags = st.sampled_from([flag for config_type in (TrainConfig, EvalConfig) for options in declared(config_type).values()
-                         for one in options for flag in one.flags])
+flags = st.sampled_from([flag for config_type in (TrainConfig, EvalConfig, GenerateConfig)
+                         for options in declared(config_type).values() for one in options for flag in one.flags])
 words = st.lists(flags | st.text(max_size=8) | st.integers().map(str) | st.floats().map(str)
                  | st.sampled_from(["ToDi", "auto", "lora", "bf16", "cosine", "beta=1", "=", "30m", "-1"]), max_size=8)
 
 
 @RELAXED
 @given(words=words)
-@pytest.mark.parametrize("config_type", [TrainConfig, EvalConfig])
+@pytest.mark.parametrize("config_type", [TrainConfig, EvalConfig, GenerateConfig])
 def test_a_command_line(config_type, words):
     try:
         config = parse(config_type, words)

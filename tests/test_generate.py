@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from evaluating import add_adapter, run
-from launching import ROOT, write_data
+from launching import ROOT, slow, write_data
 from launching import run as launch
 from test_chat import chat_tokenizer, turns, write
 from tiny import tiny_model
@@ -19,6 +19,7 @@ from todi.generation.decoding import generate as decode
 from todi.generation.sampling import stream_key
 from todi.generation.text_files import Selection, TextFolder
 from todi.options import parse
+from todi.runtime.checksums import file_checksum
 from todi.runtime.storage import claimed, write_bytes, write_text
 from todi.settings import GenerateConfig, TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,7 +117,9 @@ class TestWhatIsWritten:
         assert all(len(made_with[name]) == 64 for name in ("model", "prompts", "dev.jsonl"))
         assert record["selection"] == {"drop_cut": True, "least_tokens": 1, "most_tokens": None}
         assert record["layouts"] == [{"batch_size": 32, "processes": 1}]
-        assert set(record["files"]) == {"train.jsonl", "dev.jsonl"}
+        assert record["files"] == {name: file_checksum(tmp_path / "text" / name)
+                                   for name in ("train.jsonl", "dev.jsonl")}
+        assert record["files"]["dev.jsonl"] == made_with["dev.jsonl"]
         found = record["responses"]
         assert f"{found['kept']} responses of 9 ({found['dropped']['cut']} cut" in capsys.readouterr().out
         assert sorted(files(tmp_path / "text")) == ["dev.jsonl", "made_with.json", "train.jsonl"]
@@ -312,6 +315,13 @@ class TestRefusals:
                          "--save-dir (TEXT_DIR)")
         assert files(prompts) == before
 
+    @pytest.mark.parametrize("record", [{"made_with": {"temperature": 1.0}, "loss": 2.0, "seeds": {}}, [], "x"])
+    def test_a_record_that_is_of_others(self, written, tmp_path, capsys, record):
+        """An evaluation has one of this name too."""
+        write(tmp_path / "text/made_with.json", record)
+        assert written("text") == 2
+        assert f"{tmp_path}/text has a made_with.json that was not written by todi.generate" in capsys.readouterr().err
+
     def test_another_run_in_the_same_folder(self, written, tmp_path, capsys):
         with claimed(tmp_path / "text"):
             assert written("text") == 2
@@ -405,17 +415,21 @@ class TestLaunchers:
         assert done.returncode == 2
         assert said in done.stdout
 
-    @pytest.mark.slow
-    def test_it_writes_once_and_trains(self, workshop, prompts, tmp_path):
-        settings = {"TEACHER_MODEL_PATH": workshop.model("gpt2-teacher", hidden=48, seed=1),
-                    "MODEL_PATH": workshop.model("gpt2-student", seed=2), "DATA_DIR": prompts, "DROP_CUT": 0,
-                    "TEXT_DIR": tmp_path / "the text", "SAVE_DIR": tmp_path / "run", "EVAL_GEN": 0, "EPOCH": 2,
-                    **SETTINGS}
-        done = launch("gpt2/seqkd_gpt2_base", DOCTOR=1, **settings)
+    @pytest.fixture
+    def settings(self, workshop, prompts, tmp_path):
+        return {"TEACHER_MODEL_PATH": workshop.model("gpt2-teacher", hidden=48, seed=1), "DATA_DIR": prompts,
+                "MODEL_PATH": workshop.model("gpt2-student", seed=2), "DROP_CUT": 0, "EPOCH": 2, "EVAL_GEN": 0,
+                "TEXT_DIR": tmp_path / "the text", "SAVE_DIR": tmp_path / "run", **SETTINGS}
+
+    @pytest.mark.parametrize("asked", [["--check-only"], slow([])])
+    def test_a_look_before_there_is_a_text(self, settings, tmp_path, asked):
+        done = launch("gpt2/seqkd_gpt2_base", *asked, **settings, **({} if asked else {"DOCTOR": 1}))
         assert done.returncode == 0, done.stdout
         assert done.stdout.endswith(f"the training will be looked at when {tmp_path}/the text/train.jsonl is there\n")
-        assert not (tmp_path / "the text").exists()
+        assert not (tmp_path / "the text").exists() and not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
+    def test_it_writes_once_and_trains(self, settings, tmp_path):
         done = launch("gpt2/seqkd_gpt2_base", **settings)
         assert done.returncode == 0, done.stdout
         args = json.loads((tmp_path / "run/args.json").read_text())

@@ -22,7 +22,7 @@ from todi.generation.writer import Layout, Row, Writer, progress_bar
 from todi.generation.writing_model import build_decoding, load_writing_model, what_writes
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator
-from todi.runtime.checksums import value_checksum
+from todi.runtime.checksums import bytes_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
@@ -95,7 +95,7 @@ def check_folder(refusal: str | None) -> None:
 def data_checksums(inputs: TextInputs) -> dict[str, str]:
     """Of all that is asked, and of dev.jsonl."""
     return {"prompts": value_checksum([record.prompt for record in inputs.records]),
-            "dev.jsonl": value_checksum(inputs.dev.decode())}
+            "dev.jsonl": bytes_checksum(inputs.dev)}
 
 
 def decoding_of(config: GenerateConfig) -> Decoding:

@@ -110,16 +110,19 @@ evaluate() { read_settings evaluate "$@"; launch env todi.evaluate "${options[@]
 # seqkd WORD...: has the teacher answer the prompts of DATA_DIR, once, then trains the student on its text by SFT. The
 # words go to the training.
 seqkd() {
-  local text data=' --data-dir[= ]'
+  local text data=' --data-dir[= ]' check=' --check-only '
   trains_by cross_entropy
   [[ ! " $* " =~ $data ]] || die "--data-dir would be trained on in place of the teacher's text; set DATA_DIR, the folder of the prompts"
   read_settings generate
   text=${options[${#options[@]} - 1]}
-  if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m todi.generate "${options[@]}" --check-only
-  else launch run_to_its_end todi.generate "${options[@]}"; fi
-  if [[ -z ${DRY_RUN:-} && ! -f $text/train.jsonl ]]; then
-    echo "the training will be looked at when $text/train.jsonl is there"
-    return
+  if [[ -z ${DRY_RUN:-} && (-n ${DOCTOR:-} || " ${options[*]} $* " =~ $check) ]]; then
+    WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m todi.generate "${options[@]}" --check-only
+    if [[ ! -f $text/train.jsonl ]]; then
+      echo "the training will be looked at when $text/train.jsonl is there"
+      return
+    fi
+  else
+    launch run_to_its_end todi.generate "${options[@]}"
   fi
   DATA_DIR=$(printf %q "$text")
   export DATA_DIR

@@ -67,7 +67,8 @@ class TextFolder:
     def __init__(self, folder: Path, made_with: Mapping[str, Any], selection: Selection, dev: bytes, layout: Layout):
         self._folder, self._made_with, self._selection, self._dev = folder, dict(made_with), selection, dev
         self._unfinished = UnfinishedFile(folder / _UNFINISHED, made_with, layout)
-        self._record = read_record(folder / _RECORD)
+        record = read_record(folder / _RECORD)
+        self._record = record if {"made_with", "selection", "files"} <= record.keys() else {}  # else it is of others
 
     @property
     def finished(self) -> bool:
@@ -85,7 +86,7 @@ class TextFolder:
         if differences:
             return (f"{self._folder} holds text that was made with {'; '.join(differences)}. Choose another "
                     "--save-dir (TEXT_DIR), or remove that folder")
-        foreign = [name for name in (_TRAIN, _DEV) if (self._folder / name).exists()]
+        foreign = [name for name in (_TRAIN, _DEV, _RECORD) if (self._folder / name).exists()]
         if foreign and not self._record and self._unfinished.earlier_with is None:
             return (f"{self._folder} has a {foreign[0]} that was not written by todi.generate; choose another "
                     "--save-dir (TEXT_DIR)")

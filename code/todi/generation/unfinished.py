@@ -60,11 +60,12 @@ def make_folder(folder: Path) -> None:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What a made_with.json holds; nothing where it is not there or torn."""
+    """What a made_with.json holds; nothing where it is not there or of another form."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def made_with_before(record_file: Path, unfinished_file: Path) -> list[dict[str, Any]]:

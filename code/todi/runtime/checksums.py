@@ -23,6 +23,11 @@ def file_checksum(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def bytes_checksum(content: bytes) -> str:
+    """Of the contents of a file with these bytes, as `file_checksum` has it."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def value_checksum(value: Any) -> str:
     """Of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
