@@ -32,6 +32,11 @@ def test_single_points_have_a_row_each_with_the_number():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
 
 
+def test_steps_are_whole_numbers():
+    axis = panels({"short": curve(2.1, 1.7)})["training loss"]
+    assert all(tick == int(tick) for tick in axis.get_xticks())
+
+
 def test_scores_have_their_run_s_colour_and_interval():
     scores = {"other": {"rouge_l": 5.0, "rouge_l_interval": [4.0, 6.0]}, "a": {"rouge_l": 9.0}}
     found = panels({"a": curve(3, 2, 1)}, scores)

@@ -164,7 +164,8 @@ class Bar:
     _SHOWN: ClassVar = ("loss", "kd", "ce", "rouge_l")
 
     def __init__(self, run: RunInfo):
-        self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc=Path(run.name).name)
+        # a notebook that is kept without widgets has a line for each time that the bar is drawn
+        self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc=Path(run.name).name, mininterval=2)
 
     def step_done(self, step: int) -> None:
         """Moves on."""
@@ -175,7 +176,7 @@ class Bar:
         numbers = scalars(kind, values)
         shown = {name: f"{numbers[f'{kind}/{name}']:.3f}" for name in self._SHOWN if f"{kind}/{name}" in numbers}
         self._bar.set_postfix({kind if name == "loss" and kind == "dev" else name: value
-                               for name, value in shown.items()})
+                               for name, value in shown.items()}, refresh=kind == "dev")
 
     def close(self) -> None:
         """Leaves it as it is."""

@@ -128,6 +128,7 @@ def _lines(axis: Axes, by_run: Mapping[str, Curve], colours: Mapping[str, str]) 
         width = 1.3 + 1.6 * (len(by_run) - 1 - index)
         axis.plot(*zip(*curve, strict=True), label=name, color=colours[name], linewidth=width,
                   marker="o" if len(curve) < _FEW else None, markersize=3 + width, markeredgecolor="white")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
 
 
