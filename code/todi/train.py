@@ -309,6 +309,8 @@ def build_criterion(config: ObjectiveConfig, samples: SamplesConfig) -> Distilla
         return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size,
                                      terms=named_numbers(config.loss_terms), kernels=config.kernels)
     divergence = build_divergence(config.kd_objective, **named_numbers(config.kd_params))
+    if divergence.definition.sampled and samples.uses_responses:
+        logger.warning("warning: %s is an estimate on the student's own text alone: --samples student", divergence.name)
     criterion = DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
                                       config.loss_chunk_size, named_numbers(config.loss_terms), config.kernels)
     if not samples.student_kd_objective:
