@@ -25,11 +25,11 @@ from todi.data.records import load_records
 from todi.data.tokenize import encode_prompts
 from todi.generation.decoding import Decoding, check_decoding, stop_ids
 from todi.generation.sampling import stream_key
+from todi.generation.writer import Writer
 from todi.models.families import family_of
 from todi.models.loading import load_config, load_model, load_tokenizer
 from todi.runtime.device import choose_precision
 from todi.runtime.distributed import World
-from todi.training.student_text import StudentWriter
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -48,11 +48,11 @@ def plain(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]]
     return count, time.perf_counter() - started
 
 
-def in_a_round(write: StudentWriter, prompts: list[list[int]], number: int) -> tuple[int, float]:
+def in_a_round(writer: Writer, prompts: list[list[int]], stops: frozenset[int], number: int) -> tuple[int, float]:
     """The same of a round."""
     started = time.perf_counter()
     keys = [stream_key("benchmark", number, place) for place in range(len(prompts))]
-    count = sum(len(response.ids) + (not response.cut) for response in write(prompts, keys))
+    count = sum(len(response.ids) + (not response.cut) for response in writer.write(prompts, keys, stops))
     return count, time.perf_counter() - started
 
 
@@ -75,13 +75,13 @@ def main() -> None:
     check_decoding(model, options.model, tokenizer.pad_token_id)
     records = load_records(options.data, options.samples * max(options.round_steps))
     prompts = encode_prompts(records, tokenizer, family_of("auto", config.model_type), 256)
-    write = StudentWriter(model, Decoding(512, options.tokens), stop_ids(model, tokenizer, records),
-                          tokenizer.pad_token_id, options.batch_size, World(0, 1, 0, 1))
+    writer = Writer(model, tokenizer, Decoding(512, options.tokens), options.batch_size, World(0, 1, 0, 1))
+    stops = stop_ids(model, tokenizer, records)
     rates: dict[str, list[float]] = {}
     for turn in range(options.turns):
         step = prompts[turn * options.samples:(turn + 1) * options.samples]
         found = {"generate at every step": plain(model, tokenizer, step, options.tokens)}
-        found |= {f"a round of {steps} steps": in_a_round(write, prompts[:steps * options.samples], turn)
+        found |= {f"a round of {steps} steps": in_a_round(writer, prompts[:steps * options.samples], stops, turn)
                   for steps in options.round_steps}
         for name, (count, seconds) in found.items():
             rates.setdefault(name, []).append(count / seconds)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from todi.data.tokenize import Example, encode_examples
 from todi.errors import InputError
 from todi.generation.decoding import Decoding, Response
 from todi.generation.sampling import stream_key
+from todi.generation.writer import Writer
 from todi.models.families import FAMILIES
 from todi.options import from_keywords
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
 from todi.training.mixtures import AdaptiveMixture, FixedMixture
-from todi.training.student_text import StudentSource, StudentWriter, repetition
+from todi.training.student_text import StudentSource, repetition
 from transformers import AutoModelForCausalLM
 
 END = 9
@@ -31,7 +33,7 @@ RECORDS = 11
 EXAMPLES = [Example((1, number, 7, END), 2, number) for number in range(RECORDS)]  # the prompt tells the record
 
 
-class Writer:
+class Pen:
     """Stands in for a student: what it writes tells how often it has been asked, every third text is cut off."""
 
     def __init__(self):
@@ -59,7 +61,7 @@ def steps_of(wanted, epochs=(1,)):
 
 class TestRounds:
     def test_a_round_answers_the_prompts_of_its_steps_and_is_closed_by_its_end(self):
-        writer = Writer()
+        writer = Pen()
         plans = steps_of(source(writer))
         order = [example.prompt for example in DatasetSource(EXAMPLES, StepShape(2, 1), seed=3).order(1)]
         assert [prompts for prompts, _ in writer.asked] == [order[:4], order[4:8], order[8:]]
@@ -72,31 +74,31 @@ class TestRounds:
         assert numbers == list(range(RECORDS, 2 * RECORDS))  # behind those of the data
 
     def test_a_round_is_written_after_the_step_before_it(self):
-        writer = Writer()
+        writer = Pen()
         plans = source(writer).steps(1)
         for done, rounds in ((1, 1), (2, 1), (3, 2)):
             next(plans)
             assert len(writer.asked) == rounds, f"before step {done}"
 
     def test_nothing_is_written_for_steps_that_the_run_does_not_take(self):
-        writer = Writer()
+        writer = Pen()
         assert len(steps_of(source(writer, total_steps=3))) == 3
         assert [len(prompts) for prompts, _ in writer.asked] == [4, 2]
 
     def test_no_two_epochs_write_with_the_same_random_numbers(self):
-        writer = Writer()
+        writer = Pen()
         steps_of(source(writer), epochs=(1, 2))
         keys = [key for _, keys in writer.asked for key in keys]
         assert len(set(keys)) == len(keys) == 2 * RECORDS
 
     def test_ranks_share_what_one_alone_has(self):
-        alone = [sorted(samples(plan), key=str) for plan in steps_of(source(Writer(), FixedMixture(0.5)))]
-        ranks = [steps_of(source(Writer(), FixedMixture(0.5), rank=rank, world=2)) for rank in range(2)]
+        alone = [sorted(samples(plan), key=str) for plan in steps_of(source(Pen(), FixedMixture(0.5)))]
+        ranks = [steps_of(source(Pen(), FixedMixture(0.5), rank=rank, world=2)) for rank in range(2)]
         assert [sorted(samples(one) + samples(two), key=str) for one, two in zip(*ranks, strict=True)] == alone
 
     def test_mixed_the_others_keep_the_response_of_the_data(self):
         told = []
-        found = [example for plan in steps_of(source(Writer(), FixedMixture(0.5), told=told), epochs=range(1, 41))
+        found = [example for plan in steps_of(source(Pen(), FixedMixture(0.5), told=told), epochs=range(1, 41))
                  for example in samples(plan)]
         own = [example for example in found if example.sample_id >= RECORDS]
         assert all(example == EXAMPLES[example.sample_id] for example in found if example.sample_id < RECORDS)
@@ -106,7 +108,7 @@ class TestRounds:
 
 class TestReplay:
     def test_texts_come_again_once_there_are_so_many(self):
-        told, writer = [], Writer()
+        told, writer = [], Pen()
         plans = steps_of(source(writer, FixedMixture(1, replayed=0.6), replay_size=6, told=told), epochs=(1, 2, 3))
         assert [values["replayed"] for _, values in told[:2]] == [0, 0]  # six texts are there before the third round
         again = sum(values["replayed"] for _, values in told)
@@ -118,7 +120,7 @@ class TestReplay:
         assert all(values["lag"] > 1 for _, values in told if values["replayed"] > 2)
 
     def test_the_oldest_go(self):
-        writer = Writer()
+        writer = Pen()
         made = source(writer, FixedMixture(1, replayed=0.5), replay_size=4)
         steps_of(made, epochs=(1, 2))
         assert [text.response[0] for text in made.latest] == sorted(text.response[0] for text in made.latest)
@@ -132,7 +134,7 @@ class TestState:
         def make(writer):
             return source(writer, FixedMixture(0.8, replayed=0.5), replay_size=3)
 
-        whole, first, second = Writer(), Writer(), Writer()
+        whole, first, second = Pen(), Pen(), Pen()
         wanted = steps_of(make(whole), epochs=(1, 2))
         before = make(first)
         begun = list(islice(before.steps(1), done))
@@ -144,12 +146,12 @@ class TestState:
         assert second.asked == whole.asked
 
     def test_of_a_run_on_the_data_alone_until_now(self):
-        made = source(Writer())
+        made = source(Pen())
         made.load_state_dict({})
         assert len(list(made.steps(1, 3))) == 3
 
     def test_an_adaptive_mixture_is_in_it(self):
-        made, other = (source(Writer(), AdaptiveMixture()) for _ in range(2))
+        made, other = (source(Pen(), AdaptiveMixture()) for _ in range(2))
         for loss in (2.0, 2.2):
             made.observe({"dev/loss": loss})
         other.load_state_dict(made.state_dict())
@@ -178,8 +180,8 @@ def test_it_writes_what_transformers_writes(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, "llama")).train()
     prompts, stops = [(5, 6, 7), (8, 9), (10, 11, 12, 13)], frozenset(range(0, 300, 30))
     decoding = Decoding(max_length=12, max_new_tokens=9, top_k=1)
-    write = StudentWriter(model, decoding, stops, pad_id=0, batch_size=2, world=World(0, 1, 0, 1))
-    found = write(prompts, [stream_key("x", i) for i in range(3)])
+    writer = Writer(model, SimpleNamespace(pad_token_id=0), decoding, 2, World(0, 1, 0, 1))
+    found = writer.write(prompts, [stream_key("x", i) for i in range(3)], stops)
     assert model.training
     for prompt, response in zip(prompts, found, strict=True):
         limit = min(9, 12 - len(prompt))

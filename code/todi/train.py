@@ -27,6 +27,7 @@ from todi.data.tokenize import Example, encode_examples, encode_prompts, end_id,
 from todi.doctor import examine
 from todi.errors import run_main
 from todi.generation.decoding import Decoding, check_decoding, stop_ids
+from todi.generation.writer import Writer
 from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head
 from todi.models.card import Base, Card, model_card
@@ -69,8 +70,8 @@ from todi.training.run_folder import RunFolder
 from todi.training.scores import Score
 from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
-from todi.training.student import Student
-from todi.training.student_text import StudentSource, StudentWriter
+from todi.training.student import Student, is_partitioned
+from todi.training.student_text import StudentSource
 from todi.training.train_inputs import (
     TrainInputs,
     build_loss_terms,
@@ -217,14 +218,14 @@ def build_student_source(config: TrainConfig, inputs: TrainInputs, base: EpochSo
     samples, tokenizer = config.source, inputs.student.tokenizer
     decoding = Decoding(config.data.max_length, samples.sample_tokens, temperature=samples.sample_temperature,
                         top_p=samples.sample_top_p, top_k=samples.sample_top_k)
-    writer = StudentWriter(model, decoding, stop_ids(model, tokenizer, inputs.train), tokenizer.pad_token_id,
-                           config.run.eval_batch_size, world, meter)
+    writer = Writer(model, tokenizer, decoding, config.run.eval_batch_size, world, in_step=is_partitioned(model))
+    write = partial(writer.write, eos_ids=stop_ids(model, tokenizer, inputs.train))
     mixtures = {"student": FixedMixture(1, samples.replay), "adaptive": AdaptiveMixture(),
                 "mixed": FixedMixture(samples.student_share, samples.replay)}
     ends = [end_id(record, tokenizer) for record in inputs.train]
-    return StudentSource(base, writer, ends, mixtures[samples.samples], round_steps=samples.round_steps,
+    return StudentSource(base, write, ends, mixtures[samples.samples], round_steps=samples.round_steps,
                          replay_size=samples.replay_size, total_steps=max_steps, seed=config.run.seed,
-                         tell=partial(monitors.log, "round"))
+                         tell=partial(monitors.log, "round"), meter=meter)
 
 
 def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,

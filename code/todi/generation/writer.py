@@ -32,6 +32,7 @@ class Writer:
 
     Attributes:
         batch_size: most responses that a rank writes together.
+        in_step: every rank writes all of them, as where ZeRO-3 has spread the weights and a forward needs every rank.
     """
 
     model: PreTrainedModel
@@ -39,6 +40,21 @@ class Writer:
     decoding: Decoding
     batch_size: int
     world: World
+    in_step: bool = False
+
+    def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], eos_ids: Collection[int],
+              progress: Callable[[int], object] = lambda finished: None) -> list[Response]:
+        """A response to each prompt by the random stream of its key; each rank writes its share, and has all of them.
+
+        Args:
+            progress: called with the number of responses that have been finished since the last call.
+        """
+        rank, ranks = (0, 1) if self.in_step else (self.world.rank, self.world.size)
+        mine = slice(len(prompts) * rank // ranks, len(prompts) * (rank + 1) // ranks)
+        responses = generate(self.model, prompts[mine], keys[mine], decoding=self.decoding, eos_ids=eos_ids,
+                             pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size, progress=progress)
+        progress(len(prompts) - len(responses))
+        return [response for part in self.world.gather(responses)[:ranks] for response in part]
 
     def rounds(self, set_name: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], written: Container[Row],
                eos_ids: Collection[int], progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
@@ -61,19 +77,9 @@ class Writer:
         for start in range(0, len(rows), size):
             rest = [row for row in rows[start:start + size] if row not in written]
             if rest:
-                yield self._round(set_name, prompts, rest, eos_ids, progress)
-
-    def _round(self, set_name: str, prompts: Sequence[Sequence[int]], rows: Sequence[Row],
-               eos_ids: Collection[int], progress: Callable[[int], object]) -> dict[Row, Response]:
-        rank, ranks = self.world.rank, self.world.size
-        mine = rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
-        responses = generate(self.model, [prompts[index] for _, index in mine],
-                             [stream_key(set_name, seed, index) for seed, index in mine], decoding=self.decoding,
-                             eos_ids=eos_ids, pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size,
-                             progress=progress)
-        everyone = self.world.gather(list(zip(mine, responses, strict=True)))
-        progress(len(rows) - len(mine))
-        return {row: response for part in everyone for row, response in part}
+                responses = self.write([prompts[index] for _, index in rest],
+                                       [stream_key(set_name, seed, index) for seed, index in rest], eos_ids, progress)
+                yield dict(zip(rest, responses, strict=True))
 
 
 def progress_bar(total: int, written: int, world: World) -> tqdm:

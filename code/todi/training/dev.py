@@ -23,7 +23,7 @@ from todi.runtime.distributed import World
 from todi.settings import AUTO_TOKENIZER
 from todi.training.scores import Score
 from todi.training.step import add, means
-from todi.training.student import share_of_writing
+from todi.training.student import is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,14 @@ class DevSet:
         return means(sums, self.world)
 
     def rouge_l(self, model: nn.Module) -> float:
-        """Mean ROUGE-L, 0 to 100, of `samples` responses to each dev prompt; each rank takes its share of them."""
-        share = range(len(self.prompts))[share_of_writing(model, self.world)]
+        """Mean ROUGE-L, 0 to 100, of `samples` responses to each dev prompt.
+
+        Each rank takes its share of the prompts, unless ZeRO-3 has spread the weights: then every forward needs every
+        rank, and all of them write the same responses in step.
+        """
+        stride, first = (1, 0) if is_partitioned(model) else (self.world.size, self.world.rank)
         streams = {stream_key("dev", self.seed, i, *([sample] if sample else [])): i
-                   for i in share for sample in range(self.samples)}
+                   for i in range(first, len(self.prompts), stride) for sample in range(self.samples)}
         mine = streams.values()
         responses = generate(model, [self.prompts[i] for i in mine], list(streams), decoding=self.decoding,
                              eos_ids=stop_ids(model, self.tokenizer, self.records),

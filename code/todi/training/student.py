@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from todi.criterions import DistillationCriterion, HeadRows, LossTerm, TeacherRows, diagnose
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_layers
-from todi.runtime.distributed import World
 from todi.training.speed import Meter
 
 
@@ -54,14 +53,6 @@ class Student(nn.Module):
         for parameter in (head.weight, getattr(head, "bias", None)):
             if hasattr(parameter, "ds_id"):
                 deepspeed.zero.register_external_parameter(self, parameter)
-
-
-def share_of_writing(model: nn.Module, world: World) -> slice:
-    """Of texts that are to be written, those that this rank writes.
-
-    Where ZeRO-3 has spread the weights every forward needs every rank, and all of them write the same texts in step.
-    """
-    return slice(None) if is_partitioned(model) else slice(world.rank, None, world.size)
 
 
 def is_partitioned(model: nn.Module) -> bool:

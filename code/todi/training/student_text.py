@@ -9,50 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from todi.data.plans import StepPlan
 from todi.data.sample_sources import EpochSource
 from todi.data.tokenize import Example
-from todi.generation.decoding import Decoding, Response, generate
+from todi.generation.decoding import Response
 from todi.generation.sampling import stream_key
-from todi.runtime.distributed import World
 from todi.training.mixtures import Mixture
 from todi.training.speed import Meter
-from todi.training.student import share_of_writing
 
 logger = logging.getLogger(__name__)
 
 _REPEATED = 4  # tokens of the n-grams whose repetition is reported
-
-
-@dataclass(frozen=True)
-class StudentWriter:
-    """The student, which answers prompts. Every rank has one, and calls it in step with the others.
-
-    Attributes:
-        stop_ids: tokens that end a response.
-        batch_size: most prompts that a rank answers together.
-    """
-
-    model: nn.Module
-    decoding: Decoding
-    stop_ids: frozenset[int]
-    pad_id: int
-    batch_size: int
-    world: World
-    meter: Meter = dataclasses.field(default_factory=Meter)
-
-    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> list[Response]:
-        """A response to each prompt, of which each rank writes its share, on every rank."""
-        mine = range(len(prompts))[share_of_writing(self.model, self.world)]
-        with self.meter.phase("generation"):
-            responses = generate(self.model, [prompts[i] for i in mine], [keys[i] for i in mine],
-                                 decoding=self.decoding, eos_ids=self.stop_ids, pad_id=self.pad_id,
-                                 batch_size=self.batch_size)
-        everyone = self.world.gather(list(zip(mine, responses, strict=True)))
-        found = {number: response for part in everyone for number, response in part}
-        return [found[number] for number in range(len(prompts))]
 
 
 @dataclass(frozen=True)
@@ -108,18 +75,20 @@ class StudentSource:
 
     Args:
         base: whose prompts are answered, and in what order.
-        write: answers prompts, given the keys of their random streams.
+        write: has the student answer prompts, given the keys of their random streams; on every rank alike.
         ends: the token that closes the response of each sample, by its number.
         mixture: says how many samples the student answers.
         round_steps: steps of a round; one ends with the epoch at the latest.
         replay_size: texts that are kept to come again.
         total_steps: of the run; nothing is written for later ones.
         tell: is told of every round, with the number of steps done.
+        meter: is told when the student writes.
     """
 
     def __init__(self, base: EpochSource, write: Callable[[Sequence[Sequence[int]], Sequence[int]], list[Response]],
                  ends: Sequence[int], mixture: Mixture, *, round_steps: int, replay_size: int, total_steps: int,
-                 seed: int, tell: Callable[[int, Mapping[str, float]], None] = lambda step, values: None):
+                 seed: int, tell: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
+                 meter: Meter | None = None):
         self.base = base
         self.write = write
         self.ends = ends
@@ -128,6 +97,7 @@ class StudentSource:
         self.total_steps = total_steps
         self.seed = seed
         self.tell = tell
+        self.meter = meter or Meter()
         self.round = Round()
         self.written = 0
         self.latest: deque[Text] = deque(maxlen=replay_size)
@@ -156,8 +126,9 @@ class StudentSource:
         own = [place for place in places if drawn.random() < share]
         again = {place for place in own if drawn.random() < replayed and len(self.latest) == self.latest.maxlen}
         new = [place for place in own if place not in again]
-        responses = self.write([order[place].prompt for place in new],
-                               [stream_key("student", self.seed, epoch, place) for place in new])
+        with self.meter.phase("generation"):
+            responses = self.write([order[place].prompt for place in new],
+                                   [stream_key("student", self.seed, epoch, place) for place in new])
         texts = dict(zip(new, (self._text(order[place], response, first)
                                for place, response in zip(new, responses, strict=True)), strict=True))
         texts |= {place: drawn.choice(self.latest) for place in again}
