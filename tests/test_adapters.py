@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from todi.models.backbone import backbone_and_head
 from todi.models.families import FAMILIES, family_of
 from todi.models.loading import empty_model, load_config, load_model
 from todi.models.probe import check_model
+from todi.training.checkpoints import save_model
 from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
@@ -113,6 +115,15 @@ class TestKinds:
         torch.testing.assert_close(head(backbone(input_ids=IDS).last_hidden_state), made, atol=1e-4, rtol=1e-4)
         saved = load_file(tmp_path / "adapter_model.safetensors")
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(t.numel() for t in saved.values())
+
+    def test_a_checkpoint_of_one_on_the_embeddings_can_be_gone_on_with(self, base, tmp_path):
+        """Without the base's embeddings, which peft would write besides."""
+        model = add_lora(load_model(str(base), torch.float32, CPU), FAMILIES["tinyllama"], 4, 8, 0.0,
+                         ("q_proj", "embed_tokens"))
+        save_model(model, SimpleNamespace(save_pretrained=lambda folder: None), tmp_path / "saved", "", True)
+        check_adapter(str(tmp_path / "saved"), load_config(str(base)), str(base), trained=True)
+        names = load_file(tmp_path / "saved" / "adapter_model.safetensors").keys()
+        assert any("lora_embedding_A" in name for name in names) and not any("base_layer" in name for name in names)
 
     @pytest.mark.parametrize("kind", ["plain", "saved embeddings and head"])
     def test_where_head_and_embeddings_are_one_tensor(self, tied, tmp_path, kind):

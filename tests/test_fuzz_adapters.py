@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from hypothesis import HealthCheck, given, seed, settings
@@ -22,6 +23,7 @@ from todi.errors import InputError
 from todi.models.adapters import check_adapter, load_adapter, merge_adapter
 from todi.models.loading import load_config, load_model
 from todi.models.probe import check_model
+from todi.training.checkpoints import save_model
 from todi.training.optimizer import build_optimizer
 from todi.training.student import Student
 
@@ -146,7 +148,7 @@ class Adapters:
         (sums["loss"] / sums["tokens"]).backward()
         optimizer.step()
         shutil.rmtree(self.folder / "saved", ignore_errors=True)
-        model.save_pretrained(self.folder / "saved")
+        save_model(model, SimpleNamespace(save_pretrained=lambda folder: None), self.folder / "saved", "", True)
         check_adapter(str(self.folder / "saved"), self.configs[base], str(self.models[base]), trained=True)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -74,9 +75,11 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, card: str, 
     The model may be a full one or one with a LoRA adapter, of which the adapter is written alone.
     """
     weights = gather_weights(model, keep=writes_files)
+    # peft would add the base's embeddings where they are adapted, which nobody has trained
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     if writes_files:
         folder.mkdir()
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights, **options)
         tokenizer.save_pretrained(folder)
         # in place of peft's own; a path need not be UTF-8
         (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
