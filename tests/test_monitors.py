@@ -108,7 +108,7 @@ def test_all_that_is_wrong_with_the_names_is_said_at_once(register, monkeypatch,
     with pytest.raises(InputError) as caught:
         check_monitors(["wanbd", "absent"])
     assert caught.value.problems == [
-        "--report-to: unknown monitor 'wanbd'; did you mean wandb? allowed: tensorboard, wandb, trackio, absent",
+        f"--report-to: unknown monitor 'wanbd'; did you mean wandb? allowed: {', '.join(MONITORS)}",
         "--report-to absent needs the package no_such_tracker, which is not installed: pip install no_such_tracker"]
 
 
