@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,16 @@ def in_ten_thousand_tries(test: Callable) -> Callable:
 def slow(value: object) -> object:
     """A value of a test's parameter that only `--all` takes."""
     return pytest.param(value, marks=pytest.mark.slow)
+
+
+def exhaustive(value: object) -> object:
+    """The same that only `--everything` takes: one more of a kind."""
+    return pytest.param(value, marks=pytest.mark.exhaustive)
+
+
+def in_tiers(names: Iterable[str], *, always: Collection[str] = (), slowly: Collection[str] = ()) -> list[object]:
+    """Values of a test's parameter: some for every run of tests, some for `--all`, the others for `--everything`."""
+    return [name if name in always else slow(name) if name in slowly else exhaustive(name) for name in names]
 
 
 def write_data(folder: Path, **splits: int) -> Path:

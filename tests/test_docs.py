@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launching import ROOT, Run, environment, write_data
+from launching import ROOT, Run, environment, in_tiers, write_data
 from todi.criterions import DIVERGENCES, build_divergence
 from todi.schedules import SCHEDULES
 from todi.settings import LAUNCHER_VARIABLES
@@ -162,6 +162,7 @@ QUICK = {"SEEDS": 1, "LIMIT": 20, "DEV_NUM": 4, "EVAL_GEN": 0, "MAX_STEPS": 2, "
 # With what besides some pages are typed in, each page in a checkout of its own.
 BESIDES = {"docs/several-devices.md": {"DRY_RUN": 1}, "docs/teacher-text.md": {"DROP_CUT": 0}}
 QUICKLY = "README.md"  # of all pages the one that every run of the tests types in
+LESS_QUICKLY = [f"docs/{name}.md" for name in ("training", "library", "resume", "on-policy", "teacher-text")]
 WITH_PYTHON = ["README.md"]  # whose Python is a program that is run too
 # Run by tests of their own: the quickstart below, and this suite.
 APART = ("bash scripts/quickstart.sh", "bash scripts/test.sh")
@@ -246,15 +247,14 @@ def test_the_commands_of_the_readme_run(follow):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TYPED if name != QUICKLY])
+@pytest.mark.parametrize("name", in_tiers([name for name in TYPED if name != QUICKLY], slowly=LESS_QUICKLY))
 def test_commands_run(typed_in, name):
     done = typed_in[name].result()
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_pages_are_found():
-    assert {QUICKLY, "docs/resume.md", *BESIDES} <= set(TYPED)
+    assert {QUICKLY, *LESS_QUICKLY, *BESIDES} <= set(TYPED)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run
+from launching import in_tiers, run
 from stopping import KD, TWO_RANKS, Launched, finished, gone_on_with, stopped
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -96,8 +96,8 @@ BAD_STEP_SHAPES = {"ZeRO-1": {}, "ZeRO-0": {"ZERO_STAGE": 0}, "ZeRO-0, bf16": {"
                       for stage in range(4) for precision in ("fp32", "bf16")}}
 
 
-@pytest.mark.parametrize("shape", [name if name == "ZeRO-1" else pytest.param(name, marks=pytest.mark.slow)
-                                   for name in BAD_STEP_SHAPES])
+@pytest.mark.parametrize("shape", in_tiers(BAD_STEP_SHAPES, always={"ZeRO-1"}, slowly={
+    "ZeRO-0, bf16", "2 ranks, ZeRO-2, fp32", "2 ranks, ZeRO-3, bf16"}))
 def test_a_bad_step_is_skipped_and_named(shape, poisoned, tmp_path):
     settings = poison(poisoned, tmp_path / "data", [7]) | BAD_STEP_SHAPES[shape]
     assert finished(tmp_path / "run", **settings)["skipped"] == 2  # once an epoch

@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from interpreted import CASES, DTYPES, Case, task_of
+from launching import exhaustive, slow
 from todi.criterions import HeadRows, LinearHead, build_divergence, distillation_loss, kernels
 from todi.criterions.kernels import MAKERS, choose_rows
 from todi.criterions.rows import eager_rows
@@ -133,9 +133,6 @@ def test_what_the_kernel_is_not_for(monkeypatch):
     assert kernels._why_no_triton(torch.float32, task_of(Case())) == "the package triton is not installed"
 
 
-slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
 def check_compiled(name: str | None, temperature: float | torch.Tensor = 1.0) -> None:
     """The compiled row function gives the sums and gradients of the eager one, and has been compiled."""
     torch._dynamo.reset()  # past a number of variants of a function all others are silently eager
@@ -154,9 +151,10 @@ def check_compiled(name: str | None, temperature: float | torch.Tensor = 1.0) ->
     assert frames["ok"] > 0 and set(frames) == {"total", "ok"}
 
 
-@pytest.mark.parametrize("name", ["ToDi", "js_divergence", "adaptive_kl", None, *map(slow, (
-    "gkd", "abkd", "amid", "amid_qr", "top_k_forward_kl", "skewed_reverse_kl_detached", "EOPD", "SE_KD",
-    "sampled_reverse_kl"))])
+@pytest.mark.parametrize("name", ["ToDi", "js_divergence", "adaptive_kl", None,
+                                  *map(slow, ("amid", "EOPD", "sampled_reverse_kl")),
+                                  *map(exhaustive, ("gkd", "abkd", "amid_qr", "top_k_forward_kl", "SE_KD",
+                                                    "skewed_reverse_kl_detached"))])
 def test_compiled_twin_is_the_eager_one(name):
     check_compiled(name)
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from launching import run
+from launching import exhaustive, in_tiers, run, slow
 from stopping import KD, TWO_RANKS, Launched, finished, gone_on_with, killed_again_and_again, outcome, stopped
 
 LORA = {"PEFT": "lora", "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1}
@@ -18,8 +18,8 @@ SHAPES = {"ZeRO-1": {}, "ZeRO-0, LoRA": {"ZERO_STAGE": 0} | LORA,
           "2 ranks, ZeRO-2, bf16": TWO_RANKS | {"ZERO_STAGE": 2, "PRECISION": "bf16"}}
 
 
-@pytest.mark.parametrize("shape", [name if name == "ZeRO-1" else pytest.param(name, marks=pytest.mark.slow)
-                                   for name in SHAPES])
+@pytest.mark.parametrize("shape", in_tiers(SHAPES, always={"ZeRO-1"}, slowly={
+    "ZeRO-0, LoRA", "2 ranks, ZeRO-1", "2 ranks, ZeRO-3", "2 ranks, ZeRO-2, bf16"}))
 def test_a_stopped_run_goes_on_bit_by_bit(shape, settings, tmp_path):
     settings = settings | SHAPES[shape]
     stopped(tmp_path / "stopped", settings)
@@ -84,10 +84,10 @@ def test_force_goes_on_with_another_learning_rate(settings, tmp_path):
     assert len(rates) == 18 and set(rates[:5]) == {1e-2} and set(rates[6:]) == {1e-4}
 
 
-@pytest.mark.slow
-def test_twenty_kills(settings, tmp_path):
+@pytest.mark.parametrize("kills", [slow(5), exhaustive(20)])
+def test_kills(settings, tmp_path, kills):
     settings = settings | {"EPOCH": 60, "SAVE_STATE_EVERY": 1, "SAVE_BEST_N_CKPTS": 2}
-    killed = killed_again_and_again(tmp_path / "killed", kills=20, **settings)
+    killed = killed_again_and_again(tmp_path / "killed", kills, **settings)
     assert killed == finished(tmp_path / "whole", **settings)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import run, slow
+from launching import exhaustive, run, slow
 from stopping import KD, TWO_RANKS, finished, gone_on_with, stopped
 from tiny import tiny_model, tiny_tokenizer
 from todi.criterions import DistillationCriterion, HeadRows, LinearHead, build_divergence
@@ -250,8 +250,8 @@ def without_speed(outcome):
                                   for line in outcome["metrics"]]}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"SAMPLES": "mixed", "REPLAY": 0.5, "REPLAY_SIZE": 8}, TWO_RANKS])
+@pytest.mark.parametrize("more", [exhaustive({}), slow({"SAMPLES": "mixed", "REPLAY": 0.5, "REPLAY_SIZE": 8}),
+                                  slow(TWO_RANKS)])
 def test_a_run_that_is_stopped_in_a_round_goes_on_bit_by_bit(settings, tmp_path, more):
     settings = settings | ON_POLICY | {"ROUND_STEPS": 3} | more
     stopped(tmp_path / "stopped", settings)  # after the fifth step, the second of a round
@@ -274,9 +274,9 @@ def test_two_ranks_do_what_one_does(workshop, settings, tmp_path):
 DISTILLM_2 = {"SAMPLES": "mixed", "KD_OBJ": "skewed_forward_kl", "STUDENT_KD_OBJ": "skewed_reverse_kl_detached"}
 
 
-@pytest.mark.parametrize("more", [{}, *map(slow, ({"ZERO_STAGE": 3, **TWO_RANKS}, {"PEFT": "lora"}, DISTILLM_2,
-                                                  {"SAMPLES": "adaptive", "EPOCH": 3},
-                                                  {"PACKING": "off", "ZERO_STAGE": 0}))])
+@pytest.mark.parametrize("more", [{}, *map(slow, ({"ZERO_STAGE": 3, **TWO_RANKS}, DISTILLM_2)),
+                                  *map(exhaustive, ({"PEFT": "lora"}, {"SAMPLES": "adaptive", "EPOCH": 3},
+                                                    {"PACKING": "off", "ZERO_STAGE": 0}))])
 def test_it_trains(settings, tmp_path, more):
     done = run(KD, **settings | ON_POLICY | {"EPOCH": 1, "SAVE_DIR": tmp_path} | more)
     assert done.returncode == 0, done.stdout
