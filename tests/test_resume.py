@@ -26,8 +26,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(shape, settings, tmp_path):
     assert gone_on_with(tmp_path / "stopped", settings) == finished(tmp_path / "whole", **settings)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), exhaustive(signal.SIGUSR1)])
 def test_other_signals(number, settings, tmp_path):
     assert f"stopped by {number.name}" in stopped(tmp_path, settings | TWO_RANKS, number).output
     gone_on_with(tmp_path, settings | TWO_RANKS)

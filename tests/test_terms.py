@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from launching import run
+from launching import exhaustive, run, slow
 from safetensors import safe_open
 from stopping import gone_on_with, outcome, stopped
 from todi.criterions import HeadRows, HiddenStates, LinearHead, ModelShape, TermContext, build_terms
@@ -62,8 +62,7 @@ def with_term(settings) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("shape", [
-    {}, pytest.param({"NPROC": 2, "GRAD_ACC": 1, "ZERO_STAGE": 3}, marks=pytest.mark.slow),
-    pytest.param({"PEFT": "lora", "ZERO_STAGE": 2}, marks=pytest.mark.slow)], ids=str)
+    {}, exhaustive({"NPROC": 2, "GRAD_ACC": 1, "ZERO_STAGE": 3}), slow({"PEFT": "lora", "ZERO_STAGE": 2})], ids=str)
 def test_it_is_trained_kept_at_resume_and_not_saved(with_term, tmp_path, shape):
     settings, folder = with_term | shape, tmp_path / "run"
     stopped(folder, settings)
