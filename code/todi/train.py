@@ -8,70 +8,49 @@ or under torchrun for several devices. The launchers in scripts/ fill in the opt
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from torch import nn
 
-from todi.criterions import DistillationCriterion, LossTerm, build_divergence
-from todi.data.batches import Collate, collate
-from todi.data.plans import Cost, PackedShape, StepShape
-from todi.data.sample_sources import EpochSource, build_source
+from todi.data.plans import StepShape
+from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
-from todi.data.tokenize import Example, encode_examples, encode_prompts, end_id, examples_checksum
+from todi.data.tokenize import Example, encode_examples, examples_checksum
 from todi.doctor import examine
 from todi.errors import run_main
-from todi.generation.decoding import Decoding, check_decoding, stop_ids
-from todi.generation.writer import Writer
-from todi.models.adapters import add_lora, load_adapter
-from todi.models.backbone import backbone_and_head
-from todi.models.card import Base, Card, model_card
-from todi.models.checks import reachable_tokens
-from todi.models.inputs import ModelInputs
-from todi.models.loading import load_model
-from todi.models.packing import takes_packed, use_packing
-from todi.models.probe import check_model
+from todi.models.packing import takes_packed
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator, who_allocates
-from todi.runtime.cadence import Cadence
-from todi.runtime.device import Precision, choose_device, dtype_of, settle_tf32
+from todi.runtime.device import choose_device, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
-from todi.runtime.peaks import peak_of
 from todi.runtime.signals import Interrupted
-from todi.runtime.stopwatch import Stopwatch, clock_of
-from todi.runtime.trace import StepTrace
 from todi.settings import (
-    ObjectiveConfig,
-    OptimConfig,
-    RunConfig,
-    SamplesConfig,
-    StudentConfig,
     TrainConfig,
-    named_numbers,
 )
-from todi.teacher.callable import CallableTeacher
-from todi.teacher.opening import LIVE, choose_caches, describe_choices, open_teachers
-from todi.teacher.source import TeacherSource
+from todi.teacher.opening import LIVE, choose_caches, describe_choices
 from todi.teacher.spec import TeacherSpec
-from todi.training.checkpoints import save_model
-from todi.training.dev import DevSet
-from todi.training.mixtures import AdaptiveMixture, FixedMixture
-from todi.training.monitors import Monitors, RunInfo
-from todi.training.optimizer import build_optimizer, build_schedule, wrap
+from todi.training.building import (
+    build_card,
+    build_criterion,
+    build_dev_set,
+    build_engine,
+    build_export,
+    build_meter,
+    build_monitors,
+    build_pace,
+    build_student_source,
+    build_teacher,
+    build_teacher_specs,
+    choose_layout,
+)
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
-from todi.training.scores import Score
-from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.step import TrainStep
-from todi.training.student import Student, is_partitioned
-from todi.training.student_text import StudentSource
 from todi.training.train_inputs import (
     TrainInputs,
     build_loss_terms,
@@ -80,7 +59,7 @@ from todi.training.train_inputs import (
     read_inputs,
     teacher_layers,
 )
-from todi.training.trainer import Pace, Trainer
+from todi.training.trainer import Trainer
 
 logger = logging.getLogger("todi.train")
 
@@ -192,172 +171,6 @@ def _what_must_agree(config: TrainConfig, inputs: TrainInputs, run: Mapping[str,
     """What this rank is about to do. The weights are read by the first of each node; rank 0 has, for `run`."""
     files = run["files"] if run else checksums(config, inputs, of_models=world.local_rank == 0)
     return what_must_agree(config.by_name, {**files, "tokens of the training data": examples_checksum(examples)}, world)
-
-
-def choose_layout(config: OptimConfig, shape: StepShape, longest: int, pad_id: int, can_pack: bool,
-                  cost: Cost) -> tuple[StepShape, Collate]:
-    """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can.
-
-    Args:
-        longest: tokens of a sample, at most.
-        cost: of training on a token, which the ranks share evenly.
-    """
-    packed = can_pack and config.packing != "off"
-    if packed:
-        tokens = config.tokens(longest - 1)
-        shape = PackedShape(**vars(shape), max_tokens=tokens, cost=cost)
-        logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
-    else:
-        logger.info("micro-batches are padded: %d samples each", shape.batch_size)
-    return shape, partial(collate, pad_id=pad_id, packed=packed)
-
-
-def build_student_source(config: TrainConfig, inputs: TrainInputs, base: EpochSource, model: nn.Module,
-                         monitors: Monitors, meter: Meter, max_steps: int, world: World) -> StudentSource:
-    """The source whose samples the student writes, in full or in part."""
-    samples, tokenizer = config.source, inputs.student.tokenizer
-    decoding = Decoding(config.data.max_length, samples.sample_tokens, temperature=samples.sample_temperature,
-                        top_p=samples.sample_top_p, top_k=samples.sample_top_k)
-    writer = Writer(model, tokenizer, decoding, config.run.eval_batch_size, world, in_step=is_partitioned(model))
-    write = partial(writer.write, eos_ids=stop_ids(model, tokenizer, inputs.train))
-    mixtures = {"student": FixedMixture(1, samples.replay), "adaptive": AdaptiveMixture(),
-                "mixed": FixedMixture(samples.student_share, samples.replay)}
-    ends = [end_id(record, tokenizer) for record in inputs.train]
-    return StudentSource(base, write, ends, mixtures[samples.samples], round_steps=samples.round_steps,
-                         replay_size=samples.replay_size, total_steps=max_steps, seed=config.run.seed,
-                         tell=partial(monitors.log, "round"), meter=meter)
-
-
-def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,
-                 world: World) -> Callable[[Score, Path], None]:
-    """What writes the student that has a score into a folder."""
-    def export(score: Score, path: Path) -> None:
-        save_model(engine.module.model, inputs.student.tokenizer, path, card(score.metrics), writes_files=world.is_main)
-        world.barrier()
-
-    return export
-
-
-def build_monitors(config: TrainConfig, folder: RunFolder, total_steps: int) -> Monitors:
-    """metrics.jsonl and the trackers that the settings name, on the first rank; none on the others."""
-    if folder.metrics is None:
-        return Monitors()
-    run = RunInfo(folder.path, str(folder.path), dataclasses.asdict(config), total_steps=total_steps)
-    return Monitors({"metrics.jsonl": folder.metrics}, config.run.report_to, run)
-
-
-def build_meter(config: RunConfig, precision: Precision, folder: RunFolder, world: World,
-                device: torch.device) -> SpeedMeter:
-    """What measures the run's speed; on the first rank it also writes the trace that the settings ask for."""
-    peak = peak_of(device, precision.dtype, config.tf32) if config.mfu else None
-    if peak:
-        logger.info("peak of the device: %.0f GFLOP/s in %s (%s)", peak.flops / 1e9, precision.name, peak.source)
-    trace = StepTrace(folder.path / "trace.json", config.profile, device) if config.profile and world.is_main else None
-    return SpeedMeter(Stopwatch(clock_of(device)), peak, world, device, trace)
-
-
-def build_pace(config: RunConfig, max_steps: int) -> Pace:
-    """How long to train, and what happens how often."""
-    return Pace(max_steps, config.log_interval, config.eval_interval, config.max_bad_steps,
-                Cadence(config.save_state_every))
-
-
-def build_student(config: StudentConfig, inputs: ModelInputs, device: torch.device) -> nn.Module:
-    """The model that is trained: all of it, or a LoRA adapter on it."""
-    model = load_model(inputs.path, inputs.precision.dtype, device, config.trust_remote_code)
-    attention = model.config._attn_implementation
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.peft:
-        model = (load_adapter(model, config.peft_path) if config.peft_path else
-                 add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
-                          config.peft_lora_targets))
-    check_model(model, inputs.path, trained=True)
-    use_packing(model, inputs.path)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("student %s: %.1f M parameters, %.1f M trained, %s, attention: %s", inputs.path,
-                sum(p.numel() for p in model.parameters()) / 1e6, trained / 1e6, inputs.precision.name, attention)
-    return model
-
-
-def build_teacher_specs(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example]) -> list[TeacherSpec]:
-    """What is asked of each teacher."""
-    return [TeacherSpec(model.path, model.adapter, config.teacher.teacher_model_type, config.teacher.teacher_dtype,
-                        config.data, model.precision,
-                        dtype_of(config.cache.teacher_cache_dtype, model.precision.dtype), inputs.student.tokenizer,
-                        examples, inputs.train_files, config.student.trust_remote_code)
-            for model in inputs.teachers]
-
-
-def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
-                  layers: Sequence[int], meter: Meter, world: World, device: torch.device) -> TeacherSource | None:
-    """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
-    if inputs.teacher_function:
-        last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
-        logger.info("teacher: the function %s", config.teacher.teacher_callable)
-        return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
-    if not specs:
-        return None
-    teacher = open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers)
-    for backbone, head in teacher.parts:
-        meter.add_cost(forward_cost(backbone, head))
-    return teacher
-
-
-def build_criterion(config: ObjectiveConfig, samples: SamplesConfig) -> DistillationCriterion:
-    """The training criterion that the settings name."""
-    if not config.distils:
-        return DistillationCriterion(label_smoothing=config.label_smoothing, chunk_size=config.loss_chunk_size,
-                                     terms=named_numbers(config.loss_terms), kernels=config.kernels)
-    divergence = build_divergence(config.kd_objective, **named_numbers(config.kd_params))
-    if divergence.definition.sampled and samples.uses_responses:
-        logger.warning("warning: %s is an estimate on the student's own text alone: --samples student", divergence.name)
-    criterion = DistillationCriterion(divergence, config.kd_temperature, config.kd_rate, config.label_smoothing,
-                                      config.loss_chunk_size, named_numbers(config.loss_terms), config.kernels)
-    if not samples.student_kd_objective:
-        return criterion
-    divergence = build_divergence(samples.student_kd_objective, **named_numbers(samples.student_kd_params))
-    return dataclasses.replace(criterion, own=dataclasses.replace(criterion, divergence=divergence))
-
-
-def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, LossTerm], max_steps: int, meter: Meter,
-                 world: World, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine around the student, its optimizer and its schedule."""
-    optim = config.optim
-    torch.manual_seed(config.run.seed + world.rank)  # dropout and new LoRA weights
-    student = Student(build_student(config.student, inputs.student, device), terms, meter)
-    meter.add_cost(training_cost(*backbone_and_head(student.model)))
-    if config.run.eval_gen or config.source.on_policy:
-        check_decoding(student.model, inputs.student.path, inputs.student.tokenizer.pad_token_id)
-    student.terms.to(device, inputs.student.precision.dtype)
-    optimizer = build_optimizer(student, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
-                                weight_decay=optim.weight_decay, clip_grad=inputs.deepspeed_config["gradient_clipping"],
-                                stage=inputs.deepspeed_config["zero_optimization"]["stage"])
-    schedule = build_schedule(optimizer, optim.lr_scheduler, total_steps=max_steps, warmup_steps=optim.warmup_iters,
-                              lr=optim.lr, lr_min=optim.lr_min)
-    engine = wrap(student, optimizer, schedule, inputs.deepspeed_config)
-    student.share_head()
-    return engine
-
-
-def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> DevSet:
-    """The dev records, encoded for the loss and for generation."""
-    data, tokenizer, family = config.data, inputs.student.tokenizer, inputs.student.family
-    return DevSet(
-        inputs.dev,
-        encode_examples(inputs.dev, tokenizer, family, data.max_length, data.max_prompt_length),
-        encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
-        tokenizer,
-        Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
-        config.run.rouge_tokenizer, config.run.eval_gen_repeat_times)
-
-
-def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:
-    """What makes a checkpoint's README.md from its metrics; `run` is what args.json holds."""
-    data = {str(file): run["files"][str(file)] for file in (*inputs.train_files, *inputs.dev_files)}
-    student, *teachers = (Base(model.path, model.family, model.adapter) for model in (inputs.student, *inputs.teachers))
-    return partial(model_card, run["settings"], data, run["versions"], student, teachers)
 
 
 def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, world: World,
