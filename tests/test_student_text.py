@@ -25,7 +25,7 @@ from todi.options import from_keywords
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
 from todi.training.mixtures import AdaptiveMixture, FixedMixture
-from todi.training.student_text import StudentSource, repetition
+from todi.training.student_text import Rounds, StudentSource, repetition
 from transformers import AutoModelForCausalLM
 
 END = 9
@@ -44,10 +44,11 @@ class Pen:
         return [Response([20 + len(self.asked), 5], cut=number % 3 == 2) for number in range(len(prompts))]
 
 
-def source(write, mixture=None, *, rank=0, world=1, round_steps=2, replay_size=1000, total_steps=100, told=None):
+def source(write, mixture=None, *, rank=0, world=1, told=None, reader=None, **rounds):
     shape = StepShape(batch_size=2, accumulation=1, rank=rank, world=world, wanted=2)
+    rounds = Rounds(**{"steps": 2, "total_steps": 100, "seed": 3, "replay_size": 1000} | rounds)
     return StudentSource(DatasetSource(EXAMPLES, shape, seed=3), write, [END] * RECORDS, mixture or FixedMixture(1),
-                         round_steps=round_steps, replay_size=replay_size, total_steps=total_steps, seed=3,
+                         rounds, reader=reader,
                          tell=lambda step, values: (told if told is not None else []).append((step, values)))
 
 
@@ -104,6 +105,70 @@ class TestRounds:
         assert all(example == EXAMPLES[example.sample_id] for example in found if example.sample_id < RECORDS)
         assert abs(len(own) / len(found) - 0.5) < 0.05
         assert len(own) == sum(values["written"] for _, values in told)
+
+
+    def test_paired_a_prompt_comes_with_both_responses(self):
+        plans = steps_of(source(Pen(), paired=True))
+        order = [example.prompt for example in DatasetSource(EXAMPLES, StepShape(2, 1), seed=3).order(1)]
+        for number, plan in enumerate(plans):
+            prompts = order[2 * number:2 * number + 2]
+            assert sorted((one.prompt, one.own) for one in samples(plan)) == sorted(
+                (prompt, own) for prompt in prompts for own in (False, True))
+            assert plan.samples == 2 * len(prompts)
+
+
+class Reader:
+    """Notes what it is told."""
+
+    def __init__(self):
+        self.told, self.forgotten = [], []
+
+    def read(self, number, samples):
+        self.told.append((number, [example.sample_id for example in samples]))
+
+    def forget_before(self, number):
+        self.forgotten.append(number)
+
+
+class TestReading:
+    def test_every_round_is_read_when_it_begins(self):
+        reader = Reader()
+        plans = source(Pen(), FixedMixture(0.5), reader=reader).steps(1)
+        trained = [sorted(example.sample_id for plan in islice(plans, 2) for example in samples(plan))
+                   for _ in range(3)]
+        assert [number for number, _ in reader.told] == [0, 2, 4]
+        assert [sorted(ids) for _, ids in reader.told] == trained
+
+    def test_what_comes_again_is_left_out(self):
+        reader, writer = Reader(), Pen()
+        steps_of(source(writer, FixedMixture(1, replayed=0.6), replay_size=4, reader=reader), epochs=(1, 2))
+        found = [sample for _, ids in reader.told for sample in ids]
+        assert len(found) == len(set(found)) == sum(len(prompts) for prompts, _ in writer.asked) < 2 * RECORDS
+
+    @pytest.mark.parametrize("done", (2, 3, 7))
+    def test_a_run_that_goes_on_has_all_read_that_may_come(self, done):
+        def make(reader):
+            return source(Pen(), FixedMixture(0.7, replayed=0.5), replay_size=4, reader=reader)
+
+        first, second = Reader(), Reader()
+        begun = make(first)
+        list(islice((plan for epoch in (1, 2) for plan in begun.steps(epoch)), done))
+        again = make(second)
+        again.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+        list(again.steps(1 + done // 6, done % 6))
+        told = {(number, sample) for number, ids in first.told for sample in ids}
+        texts = [*begun.latest, *begun.round.texts.values()]
+        before = {(number, sample) for number, ids in second.told for sample in ids if number <= begun.round.first}
+        assert {(text.step, text.example.sample_id) for text in texts} <= before <= told
+
+    def test_it_forgets_what_no_state_has(self):
+        """Of the two that are kept and of the one that is about to be."""
+        reader = Reader()
+        made = source(Pen(), FixedMixture(1), replay_size=0, reader=reader)
+        for _ in made.steps(1):
+            made.state_dict()
+        assert reader.forgotten == [0, 0, 2, 2]
+        assert sorted(number for number, _ in reader.told) == [0, 2, 4]
 
 
 class TestReplay:
@@ -192,14 +257,14 @@ def test_it_writes_what_transformers_writes(tmp_path):
 
 @pytest.mark.parametrize("given, said", [
     ({"samples": "student"}, "--samples student needs --kd-rate 1, got 0.5"),
-    ({"samples": "student", "kd_rate": 1, "teacher_cache": "on"}, "needs --teacher-cache off, got on"),
     ({"samples": "mixed", "criterion": "cross_entropy"}, "--samples mixed needs --criterion vanilla_kd"),
-    ({"round_steps": 3}, "--round-steps needs --samples student, mixed or adaptive"),
+    ({"round_steps": 3}, "--round-steps needs --samples student, mixed, adaptive or paired"),
     ({"samples": "student", "student_share": 0.3, "kd_rate": 1}, "--student-share needs --samples mixed"),
-    ({"samples": "adaptive", "replay": 0.3, "kd_rate": 1}, "--replay needs --samples student or mixed"),
-    ({"student_kd_objective": "ToDi"}, "--student-kd-objective needs --samples student, mixed or adaptive"),
+    ({"samples": "adaptive", "replay": 0.3, "kd_rate": 1}, "--replay needs --samples student or mixed: adaptive"),
+    ({"samples": "paired", "replay": 0.3, "kd_rate": 1}, "--replay needs --samples student or mixed: paired"),
+    ({"student_kd_objective": "ToDi"}, "--student-kd-objective needs --samples student, mixed, adaptive or paired"),
     ({"samples": "mixed", "kd_rate": 1, "student_kd_params": ["beta=1"]}, "needs --student-kd-objective"),
-    ({"samples": "nobody"}, "--samples must be dataset, student, mixed or adaptive, got 'nobody'")])
+    ({"samples": "nobody"}, "--samples must be dataset, student, mixed, adaptive or paired, got 'nobody'")])
 def test_settings_that_do_not_go_together(given, said):
     with pytest.raises(InputError, match=said) as refused:
         from_keywords(TrainConfig, {"model_path": "m", "teacher_model_path": ["t"], **given})
@@ -271,10 +336,10 @@ def test_two_ranks_do_what_one_does(workshop, settings, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 6
 
 
-DISTILLM_2 = {"SAMPLES": "mixed", "KD_OBJ": "skewed_forward_kl", "STUDENT_KD_OBJ": "skewed_reverse_kl_detached"}
+DISTILLM_2 = {"SAMPLES": "paired", "KD_OBJ": "skewed_forward_kl", "STUDENT_KD_OBJ": "skewed_reverse_kl_detached"}
 
 
-@pytest.mark.parametrize("more", [{}, *map(slow, ({"ZERO_STAGE": 3, **TWO_RANKS}, DISTILLM_2)),
+@pytest.mark.parametrize("more", [{}, *map(slow, ({"ZERO_STAGE": 3, **TWO_RANKS}, DISTILLM_2 | {"PACKING": "off"})),
                                   *map(exhaustive, ({"PEFT": "lora"}, {"SAMPLES": "adaptive", "EPOCH": 3},
                                                     {"PACKING": "off", "ZERO_STAGE": 0}))])
 def test_it_trains(settings, tmp_path, more):

@@ -37,6 +37,7 @@ from todi.training.memory import (
     peak,
     peak_on_cpu,
     resident_bytes,
+    rows_written_together,
     training_state,
 )
 from todi.training.state import KEPT_STATES
@@ -71,7 +72,7 @@ def main() -> None:
     data, student = config.data, inputs.student
     examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
                                data.max_prompt_length)
-    cached = config.cache.teacher_cache not in ("auto", "off")
+    cached = config.cache.teacher_cache not in ("auto", "off") and not config.source.on_policy
     report = examine(config, inputs, examples, world, device, [cached] * len(inputs.teachers))
     report.log()
     if not report.warnings:
@@ -114,11 +115,13 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
                       chunk_size=config.objective.loss_chunk_size, device=device)
     zero = inputs.deepspeed_config["zero_optimization"]
     state = training_state(student, zero["stage"], world.size)
-    generation = 0
-    if config.run.eval_gen or config.source.on_policy:
-        generation = cache_bytes(inputs.student.config, config.run.eval_batch_size, config.data.max_length,
-                                 student.width)
-    forward = max(student.activations + loss, generation)
+    written, length = [0], config.data.max_length  # texts at a time
+    if config.run.eval_gen:
+        written.append(config.run.eval_batch_size)
+    if config.source.on_policy:
+        written.append(config.source.sample_batch_size or rows_written_together(inputs.student.config, length,
+                                                                                student.width))
+    forward = max(student.activations + loss, cache_bytes(inputs.student.config, max(written), length, student.width))
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
     state, offloaded = offload(state, zero)

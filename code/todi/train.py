@@ -10,11 +10,13 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from todi.criterions import LossTerm
 from todi.data.plans import StepShape
 from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
@@ -48,6 +50,7 @@ from todi.training.building import (
     build_teacher_specs,
     choose_layout,
 )
+from todi.training.dev import DevSet
 from todi.training.record import check_same_run, describe_run, read_record
 from todi.training.run_folder import RunFolder
 from todi.training.step import TrainStep
@@ -78,6 +81,28 @@ def main() -> None:
         sys.exit(128 + stop.number)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run is about to do: all that follows from its settings and files, before any weights are loaded.
+
+    Attributes:
+        examples: the training records, encoded.
+        shape: how many samples a step has.
+        specs: what is asked of each teacher.
+        terms: further ones of the loss, by name.
+    """
+
+    config: TrainConfig
+    inputs: TrainInputs
+    examples: Sequence[Example]
+    shape: StepShape
+    max_steps: int
+    specs: Sequence[TeacherSpec]
+    terms: Mapping[str, LossTerm]
+    world: World
+    device: torch.device
+
+
 def train(config: TrainConfig, world: World, device: torch.device) -> None:
     """Checks everything, then trains, unless the run has finished already.
 
@@ -85,61 +110,25 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         RunError: see its kinds.
         Interrupted: a signal asked to stop; the state has been saved.
     """
-    inputs = read_inputs(config, device)
-    data = dataclasses.replace(config.data, template_date=inputs.template_date)
-    config, optim = dataclasses.replace(config, data=data), config.optim
-    examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
-                               data.max_prompt_length)
-    shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
-                      optim.step_samples(world.size))
-    steps_per_epoch = shape.steps(len(examples))
-    max_steps = min(optim.num_epochs * steps_per_epoch, optim.max_steps or 2**62)
-    specs = build_teacher_specs(config, inputs, examples)
-    torch.manual_seed(config.run.seed)
-    terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
-    run = caches = None
-    if world.is_main:
-        mode = "off" if teacher_layers(terms) or config.source.on_policy else config.cache.teacher_cache
-        run, caches = _decide(config, inputs, specs, mode, max_steps / steps_per_epoch, world, device)
-    dev = build_dev_set(config, inputs, world)
+    job = _prepare(config, world, device)
+    config = job.config
+    run, caches = _decide(job) if world.is_main else (None, None)
+    dev = build_dev_set(config, job.inputs, world)
     if config.run.check_only:
         if nodes := nodes_from_environment():
-            agree(nodes, _what_must_agree(config, inputs, run, examples, world))
+            agree(nodes, _what_must_agree(job, run))
         return
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, config.run.process_group_timeout))
-        check_ranks(world, _what_must_agree(config, inputs, run, examples, world))
-        check_same_date(inputs.template_date, world)
+        check_ranks(world, _what_must_agree(job, run))
+        check_same_date(job.inputs.template_date, world)
         run, caches = world.gather((run, caches))[0]
         folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
         stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
             return
-        _log_decisions(inputs, shape, len(examples), max_steps, world, device)
-        if world.is_main:
-            examine(config, inputs, examples, world, device, cached=[cache is not None for cache in caches]).log()
-        meter = build_meter(config.run, inputs.student.precision, folder, world, device)
-        # before the student is there: a pass that fills a cache needs room for the teacher
-        teacher = build_teacher(config, inputs, specs, caches, teacher_layers(terms), meter, world, device)
-        engine = build_engine(config, inputs, terms, max_steps, meter, world, device)
-        stack.callback(engine.destroy)  # its hooks would keep its buffers for as long as the process lasts
-        shape, batch = choose_layout(optim, shape, longest_sample(config, examples)[0],
-                                     inputs.student.tokenizer.pad_token_id,
-                                     takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
-                                     meter.cost)
-        monitors = build_monitors(config, folder, max_steps)
-        stack.enter_context(closing(monitors))
-        source = build_source(examples, inputs.train_sizes, data.data_shares, shape, config.run.seed)
-        if config.source.on_policy:
-            source = build_student_source(config, inputs, source, engine.module.model, monitors, meter, max_steps,
-                                          world)
-        criterion = build_criterion(config.objective, config.source)
-        step = TrainStep(engine, criterion, teacher, batch, world, meter, criterion.schedule(max_steps))
-        stack.enter_context(closing(step))
-        trainer = Trainer(step, source, dataclasses.replace(dev, collate=batch),
-                          build_export(engine, inputs, build_card(config, inputs, run), world), folder,
-                          monitors, build_pace(config.run, max_steps), world, meter)
-        stack.enter_context(closing(meter))
+        _log_decisions(job)
+        trainer = _assemble(job, dev, run, caches, folder, stack)
         try:
             trainer.train()
         except Interrupted as stop:
@@ -147,43 +136,100 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             raise
 
 
-def _decide(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], cache_mode: str, passes: float,
-            world: World, device: torch.device) -> tuple[dict[str, Any], list[Path | None]]:
+def _prepare(config: TrainConfig, world: World, device: torch.device) -> Job:
+    """Reads and checks what the settings name. Raises InputError with every problem."""
+    inputs = read_inputs(config, device)
+    data, optim = dataclasses.replace(config.data, template_date=inputs.template_date), config.optim
+    config = dataclasses.replace(config, data=data)
+    examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
+                               data.max_prompt_length)
+    shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
+                      optim.step_samples(world.size))
+    max_steps = min(optim.num_epochs * shape.steps(len(examples)), optim.max_steps or 2**62)
+    specs = build_teacher_specs(config, inputs, examples)
+    torch.manual_seed(config.run.seed)
+    terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
+    return Job(config, inputs, examples, shape, max_steps, specs, terms, world, device)
+
+
+def _decide(job: Job) -> tuple[dict[str, Any], list[Path | None]]:
     """What args.json will hold, and for each teacher the folder of its cache if there is to be one; for the first rank.
 
     Raises:
         InputError: the run in the folder, or the cache, is another one.
     """
-    folder = Path(config.run.save_dir)
+    config, inputs, folder = job.config, job.inputs, Path(job.config.run.save_dir)
     earlier = None if config.run.resume == "never" else read_record(folder)
-    caches = choose_caches(specs, cache_mode, passes=passes, ranks=world.size, device=device,
+    can_cache = config.source.uses_responses and not teacher_layers(job.terms)
+    passes = job.max_steps / job.shape.steps(len(job.examples)) * config.source.data_share
+    caches = choose_caches(job.specs, config.cache.teacher_cache if can_cache else "off", passes=passes,
+                           ranks=job.world.size, device=job.device,
                            earlier=earlier and earlier["deciding"].get("teacher"))
-    source = LIVE if inputs.teacher_function else describe_choices(specs, caches)
-    run = describe_run(config, world.size, checksums(config, inputs), source, sum(inputs.train_sizes),
+    teacher = LIVE if inputs.teacher_function else describe_choices(job.specs, caches)
+    run = describe_run(config, job.world.size, checksums(config, inputs), teacher, sum(inputs.train_sizes),
                        inputs.deepspeed_config)
     if config.run.resume != "never":
         check_same_run(folder, run, force=config.run.resume == "force")
     return run, caches
 
 
-def _what_must_agree(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any] | None,
-                     examples: Sequence[Example], world: World) -> dict[str, str]:
+def _reads_rounds(job: Job, caches: Sequence[Path | None]) -> bool:
+    """Whether the teachers read the samples of a round when it begins, and keep what they found, not batch by batch."""
+    config, mode = job.config, job.config.cache.teacher_cache
+    if not config.source.on_policy or not job.specs or teacher_layers(job.terms):
+        return False
+    return mode != "off" and (mode != "auto" or config.source.replays or any(caches))
+
+
+def _what_must_agree(job: Job, run: Mapping[str, Any] | None) -> dict[str, str]:
     """What this rank is about to do. The weights are read by the first of each node; rank 0 has, for `run`."""
-    files = run["files"] if run else checksums(config, inputs, of_models=world.local_rank == 0)
-    return what_must_agree(config.by_name, {**files, "tokens of the training data": examples_checksum(examples)}, world)
+    files = run["files"] if run else checksums(job.config, job.inputs, of_models=job.world.local_rank == 0)
+    tokens = {"tokens of the training data": examples_checksum(job.examples)}
+    return what_must_agree(job.config.by_name, {**files, **tokens}, job.world)
 
 
-def _log_decisions(inputs: TrainInputs, shape: StepShape, samples: int, steps: int, world: World,
-                   device: torch.device) -> None:
-    precision = inputs.student.precision
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    logger.info("device: %s x %d; precision: %s (%s)%s; ZeRO stage %d", device.type, world.size, precision.name,
+def _assemble(job: Job, dev: DevSet, run: Mapping[str, Any], caches: Sequence[Path | None], folder: RunFolder,
+              stack: ExitStack) -> Trainer:
+    """Loads the models, and puts the trainer together; `stack` gives back what it holds."""
+    config, inputs, world, device = job.config, job.inputs, job.world, job.device
+    rounds = folder.rounds if _reads_rounds(job, caches) else None
+    if world.is_main:
+        cached = [cache is not None and rounds is None for cache in caches]
+        examine(config, inputs, job.examples, world, device, cached).log()
+    meter = build_meter(config.run, inputs.student.precision, folder, world, device)
+    # before the student is there: a pass that fills a cache needs room for the teacher
+    teacher = build_teacher(config, inputs, job.specs, caches, teacher_layers(job.terms), rounds, meter, world, device)
+    engine = build_engine(config, inputs, job.terms, job.max_steps, meter, world, device)
+    stack.callback(engine.destroy)  # its hooks would keep its buffers for as long as the process lasts
+    shape, batch = choose_layout(config.optim, job.shape, longest_sample(config, job.examples)[0],
+                                 inputs.student.tokenizer.pad_token_id,
+                                 takes_packed(engine.module.model) and (not teacher or teacher.takes_packed),
+                                 meter.cost, responses=1 + config.source.paired)
+    monitors = build_monitors(config, folder, job.max_steps)
+    stack.enter_context(closing(monitors))
+    source = build_source(job.examples, inputs.train_sizes, config.data.data_shares, shape, config.run.seed)
+    if config.source.on_policy:
+        source = build_student_source(config, inputs, source, engine.module.model, teacher if rounds else None,
+                                      monitors, meter, job.max_steps, world)
+    criterion = build_criterion(config.objective, config.source)
+    step = TrainStep(engine, criterion, teacher, batch, world, meter, criterion.schedule(job.max_steps))
+    stack.enter_context(closing(step))
+    stack.enter_context(closing(meter))
+    return Trainer(step, source, dataclasses.replace(dev, collate=batch),
+                   build_export(engine, inputs, build_card(config, inputs, run), world), folder, monitors,
+                   build_pace(config.run, job.max_steps), world, meter)
+
+
+def _log_decisions(job: Job) -> None:
+    precision, shape, samples = job.inputs.student.precision, job.shape, len(job.examples)
+    tf32 = job.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    logger.info("device: %s x %d; precision: %s (%s)%s; ZeRO stage %d", job.device.type, job.world.size, precision.name,
                 precision.reason, ", fp32 products in TF32" if tf32 else "",
-                inputs.deepspeed_config["zero_optimization"]["stage"])
+                job.inputs.deepspeed_config["zero_optimization"]["stage"])
     logger.info("allocator: %s", who_allocates())
     logger.info("%d samples in steps of %d (batch %d x accumulation %d x devices %d): %d steps in %d epochs", samples,
-                shape.samples, shape.batch_size, shape.accumulation, world.size, steps,
-                -(-steps // shape.steps(samples)))
+                shape.samples, shape.batch_size, shape.accumulation, job.world.size, job.max_steps,
+                -(-job.max_steps // shape.steps(samples)))
 
 
 if __name__ == "__main__":

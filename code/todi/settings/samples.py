@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from todi.options import option
 
 DATASET = "dataset"
-SAMPLES = (DATASET, "student", "mixed", "adaptive")
+SAMPLES = (DATASET, "student", "mixed", "adaptive", "paired")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class SamplesConfig:
     """Whose responses are trained on: those of the data, or what the student writes."""
 
     samples: str = option(DATASET, "whose responses are trained on: the data's (dataset), the student's own to the "
-                                   "data's prompts (student), both (mixed), both by DistiLLM's schedule (adaptive)",
+                                   "data's prompts (student), one of them (mixed), one by DistiLLM's schedule "
+                                   "(adaptive), both side by side (paired)",
                           choices=SAMPLES)
     student_share: float = option(0.5, "mixed: share of the samples whose response the student writes; GKD's lambda",
                                   above=0, below=1)
@@ -28,6 +29,8 @@ class SamplesConfig:
                                                     "than --kd-objective", env="STUDENT_KD_OBJ")
     student_kd_params: tuple[str, ...] = option((), "its parameters as name=value")
     sample_tokens: int = option(256, "most tokens of a response that the student writes", least=1)
+    sample_batch_size: int = option(0, "prompts that the student answers together, on each device; 0: as many as 4 GiB "
+                                       "of keys and values hold, at most 256", least=0)
     sample_temperature: float = option(1.0, "temperature of the student's writing", above=0)
     sample_top_p: float = option(1.0, "it writes with the smallest set of tokens whose probability is at least this",
                                  above=0, at_most=1)
@@ -39,9 +42,24 @@ class SamplesConfig:
         return self.samples in SAMPLES[1:]
 
     @property
+    def paired(self) -> bool:
+        """Whether a prompt comes with both responses."""
+        return self.samples == "paired"
+
+    @property
+    def replays(self) -> bool:
+        """Whether what it wrote comes again."""
+        return self.replay > 0 or self.samples == "adaptive"
+
+    @property
+    def data_share(self) -> float:
+        """Of the data's samples the share that keeps its response, in the mean; at first, where that adapts."""
+        return {"student": 0, "mixed": 1 - self.student_share}.get(self.samples, 1)
+
+    @property
     def uses_responses(self) -> bool:
         """Whether those of the data are trained on."""
-        return self.samples != "student"
+        return self.data_share > 0
 
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
@@ -49,9 +67,10 @@ class SamplesConfig:
             given = getattr(self, field.name) != field.default
             if field.name != "samples" and given and not self.on_policy:
                 yield f"--{field.name.replace('_', '-')} needs --samples {', '.join(SAMPLES[1:-1])} or {SAMPLES[-1]}"
-        if self.student_share != 0.5 and self.samples in ("student", "adaptive"):
+        if self.student_share != 0.5 and self.on_policy and self.samples != "mixed":
             yield "--student-share needs --samples mixed"
         if self.student_kd_params and not self.student_kd_objective:
             yield "--student-kd-params needs --student-kd-objective"
-        if self.replay and self.samples == "adaptive":
-            yield "--replay needs --samples student or mixed: an adaptive mixture replays more and more by itself"
+        if self.replay and self.samples in ("adaptive", "paired"):
+            why = {"adaptive": "replays more and more by itself", "paired": "has a new response to each prompt"}
+            yield f"--replay needs --samples student or mixed: {self.samples} {why[self.samples]}"

@@ -328,9 +328,9 @@ class TrainConfig:
         elif self.objective.kd_rate != 1:
             yield (f"{given} needs --kd-rate 1, got {self.objective.kd_rate:g}: the rest is cross-entropy, by which "
                    "the student would imitate its own text")
-        if self.cache.teacher_cache not in ("auto", "off"):
-            yield (f"{given} needs --teacher-cache off, got {self.cache.teacher_cache}: what the student writes is in "
-                   "no cache")
+        if not (self.source.uses_responses or self.cache.teacher_cache in CACHE_MODES):
+            yield (f"{given} uses no response of the data: --teacher-cache must be {', '.join(CACHE_MODES)}, got "
+                   f"{self.cache.teacher_cache}")
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings themselves, in the order of the options."""

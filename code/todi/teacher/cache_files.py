@@ -1,7 +1,7 @@
 """The files of a teacher cache. A cache is a folder with
 
     cache.json        what made it (the fingerprint), the shape of what it holds, the samples of each shard
-    head.safetensors  weight and bias of the teacher's head
+    head.safetensors  weight and bias of the teacher's head, where it is kept with them
     shard00000/       a run of samples: complete, or not there
       hidden.bin        the (rows, H) numbers of one sample after the other, as they lie in memory
       index.json        number of rows and CRC-32 of each sample
@@ -47,11 +47,13 @@ class Layout:
         rows: labelled positions of each sample.
         width: numbers in a hidden state, H.
         dtype: of these numbers as they are stored.
+        shard_samples: most samples of a shard; `SHARD_SAMPLES` by default.
     """
 
     rows: tuple[int, ...]
     width: int
     dtype: torch.dtype
+    shard_samples: int | None = None
 
     @property
     def bytes_per_row(self) -> int:
@@ -64,10 +66,10 @@ class Layout:
 
     def shards(self) -> Iterator[range]:
         """The samples of each shard."""
-        first = size = 0
+        first, size, most = 0, 0, self.shard_samples or SHARD_SAMPLES
         for sample, rows in enumerate(self.rows):
             size += rows * self.bytes_per_row
-            if sample > first and (size > SHARD_BYTES or sample - first == SHARD_SAMPLES):
+            if sample > first and (size > SHARD_BYTES or sample - first == most):
                 yield range(first, sample)
                 first, size = sample, rows * self.bytes_per_row
         yield range(first, len(self.rows))
@@ -112,21 +114,19 @@ class CacheStore:
 
     @classmethod
     def create(cls, folder: Path, fingerprint: Mapping[str, Any], made_from: Mapping[str, Any], layout: Layout,
-               head: LinearHead) -> "CacheStore":
+               head: LinearHead | None) -> "CacheStore":
         """A cache without any shard yet, in a folder that exists.
+
+        Args:
+            head: None where whoever reads it has the teacher's head already.
 
         Raises:
             StorageError: it cannot be written.
         """
-        file = folder / "head.safetensors"
-        tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-        with writing(file):
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished(file))
-            publish(file)
         starts = [samples.start for samples in layout.shards()] + [len(layout.rows)]
         record = {"fingerprint": fingerprint, "made_from": made_from, "width": layout.width,
                   "dtype": name_of(layout.dtype), "shards": starts,
-                  "head": {"crc32": _file_crc(file), "softcap": head.softcap, "scale": head.scale}}
+                  "head": head and _write_head(folder / "head.safetensors", head)}
         write_text(folder / "cache.json", json.dumps(record, indent=1) + "\n")
         return cls(folder)
 
@@ -168,7 +168,9 @@ class CacheStore:
             publish(self._shard(number))
 
     def head(self, device: torch.device) -> LinearHead:
-        """The teacher's head. Raises CorruptCache."""
+        """The teacher's head. Raises CorruptCache, and InputError where it was kept without one."""
+        if not self._head:
+            raise InputError(f"{self.folder} has no head: it is what a run keeps of a round, of use to that run alone")
         file = self.folder / "head.safetensors"
         try:
             crc = _file_crc(file)
@@ -284,6 +286,15 @@ def _shown(value: Any) -> str:
     """A value of a fingerprint; of a checksum its beginning."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def _write_head(file: Path, head: LinearHead) -> dict[str, Any]:
+    """Writes its tensors; what `cache.json` says of it."""
+    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    with writing(file):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished(file))
+        publish(file)
+    return {"crc32": _file_crc(file), "softcap": head.softcap, "scale": head.scale}
 
 
 def _file_crc(file: Path) -> int:

@@ -53,11 +53,12 @@ def filling_alone(folder: Path, world: World) -> Iterator[None]:
 
 
 def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], collate: Collate, world: World,
-         device: torch.device, batch_tokens: int | None = None) -> None:
+         device: torch.device, batch_tokens: int | None = None, level: int = logging.INFO) -> None:
     """Runs the teacher over the samples of every shard that is not there; each rank writes its own shards.
 
     Args:
         batch_tokens: most tokens of a batch, padding included (a sample that is longer has one to itself).
+        level: of the log that says how far it is.
 
     Raises:
         StorageError: a shard cannot be written; those before it stay.
@@ -71,8 +72,8 @@ def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], c
             store.write(number, hidden, [examples[sample].response_tokens for sample in samples])
         world.barrier()
         done, seconds = min(start + world.size, len(missing)), time.perf_counter() - started
-        logger.info("teacher cache: %d of %d shards, %.1f min, about %.1f min left", done, len(missing), seconds / 60,
-                    seconds / 60 / done * (len(missing) - done))
+        logger.log(level, "teacher cache: %d of %d shards, %.1f min, about %.1f min left", done, len(missing),
+                   seconds / 60, seconds / 60 / done * (len(missing) - done))
 
 
 def hidden_states(teacher: LiveTeacher, examples: Sequence[Example], samples: Sequence[int], collate: Collate,

@@ -6,6 +6,7 @@ from torch import nn
 
 from todi.criterions import LinearHead, MeanRows
 from todi.data.batches import Batch
+from todi.data.tokenize import Example
 from todi.teacher.source import TeacherSource
 
 
@@ -27,6 +28,16 @@ class MeanTeacher:
     def expect(self, samples: Sequence[int]) -> None:
         for source in self.sources:
             source.expect(samples)
+
+    def read(self, number: int, samples: Sequence[Example]) -> None:
+        """Has each read the samples of a round; of `RoundTeacher`s alone."""
+        for source in self.sources:
+            source.read(number, samples)
+
+    def forget_before(self, number: int) -> None:
+        """Has each forget the rounds before one; of `RoundTeacher`s alone."""
+        for source in self.sources:
+            source.forget_before(number)
 
     @property
     def parts(self) -> list[tuple[nn.Module | None, LinearHead]]:

@@ -24,6 +24,7 @@ from todi.teacher.choice import free_bytes
 from todi.teacher.filling import fill, filling_alone
 from todi.teacher.live import LiveTeacher
 from todi.teacher.mean import MeanTeacher
+from todi.teacher.rounds import RoundTeacher
 from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
 
@@ -91,17 +92,19 @@ def check_match(store: CacheStore, spec: TeacherSpec) -> None:
 
 
 def open_teachers(specs: Sequence[TeacherSpec], caches: Sequence[Path | None], weights: Sequence[float], world: World,
-                  device: torch.device, layers: Sequence[int] = ()) -> TeacherSource:
+                  device: torch.device, layers: Sequence[int] = (), rounds: Path | None = None) -> TeacherSource:
     """`open_teacher` of the teacher; of several, their mean.
 
     Args:
         weights: of each in the mean; even where there are none.
         layers: whose outputs are wanted besides; of a single teacher that has no cache.
+        rounds: the folder for what they say of each round's samples, where they read these when it begins.
     """
     for spec, cache in zip(specs, caches, strict=True):
         if cache:
             fill_cache(spec, cache, world, device)  # while no other teacher is in memory
-    sources = [open_teacher(spec, cache, world, device, layers) for spec, cache in zip(specs, caches, strict=True)]
+    sources = [open_teacher(spec, cache, world, device, layers, rounds and rounds / f"teacher{number}")
+               for number, (spec, cache) in enumerate(zip(specs, caches, strict=True), start=1)]
     if len(sources) == 1:
         return sources[0]
     logger.info("the teacher is the mean of %d, %s", len(sources),
@@ -110,19 +113,26 @@ def open_teachers(specs: Sequence[TeacherSpec], caches: Sequence[Path | None], w
 
 
 def open_teacher(spec: TeacherSpec, cache: Path | None, world: World, device: torch.device,
-                 layers: Sequence[int] = ()) -> TeacherSource:
-    """The teacher itself, or the cache that `choose_cache` named, filled first where something is missing.
+                 layers: Sequence[int] = (), rounds: Path | None = None) -> TeacherSource:
+    """The teacher itself, or the cache that `choose_cache` named, filled first where something is missing; with a
+    folder for `rounds` both.
 
     Raises:
         InputError, CorruptCache, StorageError: as `choose_cache`, and where the cache cannot be written.
     """
-    if cache is None:
-        return LiveTeacher(load_teacher(spec, device), layers)
-    fill_cache(spec, cache, world, device)
-    store = CacheStore(cache)
-    logger.info("teacher: read from %s (%.3g GB in %s); its weights are not in memory", cache,
-                spec.layout.bytes / 1e9, name_of(store.dtype))
-    return CachedTeacher(store, device)
+    cached = None
+    if cache:
+        fill_cache(spec, cache, world, device)
+        cached = CachedTeacher(CacheStore(cache), device)
+        logger.info("teacher: read from %s (%.3g GB in %s)%s", cache, spec.layout.bytes / 1e9,
+                    name_of(cached.store.dtype), "" if rounds else "; its weights are not in memory")
+    if cached and not rounds:
+        return cached
+    live = LiveTeacher(load_teacher(spec, device), layers)
+    if not rounds:
+        return live
+    logger.info("teacher: reads %s once, when a round begins", "what the student writes" if cached else "its samples")
+    return RoundTeacher(spec, live, cached, rounds, world, device)
 
 
 def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.device) -> None:

@@ -47,6 +47,7 @@ from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
 from todi.training.checkpoints import save_model
 from todi.training.dev import DevSet
+from todi.training.memory import rows_written_together
 from todi.training.mixtures import AdaptiveMixture, FixedMixture
 from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
@@ -54,7 +55,7 @@ from todi.training.run_folder import RunFolder
 from todi.training.scores import Score
 from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
 from todi.training.student import Student, is_partitioned
-from todi.training.student_text import StudentSource
+from todi.training.student_text import Reader, Rounds, StudentSource
 from todi.training.train_inputs import (
     TrainInputs,
 )
@@ -64,12 +65,13 @@ logger = logging.getLogger(__name__)
 
 
 def choose_layout(config: OptimConfig, shape: StepShape, longest: int, pad_id: int, can_pack: bool,
-                  cost: Cost) -> tuple[StepShape, Collate]:
+                  cost: Cost, responses: int = 1) -> tuple[StepShape, Collate]:
     """How a step is cut, and how a micro-batch is laid out: packed where that is wanted and the models can.
 
     Args:
         longest: tokens of a sample, at most.
         cost: of training on a token, which the ranks share evenly.
+        responses: that are trained on for each sample of a step.
     """
     packed = can_pack and config.packing != "off"
     if packed:
@@ -77,24 +79,30 @@ def choose_layout(config: OptimConfig, shape: StepShape, longest: int, pad_id: i
         shape = PackedShape(**vars(shape), max_tokens=tokens, cost=cost)
         logger.info("micro-batches are packed, without padding: at most %d tokens each", tokens)
     else:
+        shape = dataclasses.replace(shape, accumulation=shape.accumulation * responses)
         logger.info("micro-batches are padded: %d samples each", shape.batch_size)
     return shape, partial(collate, pad_id=pad_id, packed=packed)
 
 
 def build_student_source(config: TrainConfig, inputs: TrainInputs, base: EpochSource, model: nn.Module,
-                         monitors: Monitors, meter: Meter, max_steps: int, world: World) -> StudentSource:
+                         reader: Reader | None, monitors: Monitors, meter: Meter, max_steps: int,
+                         world: World) -> StudentSource:
     """The source whose samples the student writes, in full or in part."""
     samples, tokenizer = config.source, inputs.student.tokenizer
     decoding = Decoding(config.data.max_length, samples.sample_tokens, temperature=samples.sample_temperature,
                         top_p=samples.sample_top_p, top_k=samples.sample_top_k)
-    writer = Writer(model, tokenizer, decoding, config.run.eval_batch_size, world, in_step=is_partitioned(model))
+    rows = samples.sample_batch_size or rows_written_together(inputs.student.config, config.data.max_length,
+                                                              inputs.student.precision.dtype.itemsize)
+    logger.info("the student answers up to %d prompts together, %d steps at a time", rows, samples.round_steps)
+    writer = Writer(model, tokenizer, decoding, rows, world, in_step=is_partitioned(model))
     write = partial(writer.write, eos_ids=stop_ids(model, tokenizer, inputs.train))
-    mixtures = {"student": FixedMixture(1, samples.replay), "adaptive": AdaptiveMixture(),
-                "mixed": FixedMixture(samples.student_share, samples.replay)}
+    share = samples.student_share if samples.samples == "mixed" else 1
+    mixture = AdaptiveMixture() if samples.samples == "adaptive" else FixedMixture(share, samples.replay)
+    rounds = Rounds(samples.round_steps, max_steps, config.run.seed, samples.replay_size * samples.replays,
+                    samples.paired)
     ends = [end_id(record, tokenizer) for record in inputs.train]
-    return StudentSource(base, write, ends, mixtures[samples.samples], round_steps=samples.round_steps,
-                         replay_size=samples.replay_size, total_steps=max_steps, seed=config.run.seed,
-                         tell=partial(monitors.log, "round"), meter=meter)
+    return StudentSource(base, write, ends, mixture, rounds, reader=reader, tell=partial(monitors.log, "round"),
+                         meter=meter)
 
 
 def build_export(engine: deepspeed.DeepSpeedEngine, inputs: TrainInputs, card: Card,
@@ -159,7 +167,8 @@ def build_teacher_specs(config: TrainConfig, inputs: TrainInputs, examples: Sequ
 
 
 def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
-                  layers: Sequence[int], meter: Meter, world: World, device: torch.device) -> TeacherSource | None:
+                  layers: Sequence[int], rounds: Path | None, meter: Meter, world: World,
+                  device: torch.device) -> TeacherSource | None:
     """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
     if inputs.teacher_function:
         last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
@@ -167,7 +176,7 @@ def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[Teac
         return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
     if not specs:
         return None
-    teacher = open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers)
+    teacher = open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers, rounds)
     for backbone, head in teacher.parts:
         meter.add_cost(forward_cost(backbone, head))
     return teacher

@@ -78,6 +78,11 @@ class RunFolder:
                         self.path, finished.step)
         return finished is None
 
+    @property
+    def rounds(self) -> Path:
+        """Where a teacher keeps what it has read of the text that the student writes."""
+        return self.states.folder / "rounds"
+
     def load_state(self, engine: deepspeed.DeepSpeedEngine) -> SavedState | None:
         """Puts the newest state, if there is one, back into the engine."""
         path = self.states.newest()

@@ -188,8 +188,8 @@ class StateStore:
             self.clear()
 
     def clear(self) -> None:
-        """Drops all states, and what an interrupted run left; by the main rank alone."""
-        for path in self._newest_first():
+        """Drops all states and what belongs to them, and what an interrupted run left; by the main rank alone."""
+        for path in [*self._newest_first(), *self.folder.glob("rounds")]:
             discard(path)
         sweep(self.folder)
 

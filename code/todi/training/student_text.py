@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, Protocol
 
 from todi.data.plans import StepPlan
 from todi.data.sample_sources import EpochSource
@@ -16,6 +17,7 @@ from todi.generation.decoding import Response
 from todi.generation.sampling import stream_key
 from todi.training.mixtures import Mixture
 from todi.training.speed import Meter
+from todi.training.state import KEPT_STATES
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,35 @@ class Round:
     texts: Mapping[int, Text] = dataclasses.field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """How a run is cut into rounds, and what these are made of.
+
+    Attributes:
+        steps: of a round; one ends with the epoch at the latest.
+        total_steps: of the run; nothing is written for later ones.
+        replay_size: texts that are kept to come again.
+        paired: whether a sample that the student answers keeps the response of the data as well: it comes with both
+            in one step.
+    """
+
+    steps: int
+    total_steps: int
+    seed: int
+    replay_size: int = 0
+    paired: bool = False
+
+
+class Reader(Protocol):
+    """Reads the samples of a round when it begins, so that it need not when they are trained on: a `RoundTeacher`."""
+
+    def read(self, number: int, samples: Sequence[Example]) -> None:
+        """Samples of the round that began at step `number`, unless it knows what it read of them."""
+
+    def forget_before(self, number: int) -> None:
+        """Says that no sample of a round before `number` comes again."""
+
+
 class StudentSource:
     """A `SampleSource`: the samples of another, some of them with a response that the student writes.
 
@@ -78,29 +109,28 @@ class StudentSource:
         write: has the student answer prompts, given the keys of their random streams; on every rank alike.
         ends: the token that closes the response of each sample, by its number.
         mixture: says how many samples the student answers.
-        round_steps: steps of a round; one ends with the epoch at the latest.
-        replay_size: texts that are kept to come again.
-        total_steps: of the run; nothing is written for later ones.
+        reader: reads the samples of every round.
         tell: is told of every round, with the number of steps done.
         meter: is told when the student writes.
     """
 
     def __init__(self, base: EpochSource, write: Callable[[Sequence[Sequence[int]], Sequence[int]], list[Response]],
-                 ends: Sequence[int], mixture: Mixture, *, round_steps: int, replay_size: int, total_steps: int,
-                 seed: int, tell: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
+                 ends: Sequence[int], mixture: Mixture, rounds: Rounds, *, reader: Reader | None = None,
+                 tell: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
                  meter: Meter | None = None):
         self.base = base
         self.write = write
         self.ends = ends
         self.mixture = mixture
-        self.round_steps = round_steps
-        self.total_steps = total_steps
-        self.seed = seed
+        self.rounds = rounds
+        self.reader = reader
         self.tell = tell
         self.meter = meter or Meter()
         self.round = Round()
         self.written = 0
-        self.latest: deque[Text] = deque(maxlen=replay_size)
+        self.latest: deque[Text] = deque(maxlen=rounds.replay_size)
+        self._unread = False  # whether the reader has not heard of the round
+        self._oldest: deque[int] = deque(maxlen=KEPT_STATES)  # of the texts of each kept state, the first round
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,35 +139,54 @@ class StudentSource:
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
         """See `SampleSource`; the last plan of a round says that the one after it has to wait for the student."""
         order, size, before = self.base.order(epoch), self.base.shape.samples, (epoch - 1) * self.steps_per_epoch
-        end = min(before + self.steps_per_epoch, self.total_steps)
+        end = min(before + self.steps_per_epoch, self.rounds.total_steps)
         for step in range(before + first_step, end):
             if not self.round.first <= step < self.round.end:
-                self._begin_round(order, step, min(step + self.round_steps, end), step - before, epoch)
+                self._begin_round(order, step, min(step + self.rounds.steps, end), step - before, epoch)
+            if self._unread:
+                self._have_it_read(order, before)
             places = range((step - before) * size, min((step - before + 1) * size, len(order)))
-            texts = self.round.texts
-            plan = self.base.shape.cut([texts[i].example if i in texts else order[i] for i in places])
+            plan = self.base.shape.cut([example for place in places for example in self._at(order, place)])
             yield dataclasses.replace(plan, closes_round=step + 1 == self.round.end)
 
     def _begin_round(self, order: Sequence[Example], first: int, end: int, step_of_epoch: int, epoch: int) -> None:
         size, started = self.base.shape.samples, time.perf_counter()
         places = range(step_of_epoch * size, min((step_of_epoch + end - first) * size, len(order)))
-        share, replayed = self.mixture.shares(first / self.total_steps)
-        drawn = random.Random(f"round {self.seed} {first}")
+        share, replayed = self.mixture.shares(first / self.rounds.total_steps)
+        drawn = random.Random(f"round {self.rounds.seed} {first}")
         own = [place for place in places if drawn.random() < share]
         again = {place for place in own if drawn.random() < replayed and len(self.latest) == self.latest.maxlen}
         new = [place for place in own if place not in again]
         with self.meter.phase("generation"):
             responses = self.write([order[place].prompt for place in new],
-                                   [stream_key("student", self.seed, epoch, place) for place in new])
+                                   [stream_key("student", self.rounds.seed, epoch, place) for place in new])
         texts = dict(zip(new, (self._text(order[place], response, first)
                                for place, response in zip(new, responses, strict=True)), strict=True))
         texts |= {place: drawn.choice(self.latest) for place in again}
-        self.round = Round(first, end, texts)
+        self.round, self._unread = Round(first, end, texts), True
         if own:
             seconds = time.perf_counter() - started
             self._report([texts[place] for place in new], len(again), len(places), seconds,
                          [first + (place - places.start) // size - texts[place].step for place in own])
         self.latest.extend(texts[place] for place in new)
+
+    def _at(self, order: Sequence[Example], place: int) -> list[Example]:
+        """What is trained on at a place of an epoch."""
+        if place not in self.round.texts:
+            return [order[place]]
+        own = self.round.texts[place].example
+        return [order[place], own] if self.rounds.paired else [own]
+
+    def _have_it_read(self, order: Sequence[Example], before: int) -> None:
+        """Tells the reader of the samples of the round, but for the texts of earlier ones; `before` is their epoch."""
+        self._unread = False
+        if self.reader:
+            first, size = self.round.first, self.base.shape.samples
+            places = range((first - before) * size, min((self.round.end - before) * size, len(order)))
+            texts = self.round.texts
+            with self.meter.phase("teacher"):
+                self.reader.read(first, [example for place in places for example in self._at(order, place)
+                                         if not example.own or texts[place].step == first])
 
     def _text(self, asked: Example, response: Response, step: int) -> Text:
         end = () if response.cut else (self.ends[asked.sample_id],)
@@ -164,6 +213,9 @@ class StudentSource:
         self.mixture.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:
+        if self.reader and len(self._oldest) == KEPT_STATES:
+            self.reader.forget_before(self._oldest[0])
+        self._oldest.append(self._first_round())
         return {"first": self.round.first, "end": self.round.end, "written": self.written,
                 "texts": [[place, text.to_json()] for place, text in self.round.texts.items()],
                 "latest": [text.to_json() for text in self.latest], "mixture": self.mixture.state_dict()}
@@ -176,6 +228,20 @@ class StudentSource:
         self.latest.clear()
         self.latest.extend(map(Text.from_json, state["latest"]))
         self.mixture.load_state_dict(state["mixture"])
+        self._unread = True
+        self._oldest.extend([self._first_round()] * KEPT_STATES)
+        if self.reader:
+            own = sorted({text.example.sample_id: text for text in self._texts()}.values(), key=lambda text: text.step)
+            for step, texts in groupby(own, key=lambda text: text.step):
+                self.reader.read(step, [text.example for text in texts])
+
+    def _texts(self) -> list[Text]:
+        """All that may be trained on."""
+        return [*self.latest, *self.round.texts.values()]
+
+    def _first_round(self) -> int:
+        """The step at which the oldest of these was written."""
+        return min([self.round.first, *(text.step for text in self._texts())])
 
 
 def repetition(responses: Sequence[Sequence[int]]) -> float:
