@@ -38,6 +38,31 @@ def build(folder, content, precision: str = "fp32", stage: int = 1, ranks: int =
                                   accumulation=2, clip_grad=1.0, ranks=ranks, override_file=str(file))
 
 
+def of_settings(**settings) -> dict:
+    """The configuration without a file."""
+    return build_deepspeed_config(**{"precision": Precision("fp32", "test"), "zero_stage": 1, "batch_size": 4,
+                                     "accumulation": 2, "clip_grad": 1.0} | settings)
+
+
+class TestOffload:
+    def test_what_is_named_lies_in_the_computers_memory(self):
+        zero = of_settings(zero_stage=3, offload=("optimizer", "param"))["zero_optimization"]
+        assert zero == {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+    @pytest.mark.parametrize(("stage", "offload", "said"), [
+        (0, ["optimizer"], "--offload: offload_optimizer needs ZeRO stage 1 or more, got 0"),
+        (2, ["param"], "--offload: offload_param needs ZeRO stage 3 or more, got 2")])
+    def test_a_stage_that_has_it_not(self, stage, offload, said):
+        with pytest.raises(InputError, match=said):
+            of_settings(zero_stage=stage, offload=offload)
+
+    def test_a_file_wins(self, tmp_path):
+        file = tmp_path / "ds.json"
+        file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}')
+        zero = of_settings(offload=["optimizer", "param"], override_file=str(file))["zero_optimization"]
+        assert (zero["offload_optimizer"]["device"], zero["offload_param"]["device"]) == ("none", "cpu")
+
+
 def test_a_files_keys_win_and_its_autos_do_not(tmp_path):
     config = build(tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
                               "gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": "auto"})

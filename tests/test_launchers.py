@@ -28,7 +28,8 @@ LORA = {*LORA_SFT, KD[2], *OTHERS} - {"qwen2.5/sft_qwen2.5", "qwen2.5/vanilla_kd
 
 
 # Cuts of a step of eight samples, but for the plain one.
-SHAPES = ("1x8", "8 by 3", slow("4x1x2, ZeRO-0"), slow("4x1x2, ZeRO-1"), slow("4x1x2, ZeRO-2"), "4x1x2, ZeRO-3")
+SHAPES = ("1x8", "8 by 3", slow("4x1x2, ZeRO-0"), slow("4x1x2, ZeRO-1"), slow("4x1x2, ZeRO-2"), "4x1x2, ZeRO-3",
+          *map(slow, ("4x1x2, ZeRO-2, offload", "4x1x2, ZeRO-3, offload")))
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +132,8 @@ class TestSeveralRanks:
                   "8 by 3": {"BATCH_SIZE": 3, "GLOBAL_BATCH_SIZE": 8}}
         shapes |= {f"4x1x2, ZeRO-{stage}": {"BATCH_SIZE": 4, "GRAD_ACC": 1, "NPROC": 2, "ZERO_STAGE": stage}
                    for stage in range(4)}
+        shapes |= {f"{name}, offload": shapes[name] | {"OFFLOAD": offload} for name, offload in (
+            ("4x1x2, ZeRO-2", "optimizer"), ("4x1x2, ZeRO-3", "optimizer param"))}
         # Adam divides a gradient by its own size; without a large epsilon it would blow up the rounding errors of
         # gradients that are zero in truth, such as those of the key biases.
         return cache(lambda name: workshop.train(KD[0], f"shape {name}", "--adam-eps", "1e-2", **common | shapes[name]

@@ -243,6 +243,9 @@ class RunConfig:
     tf32: bool = option(True, "on a GPU: round the factors of fp32 products to TF32, which is several times faster")
     allocator: str = allocator_option()
     zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3)
+    offload: tuple[str, ...] = option((), "what DeepSpeed keeps in the computer's memory, not the device's: optimizer "
+                                          "(stage 1 or more), param (stage 3)", fixed=True,
+                                      pattern=("optimizer|param", "optimizer or param"))
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
                                           flag="--deepspeed_config", may_change=True)
     seed: int = option(10, "seed of the data order, the dropout and the dev sampling", least=0,

@@ -5,7 +5,7 @@ Nothing in a file is ignored in silence: a key is used, or agrees with what is d
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,19 @@ AUTO = "auto"  # what the Trainer of transformers fills in; here it leaves a key
 
 
 def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size: int, accumulation: int,
-                           clip_grad: float, ranks: int = 1, override_file: str | None = None) -> dict[str, Any]:
+                           clip_grad: float, offload: Sequence[str] = (), ranks: int = 1,
+                           override_file: str | None = None) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
         precision: of the weights that compute; the optimizer keeps fp32 masters of 16-bit ones.
+        offload: optimizer, param: what lies in the computer's memory, not the device's.
         ranks: how many there are, for a file that says how many samples a step has.
         override_file: a DeepSpeed JSON file, read as DeepSpeed does (comments are allowed). Its keys win over ours,
             and its "auto" values leave them.
 
     Raises:
-        InputError: with everything that is wrong with the file.
+        InputError: with everything that is wrong with the file, or an offload that the stage has not.
     """
     config = {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -51,7 +53,7 @@ def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size:
         "gradient_clipping": clip_grad,
         "bf16": {"enabled": precision.name == "bf16"},
         "fp16": {"enabled": precision.name == "fp16", "loss_scale": 0, "initial_scale_power": INITIAL_SCALE_POWER},
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, **{f"offload_{what}": {"device": "cpu"} for what in offload}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # we log ourselves
@@ -60,6 +62,8 @@ def build_deepspeed_config(*, precision: Precision, zero_stage: int, batch_size:
         plan = {"train_batch_size": batch_size * accumulation * ranks, "train_micro_batch_size_per_gpu": batch_size,
                 "gradient_accumulation_steps": accumulation}
         config = _overridden(config, plan, override_file)
+    elif problems := list(_of_offload(config["zero_optimization"])):
+        raise InputError([f"--offload: {problem}" for problem in problems])
     zero = config["zero_optimization"]
     if zero["stage"] == 0 and precision.name != "fp32":
         zero["stage"] = 1
@@ -176,7 +180,11 @@ def _between(config: Mapping[str, Any], changed: Mapping[str, Any]) -> Iterator[
         if changed[name]["enabled"] != config[name]["enabled"]:
             yield (f"{name}.enabled is {_spell(config[name]['enabled'])}, by --precision; the file says "
                    f"{_spell(changed[name]['enabled'])}")
-    zero = changed["zero_optimization"]
+    yield from _of_offload(changed["zero_optimization"])
+
+
+def _of_offload(zero: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a section `zero_optimization`."""
     for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(name) or {}).get("device", "none")
         # DeepSpeed passes over an offload that its stage has not, and the run is out of memory an hour later.

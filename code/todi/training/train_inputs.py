@@ -118,8 +118,8 @@ def _computation(config: TrainConfig, device: torch.device,
         ranks = world_from_environment().size
         deepspeed_config = build_deepspeed_config(
             precision=precision, zero_stage=config.run.zero_stage, batch_size=config.optim.batch_size,
-            accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad, ranks=ranks,
-            override_file=config.run.deepspeed_config)
+            accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad,
+            offload=config.run.offload, ranks=ranks, override_file=config.run.deepspeed_config)
     with collecting(problems):
         if not problems:
             objective = config.objective
