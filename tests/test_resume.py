@@ -90,6 +90,48 @@ def test_kills(settings, tmp_path, kills):
     assert killed == finished(tmp_path / "whole", **settings)
 
 
+# Kills the last rank after some steps, each time once.
+_KILLER = """
+import os, pathlib, signal
+from todi.training.trainer import Trainer
+
+heed = Trainer._heed_signals_and_clock
+
+def heed_or_die(self):
+    heed(self)
+    mark = pathlib.Path({folder!r}, f"killed{{self.at.step}}")
+    if self.at.step in {steps} and self.world.rank == self.world.size - 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Trainer._heed_signals_and_clock = heed_or_die
+"""
+
+
+@pytest.mark.parametrize("shape", [{}, slow(TWO_RANKS)])
+def test_a_run_that_breaks_off_goes_on_by_itself(shape, settings, tmp_path):
+    """As often as MAX_RESTARTS says, though it was to start anew; and from its last state, not from the beginning."""
+    (tmp_path / "killer.py").write_text(_KILLER.format(folder=str(tmp_path), steps=(5, 10)))
+    settings = settings | shape
+    killed = settings | {"PLUGINS": tmp_path / "killer.py", "SAVE_DIR": tmp_path / "run", "RESUME": "never"}
+    once = run(KD, **killed, MAX_RESTARTS=1)
+    assert once.returncode in (1, 137), once.stdout
+    assert once.stdout.count("going on from its last state (restart 1 of 1)") == 1
+    assert once.stdout.count("going on from") == 2 and "epoch 2, step 4" in once.stdout
+    for mark in tmp_path.glob("killed*"):
+        mark.unlink()
+    twice = run(KD, **killed, MAX_RESTARTS=2)
+    assert twice.returncode == 0, twice.stdout
+    assert "(restart 2 of 2)" in twice.stdout
+    assert outcome(tmp_path / "run") == finished(tmp_path / "whole", **settings)
+
+
+def test_what_is_refused_is_not_tried_again(settings, tmp_path):
+    done = run(KD, **settings | {"KD_RATE": 2, "SAVE_DIR": tmp_path}, MAX_RESTARTS=3)
+    assert done.returncode == 2 and "restart" not in done.stdout
+    assert run(KD, **settings | {"SAVE_DIR": tmp_path}, MAX_RESTARTS="often").returncode == 2
+
+
 class Intruder:
     def __reduce__(self):
         return open, (os.environ["INTRUDER"], "w")

@@ -140,13 +140,29 @@ train() {
   trains_by "$1"
   read_settings train "${@:2}"
   if [[ -n ${DOCTOR:-} ]]; then WORLD_SIZE=$((NPROC * NNODES)) exec "$PYTHON" -m todi.doctor "${options[@]}"; fi
-  launch run_to_its_end todi.train "${options[@]}"
+  launch run_again_if_it_fails todi.train "${options[@]}"
+}
+
+# Runs a training to its end; one that breaks off goes on from its last state, up to MAX_RESTARTS times. One that was asked
+# to stop, or whose input is refused (2), does not.
+run_again_if_it_fails() {
+  local status restarts=0
+  [[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || die "MAX_RESTARTS must be a whole number, got $MAX_RESTARTS"
+  while :; do
+    status=0
+    run_to_its_end "$@" || status=$?
+    if ((status == 0 || status == 2 || received > 0 || restarts >= ${MAX_RESTARTS:-0})); then return "$status"; fi
+    restarts=$((restarts + 1))
+    echo "the training ended with exit code $status; going on from its last state (restart $restarts of $MAX_RESTARTS)" >&2
+    set -- "$@" --resume auto  # where it was never, the next would start anew
+  done
 }
 
 # Runs a command and hands on the signals that ask it to stop: to the training processes themselves, for torchrun would
-# give them 30 seconds. The exit code is then 128 + the signal's number.
+# give them 30 seconds. The exit code is then 128 + the signal's number, which is in `received`, else 0.
 run_to_its_end() {
-  local child status=0 received=0 name
+  local child status=0 name
+  received=0
   set -m  # a process group of its own: Ctrl-C reaches the training once, through us
   "$@" &
   child=$!

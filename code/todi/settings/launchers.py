@@ -15,6 +15,7 @@ LAUNCHER_VARIABLES = {
     "NODE_RANK": "number of this node, from 0",
     "MASTER_ADDR": "name of the first node",
     "MASTER_PORT": "a free port there; 29500 when not given",
+    "MAX_RESTARTS": "how often a training that breaks off goes on from its last state by itself; 0 when not given",
     "DRY_RUN": "1: print the command and stop",
     "DOCTOR": "1: check all input, estimate memory and disk space, and stop",
 }
