@@ -4,8 +4,8 @@
 
 The plain way asks transformers' `generate` before each step for the responses to its prompts, padded on the left. todi
 asks for those of a round of steps at once. Both sample at temperature 1, up to so many tokens, from the same model in
-one process; they draw other random numbers, so their texts differ, and tokens a second are compared. Steps and rounds
-take turns, and the median counts.
+one process; they draw other random numbers, so their texts differ, and tokens a second are compared. The plain way
+takes the steps of the shortest round. They take turns, and the median counts.
 """
 
 import argparse
@@ -34,18 +34,25 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def plain(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]], tokens: int) -> tuple[int, float]:
-    """Tokens that `generate` writes to the prompts of a step, and seconds."""
+def plain(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]], samples: int,
+          tokens: int) -> tuple[int, float]:
+    """Tokens that `generate` writes, a step of `samples` prompts after the other, and seconds."""
     started = time.perf_counter()
     tokenizer.padding_side = "left"
+    count = sum(one_step(model, tokenizer, prompts[start:start + samples], tokens)
+                for start in range(0, len(prompts), samples))
+    return count, time.perf_counter() - started
+
+
+def one_step(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]], tokens: int) -> int:
+    """Tokens that `generate` writes."""
     asked = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     with torch.no_grad():
         written = model.eval().generate(**asked, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                         max_new_tokens=tokens, eos_token_id=tokenizer.eos_token_id,
                                         pad_token_id=tokenizer.pad_token_id)[:, asked["input_ids"].shape[1]:]
     ends = (written == tokenizer.eos_token_id).int()
-    count = (ends.cumsum(1) - ends == 0).sum().item()  # up to the first end, which counts
-    return count, time.perf_counter() - started
+    return (ends.cumsum(1) - ends == 0).sum().item()  # up to the first end, which counts
 
 
 def in_a_round(writer: Writer, prompts: list[list[int]], stops: frozenset[int], number: int) -> tuple[int, float]:
@@ -63,7 +70,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=8, help="of a step")
-    parser.add_argument("--round-steps", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--round-steps", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--tokens", type=int, default=256, help="of a response at most")
     parser.add_argument("--batch-size", type=int, default=256, help="prompts that todi answers together at most")
     parser.add_argument("--turns", type=int, default=3)
@@ -79,8 +86,8 @@ def main() -> None:
     stops = stop_ids(model, tokenizer, records)
     rates: dict[str, list[float]] = {}
     for turn in range(options.turns):
-        step = prompts[turn * options.samples:(turn + 1) * options.samples]
-        found = {"generate at every step": plain(model, tokenizer, step, options.tokens)}
+        steps = prompts[:options.samples * min(options.round_steps)]
+        found = {"generate at every step": plain(model, tokenizer, steps, options.samples, options.tokens)}
         found |= {f"a round of {steps} steps": in_a_round(writer, prompts[:steps * options.samples], stops, turn)
                   for steps in options.round_steps}
         for name, (count, seconds) in found.items():

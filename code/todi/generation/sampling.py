@@ -83,7 +83,7 @@ def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: in
         top_k: only the k most likely tokens (and those that tie with the last of them); 0 is off.
         top_p: only the smallest set of most likely tokens whose mass is at least this; 1 is off.
     """
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if 0 < top_k < logits.shape[1]:
         weakest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < weakest, -torch.inf)
