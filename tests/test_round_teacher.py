@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import run, slow
-from stopping import KD, TWO_RANKS, finished, gone_on_with, stopped
+from stopping import KD, TWO_RANKS, finished, gone_on_with, killed_again_and_again, stopped
 from teachers import ALONE, CPU, filled_by, flip
 from test_student_text import ON_POLICY, told, without_speed
 from todi.data.batches import collate
@@ -162,6 +162,14 @@ def test_a_run_that_is_stopped_in_a_round_goes_on_bit_by_bit(settings, tmp_path,
     stopped(tmp_path / "stopped", settings)
     assert without_speed(gone_on_with(tmp_path / "stopped", settings)) == without_speed(
         finished(tmp_path / "whole", **settings))
+
+
+@pytest.mark.slow
+def test_kills_in_rounds_and_between_them(settings, tmp_path):
+    settings = settings | ON_POLICY | {"SAMPLES": "mixed", "REPLAY": 0.5, "REPLAY_SIZE": 8, "TEACHER_CACHE": "on",
+                                       "ROUND_STEPS": 3, "EPOCH": 30, "EVAL_INTERVAL": 5, "SAVE_STATE_EVERY": 1}
+    killed = killed_again_and_again(tmp_path / "killed", 6, **settings)
+    assert without_speed(killed) == without_speed(finished(tmp_path / "whole", **settings))
 
 
 @pytest.mark.slow
