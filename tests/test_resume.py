@@ -108,22 +108,28 @@ Trainer._heed_signals_and_clock = heed_or_die
 """
 
 
-@pytest.mark.parametrize("shape", [{}, slow(TWO_RANKS)])
-def test_a_run_that_breaks_off_goes_on_by_itself(shape, settings, tmp_path):
-    """As often as MAX_RESTARTS says, though it was to start anew; and from its last state, not from the beginning."""
+@pytest.fixture
+def killed(settings, tmp_path):
+    """Settings of a run that is killed twice, and is to start anew at first."""
     (tmp_path / "killer.py").write_text(_KILLER.format(folder=str(tmp_path), steps=(5, 10)))
-    settings = settings | shape
-    killed = settings | {"PLUGINS": tmp_path / "killer.py", "SAVE_DIR": tmp_path / "run", "RESUME": "never"}
-    once = run(KD, **killed, MAX_RESTARTS=1)
-    assert once.returncode in (1, 137), once.stdout
-    assert once.stdout.count("going on from its last state (restart 1 of 1)") == 1
-    assert once.stdout.count("going on from") == 2 and "epoch 2, step 4" in once.stdout
-    for mark in tmp_path.glob("killed*"):
-        mark.unlink()
-    twice = run(KD, **killed, MAX_RESTARTS=2)
+    return settings | {"PLUGINS": tmp_path / "killer.py", "SAVE_DIR": tmp_path / "run", "RESUME": "never"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{}, TWO_RANKS])
+def test_a_run_that_breaks_off_goes_on_by_itself(shape, killed, settings, tmp_path):
+    twice = run(KD, **killed | shape, MAX_RESTARTS=2)
     assert twice.returncode == 0, twice.stdout
     assert "(restart 2 of 2)" in twice.stdout
-    assert outcome(tmp_path / "run") == finished(tmp_path / "whole", **settings)
+    assert outcome(tmp_path / "run") == finished(tmp_path / "whole", **settings | shape)
+
+
+def test_it_does_so_no_more_often_than_it_is_told(killed):
+    """And from its last state, not from the beginning."""
+    once = run(KD, **killed, MAX_RESTARTS=1)
+    assert once.returncode == 137, once.stdout
+    assert once.stdout.count("going on from its last state (restart 1 of 1)") == 1
+    assert once.stdout.count("going on from") == 2 and "epoch 2, step 4" in once.stdout
 
 
 def test_what_is_refused_is_not_tried_again(settings, tmp_path):
