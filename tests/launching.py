@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 _TENTHS = int(os.environ.get("TENTHS", 0))
+_MAKING = threading.Lock()  # several threads may ask for one model
 
 
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
@@ -103,11 +105,12 @@ class Workshop:
         """A tiny model with the tokenizer that all of them share; one of that name and shape is made once."""
         described = ",".join([make.__name__, *(f"{option}={value}" for option, value in sorted(shape.items()))])
         path = self.folder / "models" / described / name
-        if not path.exists():
-            unfinished = path.parent / f".{name}.unfinished"
-            tokenizer = tiny_tokenizer(unfinished)
-            make(unfinished, **{"vocab": len(tokenizer)} | shape)
-            shutil.move(unfinished, path)
+        with _MAKING:
+            if not path.exists():
+                unfinished = path.parent / f".{name}.unfinished"
+                tokenizer = tiny_tokenizer(unfinished)
+                make(unfinished, **{"vocab": len(tokenizer)} | shape)
+                shutil.move(unfinished, path)
         return path
 
     def train(self, launcher: str, name: str, *words: str, **settings: object) -> "Future[Run]":
