@@ -90,7 +90,8 @@ def test_how_many_texts_are_written_together(layers, heads, rows):
     """4 GiB of keys and values: of a model of 32 layers and 32 heads of 128 numbers, 16 texts of 512 tokens in bf16."""
     config = AutoConfig.for_model("llama", num_hidden_layers=layers, num_attention_heads=heads, hidden_size=heads * 128,
                                   num_key_value_heads=heads)
-    assert rows_written_together(config, length=512, width=2) == rows
+    assert rows_written_together(0, config, length=512, width=2) == rows
+    assert rows_written_together(7, config, length=512, width=2) == 7
 
 
 class TestShape:

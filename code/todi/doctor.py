@@ -119,8 +119,8 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
     if config.run.eval_gen:
         written.append(config.run.eval_batch_size)
     if config.source.on_policy:
-        written.append(config.source.sample_batch_size or rows_written_together(inputs.student.config, length,
-                                                                                student.width))
+        written.append(rows_written_together(config.source.sample_batch_size, inputs.student.config, length,
+                                             student.width))
     forward = max(student.activations + loss, cache_bytes(inputs.student.config, max(written), length, student.width))
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())

@@ -78,18 +78,19 @@ class _Look:
         task = RowTask(None, 1.0, 0.0, label_smoothing, self.head.softcap, self.head.scale, vocabulary,
                        masked_entries(self.head, None, vocabulary), sparse=False, dtype=dtype, device=hidden.device,
                        wants_gradients=False)
+        row_function = None if labels is None else choose_rows(kernels, self.head.weight.dtype, task)
+        masked = masked_entries(self.head, self.teacher, vocabulary)
         for rows in slices(len(hidden), self.chunk_size):
             logits = self.head.rows(hidden[rows])
-            values += self._statistic(logits, rows, dtype)
-            if labels is not None:  # it may leave the logits in any state
-                sums += choose_rows(kernels, self.head.weight.dtype, task)(logits, None, labels[rows], task)
+            values += self._statistic(logits, rows, masked, dtype)
+            if row_function:  # it may leave the logits in any state
+                sums += row_function(logits, None, labels[rows], task)
         return torch.cat(values), None if labels is None else LossSums(*sums)
 
-    def _statistic(self, logits: Tensor, rows: slice, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _statistic(self, logits: Tensor, rows: slice, masked: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
         """Of `rows`, whose logits these are, a few at a time."""
         selection, vocabulary = self.selection, logits.shape[1]
         theirs = self.teacher.logits(rows, vocabulary, self.temperature) if selection.compares else None
-        masked = masked_entries(self.head, self.teacher, vocabulary)
         for block in slices(len(logits), max(1, block_bytes(logits.device) // (4 * vocabulary))):
             ours = logits[block].to(dtype)
             if masked is not None:

@@ -91,8 +91,8 @@ def build_student_source(config: TrainConfig, inputs: TrainInputs, base: EpochSo
     samples, tokenizer = config.source, inputs.student.tokenizer
     decoding = Decoding(config.data.max_length, samples.sample_tokens, temperature=samples.sample_temperature,
                         top_p=samples.sample_top_p, top_k=samples.sample_top_k)
-    rows = samples.sample_batch_size or rows_written_together(inputs.student.config, config.data.max_length,
-                                                              inputs.student.precision.dtype.itemsize)
+    rows = rows_written_together(samples.sample_batch_size, inputs.student.config, config.data.max_length,
+                                 inputs.student.precision.dtype.itemsize)
     logger.info("the student answers up to %d prompts together, %d steps at a time", rows, samples.round_steps)
     writer = Writer(model, tokenizer, decoding, rows, world, in_step=is_partitioned(model))
     write = partial(writer.write, eos_ids=stop_ids(model, tokenizer, inputs.train))

@@ -188,10 +188,10 @@ def cache_bytes(config: PretrainedConfig, samples: int, length: int, width: int)
     return 2 * config.num_hidden_layers * heads * size * samples * length * width
 
 
-def rows_written_together(config: PretrainedConfig, length: int, width: int) -> int:
+def rows_written_together(wanted: int, config: PretrainedConfig, length: int, width: int) -> int:
     """How many texts of `length` tokens the student writes together, where nobody says: a matter of its shape alone, so
     that a run that goes on elsewhere, or beside others, rounds as before."""
-    return max(1, min(_MOST_ROWS, _KEYS_AND_VALUES // cache_bytes(config, 1, length, width)))
+    return wanted or max(1, min(_MOST_ROWS, _KEYS_AND_VALUES // cache_bytes(config, 1, length, width)))
 
 
 def available_bytes(device: torch.device, processes: int) -> int:

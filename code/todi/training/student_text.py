@@ -138,20 +138,25 @@ class StudentSource:
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
         """See `SampleSource`; the last plan of a round says that the one after it has to wait for the student."""
-        order, size, before = self.base.order(epoch), self.base.shape.samples, (epoch - 1) * self.steps_per_epoch
+        order, before = self.base.order(epoch), (epoch - 1) * self.steps_per_epoch
         end = min(before + self.steps_per_epoch, self.rounds.total_steps)
         for step in range(before + first_step, end):
             if not self.round.first <= step < self.round.end:
-                self._begin_round(order, step, min(step + self.rounds.steps, end), step - before, epoch)
+                self._begin_round(order, step, min(step + self.rounds.steps, end), before, epoch)
             if self._unread:
                 self._have_it_read(order, before)
-            places = range((step - before) * size, min((step - before + 1) * size, len(order)))
+            places = self._places(order, step - before, step - before + 1)
             plan = self.base.shape.cut([example for place in places for example in self._at(order, place)])
             yield dataclasses.replace(plan, closes_round=step + 1 == self.round.end)
 
-    def _begin_round(self, order: Sequence[Example], first: int, end: int, step_of_epoch: int, epoch: int) -> None:
+    def _places(self, order: Sequence[Example], first: int, end: int) -> range:
+        """Of the samples of some steps of an epoch, in its order."""
+        size = self.base.shape.samples
+        return range(first * size, min(end * size, len(order)))
+
+    def _begin_round(self, order: Sequence[Example], first: int, end: int, before: int, epoch: int) -> None:
         size, started = self.base.shape.samples, time.perf_counter()
-        places = range(step_of_epoch * size, min((step_of_epoch + end - first) * size, len(order)))
+        places = self._places(order, first - before, end - before)
         share, replayed = self.mixture.shares(first / self.rounds.total_steps)
         drawn = random.Random(f"round {self.rounds.seed} {first}")
         own = [place for place in places if drawn.random() < share]
@@ -181,9 +186,8 @@ class StudentSource:
         """Tells the reader of the samples of the round, but for the texts of earlier ones; `before` is their epoch."""
         self._unread = False
         if self.reader:
-            first, size = self.round.first, self.base.shape.samples
-            places = range((first - before) * size, min((self.round.end - before) * size, len(order)))
-            texts = self.round.texts
+            first, texts = self.round.first, self.round.texts
+            places = self._places(order, first - before, self.round.end - before)
             with self.meter.phase("teacher"):
                 self.reader.read(first, [example for place in places for example in self._at(order, place)
                                          if not example.own or texts[place].step == first])
@@ -213,6 +217,7 @@ class StudentSource:
         self.mixture.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:
+        """See `SampleSource`; the reader may forget what none of the states has that are kept by now."""
         if self.reader and len(self._oldest) == KEPT_STATES:
             self.reader.forget_before(self._oldest[0])
         self._oldest.append(self._first_round())
@@ -221,6 +226,7 @@ class StudentSource:
                 "latest": [text.to_json() for text in self.latest], "mixture": self.mixture.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `SampleSource`; the reader reads what it no longer has of the texts that may come again."""
         if not state:  # of a run that was none of the student's texts, until now
             return
         texts = {place: Text.from_json(fields) for place, fields in state["texts"]}
