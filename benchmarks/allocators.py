@@ -4,9 +4,8 @@
 
 The run is that of benchmarks/train.py, ToDi from the cached teacher. What ALLOCATOR=glibc does is compared with the
 system's own, with glibc's tunables, and with libraries that are loaded before it. The losses must be the same in every
-digit. Page faults and the kernel's share of the processor time are those of the whole process, its start and the
-evaluation at its end included; the others are the run's own. Processor time is that of the main thread, which another
-process on the machine makes no longer.
+digit. Page faults and the kernel's share of the processor time are those of the steps but the first two. The other
+processor time is that of the main thread, which another process on the machine makes no longer.
 """
 
 import sys

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -54,7 +53,8 @@ LENGTH, BATCH, ACCUMULATION, SEED = 512, 4, 2, 10
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process used: seconds of processor time in the program and in the kernel, and pages mapped."""
+    """What a process used in its steps (benchmarks/step_usage.py): seconds of processor time in the program and in the
+    kernel, and pages mapped."""
 
     user: float
     system: float
@@ -64,15 +64,6 @@ class Usage:
     def system_share(self) -> float:
         """Of its processor time."""
         return self.system / (self.user + self.system)
-
-    @classmethod
-    def of_children(cls) -> "Usage":
-        """Of all processes that this one has started and waited for."""
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return cls(usage.ru_utime, usage.ru_stime, usage.ru_minflt)
-
-    def __sub__(self, earlier: "Usage") -> "Usage":
-        return Usage(self.user - earlier.user, self.system - earlier.system, self.faults - earlier.faults)
 
 
 @dataclass(frozen=True)
@@ -146,18 +137,16 @@ class Workspace:
             self.run("todi.models.prune", "--model-path", model, "--save-dir", self.student, "--keep-layers",
                      *map(str, KEPT_LAYERS))
 
-    def run(self, module: str, *options: str, **variables: str) -> Usage:
+    def run(self, module: str, *options: str, **variables: str) -> None:
         """Runs a command, with these variables in its environment."""
         environment = os.environ | launched() | {"PYTHONPATH": str(ROOT / "code"), "HF_HUB_OFFLINE": "1"} | variables
         if not torch.cuda.is_available():
             environment["DS_ACCELERATOR"] = "cpu"
-        before = Usage.of_children()
         done = subprocess.run([sys.executable, "-m", module, *options], env=environment, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             sys.exit(done.stdout)
         self.output = done.stdout
-        return Usage.of_children() - before
 
     def cache(self, precision: str) -> Path:
         """The teacher cache of a precision; made at the first call."""
@@ -170,13 +159,14 @@ class Workspace:
     def train(self, precision: str, *options: str, **variables: str) -> Result:
         """A run of one epoch over all samples."""
         run = self.folder / "run"
-        usage = self.run(
+        self.run(
             "todi.train", "--model-path", self.student, "--data-dir", str(self.folder), "--precision", precision,
             "--batch-size", str(BATCH), "--gradient-accumulation-steps", str(ACCUMULATION), "--num-epochs", "1",
             "--log-interval", "1000", "--no-eval-gen", "--seed", str(SEED), "--save-dir", str(run), "--resume", "never",
-            *options, **variables)
+            "--plugins", str(ROOT / "benchmarks" / "step_usage.py"), "--report-to", "step_usage", *options, **variables)
         last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-2]
-        return Result(last["samples_per_second"], last["peak_memory_gib"], last, usage)
+        usage = json.loads((run / "usage.json").read_text())
+        return Result(last["samples_per_second"], last["peak_memory_gib"], last, Usage(**usage))
 
     def distil(self, precision: str, cached: bool, *options: str, **variables: str) -> Result:
         """ToDi from the live teacher, or from its cache."""
