@@ -186,10 +186,19 @@ def command_line(description: str, precisions: Sequence[str]) -> argparse.Argume
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "model_hub/smollm2/smollm2-135m-instruct"), help="the teacher")
     parser.add_argument("--data", type=Path, default=ROOT / "data/demo/train.jsonl", help="records in JSON lines")
-    parser.add_argument("--samples", type=int, default=48, help="a multiple of 8 (default: 48)")
+    parser.add_argument("--samples", type=whole_steps, default=48, metavar="N",
+                        help="a multiple of 8, at least 24 (default: 48)")
     parser.add_argument("--precisions", nargs="*", default=list(precisions),
                         help=f"of our runs (default: {' '.join(precisions)})")
     return parser
+
+
+def whole_steps(text: str) -> int:
+    """A number of samples: three steps or more, for what a run uses is that after the second."""
+    samples, step = int(text), BATCH * ACCUMULATION
+    if samples % step or samples < 3 * step:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {step}, at least {3 * step}, got {samples}")
+    return samples
 
 
 def chosen_records(args: argparse.Namespace) -> list[str]:
