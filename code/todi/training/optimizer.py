@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -71,8 +72,12 @@ def wrap(model: nn.Module, optimizer: torch.optim.AdamW, schedule: LambdaLR,
     config = config | {"gradient_accumulation_steps": max(2, config["gradient_accumulation_steps"])}
     if isinstance(optimizer, ClippingAdamW):
         config = config | {"gradient_clipping": 0.0}
+    zero = config["zero_optimization"]
+    if dist.get_world_size() == 1 and zero["stage"] in (1, 2):  # a DeepSpeed file may want them contiguous
+        config = config | {"zero_optimization": {"contiguous_gradients": False} | zero}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
     _check_gradients_once(engine.optimizer)
+    _reduce_nothing_alone(engine.optimizer)
     go_on_at_the_least_loss_scale(engine)
     return engine
 
@@ -102,6 +107,14 @@ def _check_gradients_once(optimizer: object) -> None:
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.compute_grad_norm and not optimizer.cpu_offload:
         optimizer.check_overflow = lambda partition_gradients: None
+
+
+def _reduce_nothing_alone(optimizer: object) -> None:
+    """A rank by itself has no others to add its gradients up with, and they stay where backward left them. ZeRO 1 and 2
+    would copy them into a bucket, divide by one, and copy them back."""
+    if (isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.contiguous_gradients
+            and dist.get_world_size() == 1):
+        optimizer.buffered_reduce_fallback = lambda *given, **named: None
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, total_steps: int, warmup_steps: int, lr: float,
