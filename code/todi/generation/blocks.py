@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from todi.generation.continuation import Forward, left_padded
+from todi.generation.continuation import Continuation, Forward, base_model, left_padded
 from todi.models.families import FAMILIES
 from todi.models.packing import ATTENTION as PACKED
 
@@ -47,24 +47,39 @@ def attention_over_blocks(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def begin(model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int | None,
+          max_length: int) -> "Continuation | BlockContinuation":
+    """The rows of `prompts`, in blocks where the model can use them; see `Continuation`."""
+    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
+    return continuation(model, prompts, pad_id, max_length)
+
+
 class BlockContinuation:
     """The live rows of a batch in blocks; as `todi.generation.continuation.Continuation`, which see.
 
     The rows' prompts are best sorted by length, with equal ones together.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int, max_length: int):
-        self._forward = Forward(model)
-        self._last_position = max_length - 1
-        self._cache = _BlockCache(self._forward.base)
-        self._positions = torch.tensor([[len(prompt) - 1] for prompt in prompts])
-        self.logits = torch.cat([self._read(prompts[start:start + _ROWS], pad_id)
-                                 for start in range(0, len(prompts), _ROWS)])
+    can_be_added_to = True
 
-    def _read(self, prompts: Sequence[tuple[int, ...]], pad_id: int) -> Tensor:
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int | None, max_length: int):
+        self._forward = Forward(model)
+        self._pad_id, self._last_position = pad_id, max_length - 1
+        self._cache = _BlockCache(self._forward.base)
+        self._positions = torch.empty((0, 1), dtype=torch.long)
+        self.logits: Tensor | None = None
+        self.add(prompts)
+
+    def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Reads `prompts` into blocks of their own, behind those that are there."""
+        new = [self._read(prompts[start:start + _ROWS]) for start in range(0, len(prompts), _ROWS)]
+        self.logits = torch.cat(new if self.logits is None else [self.logits, *new])
+        self._positions = torch.cat([self._positions, torch.tensor([[len(prompt) - 1] for prompt in prompts])])
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Makes a block of `prompts`, each read once; (rows, V) logits of the next tokens."""
         distinct = list(dict.fromkeys(prompts))
-        ids, mask = left_padded(distinct, pad_id)
+        ids, mask = left_padded(distinct, self._pad_id)
         cache = DynamicCache()
         logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         place = {prompt: place for place, prompt in enumerate(distinct)}

@@ -16,7 +16,8 @@ from todi.data.batches import Collate, collate
 from todi.data.plans import Cost, PackedShape, StepShape
 from todi.data.sample_sources import EpochSource
 from todi.data.tokenize import Example, encode_examples, encode_prompts, end_id
-from todi.generation.decoding import Decoding, check_decoding, stop_ids
+from todi.generation.decoding import Decoding, stop_ids
+from todi.generation.padding import check_decoding
 from todi.generation.writer import Writer
 from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head
