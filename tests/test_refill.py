@@ -1,6 +1,7 @@
 """Rows that wait take the places of those that have ended: the same texts, in fewer steps."""
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from evaluating import add_adapter
 from peft import PeftModel
 from tiny import ARCHITECTURES, tiny_model
-from todi.generation import padding
-from todi.generation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
-from todi.generation.continuation import Continuation
+from todi.generation import beginning, decoding, padding
+from todi.generation.beginning import begin
+from todi.generation.blocks import BlockContinuation, attention_over_blocks
+from todi.generation.continuation import Continuation, plain_attention
 from todi.generation.decoding import Decoding, generate
+from todi.generation.static import StaticContinuation
 from todi.generation.together import cache_bytes, rows_written_together
 from todi.generation.writer import Writer
 from todi.models.loading import load_config
@@ -21,21 +24,41 @@ VOCABULARY = 300
 STOPS = frozenset(range(0, VOCABULARY, 20))  # one token in 20 ends a response
 SAMPLED = Decoding(max_length=60, no_repeat_ngram_size=2)
 GREEDY = Decoding(max_length=60, do_sample=False, no_repeat_ngram_size=2)
-KINDS = {"blocks": "sdpa", "cache": "eager"}  # what a model's attention is decoded with
+KINDS = {"blocks": "sdpa", "cache": "eager", "places": "sdpa"}  # how keys and values are kept, and attended to
+CONTINUATIONS = {"blocks": BlockContinuation, "cache": Continuation, "places": StaticContinuation}
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Has texts be kept in one of KINDS from now on, and says so if they are not."""
+    def use(kind):
+        def begun(model, *words):
+            text = begin(model, *words)
+            assert type(text) is CONTINUATIONS[kind]
+            return text
+        monkeypatch.setattr(beginning, "can_use_places", lambda model: kind == "places" and plain_attention(model))
+        if kind == "places":  # which are a GPU's
+            monkeypatch.setattr(beginning, "can_use_blocks", lambda model: False)
+            monkeypatch.setattr(decoding, "attention_over_blocks", nullcontext)
+        monkeypatch.setattr(decoding, "begin", begun)
+    return use
 
 
 @pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    """Architecture and kind -> a tiny model, made once."""
-    made = {}
+def made():
+    return {}
+
+
+@pytest.fixture
+def model_of(made, use, tmp_path_factory):
+    """Architecture and kind -> a tiny model, made once, whose texts are kept so."""
 
     def build(architecture, kind):
         if (architecture, kind) not in made:
             folder = tiny_model(tmp_path_factory.mktemp(architecture), architecture, VOCABULARY)
             made[architecture, kind] = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=KINDS[kind])
-        model = made[architecture, kind]
-        assert can_use_blocks(model) == (kind == "blocks")
-        return model
+        use(kind)
+        return made[architecture, kind]
     return build
 
 
@@ -43,7 +66,7 @@ def model_of(tmp_path_factory):
 def added(monkeypatch):
     """The numbers of rows that were read in while others were written."""
     sizes = []
-    for kind in (Continuation, BlockContinuation):
+    for kind in CONTINUATIONS.values():
         def add(self, prompts, plain=kind.add):
             if self.logits is not None:
                 sizes.append(len(prompts))
@@ -59,8 +82,8 @@ def some_prompts(count, longest=58, copies=1, seed=0):
                      for _ in range(count)]
 
 
-def write(model, prompts, batch_size, decoding=SAMPLED):
-    return generate(model, prompts, range(len(prompts)), decoding=decoding, eos_ids=STOPS, pad_id=0,
+def write(model, prompts, batch_size, how=SAMPLED):
+    return generate(model, prompts, range(len(prompts)), decoding=how, eos_ids=STOPS, pad_id=0,
                     batch_size=batch_size)
 
 
@@ -78,14 +101,14 @@ def steps_of(model, write):
 
 
 class TestTexts:
-    @pytest.mark.parametrize("decoding", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+    @pytest.mark.parametrize("how", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    def test_they_are_what_each_is_alone(self, model_of, added, architecture, kind, decoding):
+    def test_they_are_what_each_is_alone(self, model_of, added, architecture, kind, how):
         model, prompts = model_of(architecture, kind), some_prompts(7, copies=2)  # equal ones come in later, too
-        alone = write(model, prompts, 1, decoding)
+        alone = write(model, prompts, 1, how)
         assert not added
-        assert write(model, prompts, 3, decoding) == alone
+        assert write(model, prompts, 3, how) == alone
         assert len(added) > 2
         assert len({len(response.ids) for response in alone}) > 3, "rows must end at different steps"
 
@@ -105,8 +128,8 @@ class TestTexts:
         """Whether the new rows or the old ones are the longer, and behind a window's width."""
         model, choose = model_of(architecture, kind).eval(), random.Random(0)
         texts = [tuple(prompt) for prompt in some_prompts(4, longest=30)]
-        with torch.no_grad(), attention_over_blocks(model):
-            live = (BlockContinuation if kind == "blocks" else Continuation)(model, texts, 0, 90)
+        with torch.no_grad(), attention_over_blocks(model) if kind == "blocks" else nullcontext():
+            live = CONTINUATIONS[kind](model, texts, 0, 90)
             for more in ([(5, 6, 7)], [tuple(range(1, 50)), (9,)], [(8,) * 20]):
                 for _ in range(6):
                     tokens = choose.choices(range(VOCABULARY), k=len(texts))

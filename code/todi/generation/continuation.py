@@ -6,8 +6,11 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from todi.models.families import FAMILIES
+from todi.models.packing import ATTENTION as PACKED
 
 
 class Forward:
@@ -49,15 +52,11 @@ class Continuation:
         self._model, self._pad_id, self._max_length = model, pad_id, max_length
         self._forward = Forward(model)
         self._cache = DynamicCache(config=self._forward.base.config)
-        distinct = list(dict.fromkeys(prompts))
-        ids, mask = (tensor.to(self._forward.device) for tensor in left_padded(distinct, pad_id))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        mask, index, self.logits = read_prompts(self._forward, prompts, pad_id, self._cache)
         self._mask = None if pad_id is None else mask
-        self.logits = self._forward(ids, self._mask, positions, self._cache)
-        self._positions = positions[:, -1:]
-        if len(distinct) < len(prompts):
-            place = {prompt: place for place, prompt in enumerate(distinct)}
-            self.keep([place[prompt] for prompt in prompts])
+        self._positions = mask.sum(1, keepdim=True) - 1
+        if len(mask) < len(prompts):
+            self.keep(index.tolist())
 
     @property
     def can_be_added_to(self) -> bool:
@@ -125,6 +124,36 @@ def _widened(tensor: Tensor, columns: int, dim: int) -> Tensor:
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside a LoRA wrapping."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def plain_attention(model: PreTrainedModel, *besides: str) -> bool:
+    """Whether the tests go through the model's architecture, and its attention is sdpa or one of those `besides`."""
+    known = {FAMILIES[name].architecture for name in FAMILIES}
+    return model.config.model_type in known and model.config._attn_implementation in ("sdpa", PACKED, *besides)
+
+
+def windows_of(config: PretrainedConfig) -> list[int | None]:
+    """Of each layer, how many tokens it attends to; None where all."""
+    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+            for layer in DynamicCache(config=config).layers]
+
+
+def read_prompts(forward: Forward, prompts: Sequence[tuple[int, ...]], pad_id: int | None,
+                 cache: DynamicCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads `prompts` into an empty `cache`, equal ones once.
+
+    Args:
+        pad_id: see `Continuation`.
+
+    Returns:
+        the attention mask (R, T) of the rows of the cache, the row (B,) of each prompt, and the logits (R, V) of the
+        tokens after them.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    ids, mask = (tensor.to(forward.device) for tensor in left_padded(distinct, pad_id))
+    logits = forward(ids, None if pad_id is None else mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+    place = {prompt: place for place, prompt in enumerate(distinct)}
+    return mask, torch.tensor([place[prompt] for prompt in prompts], device=forward.device), logits
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from todi.data.records import Record
 from todi.data.tokenize import end_id
 from todi.generation.beam import beam_search
-from todi.generation.blocks import attention_over_blocks, begin
+from todi.generation.beginning import begin
+from todi.generation.blocks import attention_over_blocks
 from todi.generation.continuation import base_model
 from todi.generation.padding import WITHOUT_PADDING
 from todi.generation.sampling import RepetitionBan, Streams, next_token_probabilities

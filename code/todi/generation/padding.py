@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from todi.errors import InputError
-from todi.generation.blocks import attention_over_blocks, begin
+from todi.generation.beginning import begin
+from todi.generation.blocks import attention_over_blocks
 from todi.generation.continuation import base_model
 from todi.models.loading import refusing
 from todi.models.packing import short_windows
