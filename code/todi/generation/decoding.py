@@ -131,8 +131,9 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
         else:
             with attention_over_blocks(base_model(model)):
                 pad = None if base_model(model) in WITHOUT_PADDING else pad_id
-                for alike in _alike(order, padded=pad is not None):
-                    _decode(model, alike, decoding, eos_ids, pad, batch_size, progress)
+                for waiting in _alike(order, padded=pad is not None):
+                    while waiting:
+                        _write_together(model, waiting, decoding, eos_ids, pad, batch_size, progress)
     return [Response(row.written, cut=not row.ended) for row in rows]
 
 
@@ -159,10 +160,10 @@ class _Row:
         return self.finished
 
 
-def _alike(rows: Sequence[_Row], padded: bool) -> Iterator[list[_Row]]:
+def _alike(rows: Sequence[_Row], padded: bool) -> Iterator[deque[_Row]]:
     """Rows that may be together: all, or where they may not be `padded` those of one length."""
     for _, equal in groupby(rows, key=lambda row: padded or len(row.prompt)):
-        yield list(equal)
+        yield deque(equal)
 
 
 def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
@@ -176,17 +177,10 @@ def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids:
             row.take(token, eos_ids)
 
 
-def _decode(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int | None,
-            batch_size: int, progress: Callable[[int], object]) -> None:
-    """Writes all of `rows` to their ends, `batch_size` of them at most together."""
-    waiting = deque(rows)
-    while waiting:
-        _write_together(model, waiting, decoding, eos_ids, pad_id, batch_size, progress)
-
-
 def _write_together(model: nn.Module, waiting: deque[_Row], decoding: Decoding, eos_ids: Collection[int],
                     pad_id: int | None, batch_size: int, progress: Callable[[int], object]) -> None:
-    """Writes rows that wait, until all it has read have ended; others take the places of those that end before."""
+    """Writes rows that wait, the first `batch_size` and those that can take the places of such as have ended, until all
+    of these have."""
     live = _Live(model, _first(waiting, batch_size), decoding, pad_id)
     while True:
         tokens = live.choose()
