@@ -113,7 +113,8 @@ class TestTexts:
         assert len({len(response.ids) for response in alone}) > 3, "rows must end at different steps"
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_of_a_lora_adapter(self, model_of, added, tmp_path, kind):
+    def test_of_a_lora_adapter(self, model_of, use, added, tmp_path, kind):
+        use(kind)
         base = tiny_model(tmp_path / "base", "llama", VOCABULARY)
         add_adapter(base, tmp_path / "adapter")
         model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=KINDS[kind])
