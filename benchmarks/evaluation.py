@@ -176,7 +176,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo" / "valid.jsonl", help="a JSON-lines file")
     parser.add_argument("--prompts", type=int, default=32, help="how many of its records")
     parser.add_argument("--plain-batch-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=160, help="responses written together by todi")
+    parser.add_argument("--batch-size", type=int, default=0,
+                        help="responses written together by todi; 0: as many as it chooses")
     parser.add_argument("--plain-seeds", type=int, default=1, choices=range(1, len(SEEDS) + 1),
                         help="seeds that the plain loop is run for; its time is scaled to all")
     parser.add_argument("--plain-precisions", nargs="*", default=["fp32"], choices=list(DTYPES),

@@ -23,7 +23,8 @@ except ModuleNotFoundError:
 
 from todi.data.records import load_records
 from todi.data.tokenize import encode_prompts
-from todi.generation.decoding import Decoding, check_decoding, stop_ids
+from todi.generation.decoding import Decoding, stop_ids
+from todi.generation.padding import check_decoding
 from todi.generation.sampling import stream_key
 from todi.generation.writer import Writer
 from todi.models.families import family_of

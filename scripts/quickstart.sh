@@ -23,10 +23,10 @@ stage() {
 checkpoint() { compgen -G "$out/$1/epoch*" | head -n 1; }
 
 # score NAME MODEL [WORD...]
-score() { stage "scoring: $1" "${4:-$2}/eval/results.json" bash scripts/eval/run_eval.sh "$2" 80 "${@:3}"; }
+score() { stage "scoring: $1" "${4:-$2}/eval/results.json" bash scripts/eval/run_eval.sh "$2" "${@:3}"; }
 
 set_up
-export PYTHON DATA_DIR=data/demo DEV_NUM=40 EPOCH=1 BATCH_SIZE=8 GRAD_ACC=1 EVAL_BATCH_SIZE=40
+export PYTHON DATA_DIR=data/demo DEV_NUM=40 EPOCH=1 BATCH_SIZE=8 GRAD_ACC=1
 export MAX_LENGTH=160 MAX_PROMPT_LENGTH=120 WARMUP_ITERS=5 NPROC=1
 
 stage "teacher: SmolLM2-135M-Instruct" "$teacher/config.json" \

@@ -14,7 +14,8 @@ from todi.data.batches import collate
 from todi.data.records import Message, Record
 from todi.data.tokenize import Example, encode_examples, encode_prompts
 from todi.errors import InputError
-from todi.generation.decoding import Decoding, check_decoding, generate
+from todi.generation.decoding import Decoding, generate
+from todi.generation.padding import check_decoding
 from todi.models.checks import check_architecture
 from todi.models.families import FAMILIES, Family, family_of
 from todi.models.inputs import read_model

@@ -157,7 +157,7 @@ def test_a_data_set(runs, checkout):
 # What a page's reader puts in place of what it writes in capitals.
 PLACEHOLDERS = {"CKPT_PATH": "outputs/a_run/checkpoint", "OTHER_PATH": "outputs/another/checkpoint",
                 "LORA_ADAPTER_PATH": "outputs/adapter/checkpoint", "RUN_DIR": "outputs/a_run",
-                "TEACHER": "model_hub/gpt2/gpt2-xlarge", "DIR": "outputs/my_cache", r"\[EVAL_BATCH_SIZE\]": "4"}
+                "TEACHER": "model_hub/gpt2/gpt2-xlarge", "DIR": "outputs/my_cache"}
 QUICK = {"SEEDS": 1, "LIMIT": 20, "DEV_NUM": 4, "EVAL_GEN": 0, "MAX_STEPS": 2, "TOKENIZER": "words"}
 # With what besides some pages are typed in, each page in a checkout of its own.
 BESIDES = {"docs/several-devices.md": {"DRY_RUN": 1}, "docs/teacher-text.md": {"DROP_CUT": 0}}

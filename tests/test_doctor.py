@@ -19,16 +19,13 @@ from todi.training.memory import (
     Memory,
     Shape,
     State,
-    cache_bytes,
     measure_shape,
     offload,
     peak,
     peak_on_cpu,
-    rows_written_together,
     training_state,
 )
 from todi.training.train_inputs import read_inputs
-from transformers import AutoConfig
 
 CPU = torch.device("cpu")
 
@@ -78,20 +75,6 @@ def test_on_a_cpu_both_moments_add_up_and_leave_something_behind():
     state = State(weights=10, gradients=20, optimizer=30, step=40)
     for width, left_behind in ((4, 25), (2, 75)):
         assert peak_on_cpu(state, forward=100, width=width, teacher=5, base=1).total == 206 + left_behind
-
-
-def test_keys_and_values(tmp_path):
-    config = load_config(str(tiny_model(tmp_path, "llama", layers=3)))  # 2 heads of 8 for keys and values
-    assert cache_bytes(config, samples=5, length=7, width=2) == 2 * 3 * 2 * 8 * 5 * 7 * 2
-
-
-@pytest.mark.parametrize(("layers", "heads", "rows"), [(2, 2, 256), (32, 32, 16), (2048, 128, 1)])
-def test_how_many_texts_are_written_together(layers, heads, rows):
-    """4 GiB of keys and values: of a model of 32 layers and 32 heads of 128 numbers, 16 texts of 512 tokens in bf16."""
-    config = AutoConfig.for_model("llama", num_hidden_layers=layers, num_attention_heads=heads, hidden_size=heads * 128,
-                                  num_key_value_heads=heads)
-    assert rows_written_together(0, config, length=512, width=2) == rows
-    assert rows_written_together(7, config, length=512, width=2) == 7
 
 
 class TestShape:

@@ -52,9 +52,9 @@ class TestEvaluate:
             "max_length": 40, "max_new_tokens": 256, "max_prompt_length": 16, "do_sample": True, "temperature": 1.0,
             "top_p": 1.0, "top_k": 0, "no_repeat_ngram_size": 6, "num_beams": 1,
             "seeds": [1, 2], "limit": None, "precision": "fp32"}
-        assert results["layouts"] == [{"batch_size": 32, "processes": 1}]
+        assert results["layouts"] == [{"batch_size": 256, "processes": 1}]
         table = annotated_table({"out": results})
-        assert table.endswith("|\n\nfp32, batches of 32 on 1 process")
+        assert table.endswith("|\n\nfp32, batches of 256 on 1 process")
         assert table in screen
         assert (tmp_path / "out/eval/results.md").read_text() == table + "\n"
         assert not list((tmp_path / "out").rglob("*.unfinished"))
@@ -92,7 +92,7 @@ class TestEvaluate:
         settings = {"DATA_DIR": data, "SETS": "dolly sinst/11_", "SEEDS": "1 2 3 4", **SETTINGS}
         half = launching.start("eval/run_eval", str(checkpoint), "1", *words, **settings)
         unfinished = tmp_path / "killed/eval/sinst/11_/.unfinished.jsonl"
-        while half.poll() is None and not (unfinished.is_file() and len(unfinished.read_text().splitlines()) > 3):
+        while half.poll() is None and not (unfinished.is_file() and len(unfinished.read_text().splitlines()) > 2):
             time.sleep(0.002)
         os.killpg(half.pid, signal.SIGKILL)
         said = half.communicate()[0]
@@ -141,11 +141,11 @@ class TestEvaluate:
             assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "out", "--sets", "dolly", *words) == 0
             return [tuple(layout.values()) for layout in
                     json.loads((tmp_path / "out/eval/results.json").read_text())["layouts"]]
-        assert layouts("--seeds", 1) == [(32, 1)]
-        assert layouts("--seeds", 1, "--batch-size", 3) == [(32, 1)]  # is there already
-        assert layouts("--seeds", 1, 2, "--batch-size", 3) == [(3, 1), (32, 1)]
+        assert layouts("--seeds", 1) == [(256, 1)]
+        assert layouts("--seeds", 1, "--batch-size", 3) == [(256, 1)]  # is there already
+        assert layouts("--seeds", 1, 2, "--batch-size", 3) == [(3, 1), (256, 1)]
         assert (tmp_path / "out/eval/results.md").read_text().endswith(
-            "\nfp32, batches of 3 on 1 process and batches of 32 on 1 process\n")
+            "\nfp32, batches of 3 on 1 process and batches of 256 on 1 process\n")
         made = tmp_path / "out/eval/dolly/made_with.json"
         made.write_text(json.dumps({**json.loads(made.read_text()), "layouts": {}}))  # as version 0.1 left it
         assert layouts("--seeds", 1, 2) == []

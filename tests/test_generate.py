@@ -116,7 +116,7 @@ class TestWhatIsWritten:
         assert made_with["no_repeat_ngram_size"] == 0
         assert all(len(made_with[name]) == 64 for name in ("model", "prompts", "dev.jsonl"))
         assert record["selection"] == {"drop_cut": True, "least_tokens": 1, "most_tokens": None}
-        assert record["layouts"] == [{"batch_size": 32, "processes": 1}]
+        assert record["layouts"] == [{"batch_size": 256, "processes": 1}]
         assert record["files"] == {name: file_checksum(tmp_path / "text" / name)
                                    for name in ("train.jsonl", "dev.jsonl")}
         assert record["files"]["dev.jsonl"] == made_with["dev.jsonl"]
@@ -222,7 +222,7 @@ class TestSelection:
 
 class TestGoingOn:
     def test_a_killed_run_ends_with_the_same_bytes(self, monkeypatch, written, tmp_path):
-        words = ["--seeds", 1, 2, "--batch-size", 3]
+        words = ["--seeds", 1, 2, "--batch-size", 1]
         assert written("whole", *words) == 0
         add, rounds = TextFolder.add, []
 
@@ -239,7 +239,7 @@ class TestGoingOn:
         unfinished.write_text(unfinished.read_text() + "\n[[1, 0, [3")  # as a kill in the middle of a line leaves it
         monkeypatch.setattr(TextFolder, "add", counted)
         assert written("killed", *words) == 0
-        assert rounds == [3] * 6
+        assert rounds == [4, 4, 4, 4, 2]  # of four batches
         assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
     @pytest.mark.parametrize("name", ["train.jsonl", "made_with.json"])

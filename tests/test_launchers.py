@@ -182,6 +182,14 @@ class TestEvaluation:
         assert (adapter / "eval" / "results.json").is_file()
 
 
+    @pytest.mark.parametrize(("words", "options"), [
+        ((), ""), (("40",), " --batch-size 40"), (("--limit", "3"), " --limit 3"),
+        (("40", "--limit", "3"), " --batch-size 40 --limit 3")])
+    def test_the_batch_size_may_be_left_out(self, words, options):
+        done = run("eval/run_eval", "a model", *words, DRY_RUN=1)
+        assert done.stdout.rstrip().endswith(f" todi.evaluate --model-path a\\ model{options}"), done.stdout
+
+
 class TestBadInput:
     def test_everything_wrong_is_said_at_once_before_weights_are_loaded(self, tmp_path, workshop, models):
         write_data(tmp_path, train=3)

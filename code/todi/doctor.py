@@ -19,6 +19,7 @@ import torch
 from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example, encode_examples
 from todi.errors import run_main
+from todi.generation.together import cache_bytes, rows_written_together
 from todi.models.adapters import adapter_outline, add_lora
 from todi.models.inputs import ModelInputs
 from todi.models.loading import empty_model
@@ -31,13 +32,11 @@ from todi.training.memory import (
     Memory,
     Shape,
     available_bytes,
-    cache_bytes,
     measure_shape,
     offload,
     peak,
     peak_on_cpu,
     resident_bytes,
-    rows_written_together,
     training_state,
 )
 from todi.training.state import KEPT_STATES
@@ -117,10 +116,10 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
     state = training_state(student, zero["stage"], world.size)
     written, length = [0], config.data.max_length  # texts at a time
     if config.run.eval_gen:
-        written.append(config.run.eval_batch_size)
+        written.append(min(rows_written_together(config.run.eval_batch_size, inputs.student, length),
+                           len(inputs.dev) * config.run.eval_gen_repeat_times))
     if config.source.on_policy:
-        written.append(rows_written_together(config.source.sample_batch_size, inputs.student.config, length,
-                                             student.width))
+        written.append(rows_written_together(config.source.sample_batch_size, inputs.student, length))
     forward = max(student.activations + loss, cache_bytes(inputs.student.config, max(written), length, student.width))
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())

@@ -33,6 +33,7 @@ from todi.evaluation.results import (
 from todi.evaluation.scoring import mean_loss, score
 from todi.evaluation.set_files import Done, SetStore
 from todi.generation.decoding import stop_ids
+from todi.generation.together import rows_written_together
 from todi.generation.writer import Layout, Writer, progress_bar
 from todi.generation.writing_model import load_writing_model, what_writes
 from todi.options import parse
@@ -78,7 +79,7 @@ def evaluate(config: EvalConfig, world: World, device: torch.device) -> dict[str
     with process_group(world, device, config.process_group_timeout) if world.size > 1 else nullcontext():
         check_ranks(world, description)
         check_same_date(inputs.template_date, world)
-        layout = Layout(config.batch_size, world.size)
+        layout = layout_of(config, inputs, world)
         stores = open_stores(config, inputs, device, layout) if world.is_main else {}
         done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
         left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
@@ -88,6 +89,11 @@ def evaluate(config: EvalConfig, world: World, device: torch.device) -> dict[str
         else:
             logger.info("every set and seed is there already, made with the same settings")
         return world.gather(report(config, inputs, stores) if world.is_main else None)[0]
+
+
+def layout_of(config: EvalConfig, inputs: EvalInputs, world: World) -> Layout:
+    """In what batches the responses are written."""
+    return Layout(rows_written_together(config.batch_size, inputs.model, config.decoding.max_length), world.size)
 
 
 def open_stores(config: EvalConfig, inputs: EvalInputs, device: torch.device, layout: Layout) -> dict[str, SetStore]:
@@ -113,7 +119,9 @@ def write_sets(config: EvalConfig, inputs: EvalInputs, left: Mapping[str, Sequen
     """Writes and scores what is left, by set name and seeds."""
     decoding = decoding_of(config)
     model = load_writing_model(inputs.model, decoding, world, device, config.trust_remote_code)
-    writer = Writer(model, inputs.model.tokenizer, decoding, config.batch_size, world)
+    layout = layout_of(config, inputs, world)
+    logger.info("responses are written in %s", layout)
+    writer = Writer(model, inputs.model.tokenizer, decoding, layout.batch_size, world)
     total = sum(len(seeds) * len(inputs.sets[name]) for name, seeds in left.items())
     written = sum(seed in seeds for name, seeds in left.items() for seed, _ in done[name].rows)
     with progress_bar(total, written, world) as bar:

@@ -18,6 +18,7 @@ from todi.errors import InputError, run_main
 from todi.generation.decoding import Decoding, Response, stop_ids
 from todi.generation.text_files import Selection, TextFolder, describe
 from todi.generation.text_inputs import TextInputs, read_inputs
+from todi.generation.together import rows_written_together
 from todi.generation.writer import Layout, Row, Writer, progress_bar
 from todi.generation.writing_model import build_decoding, load_writing_model, what_writes
 from todi.options import parse
@@ -83,7 +84,12 @@ def open_folder(config: GenerateConfig, inputs: TextInputs, device: torch.device
                                config.trust_remote_code),
                  "seeds": list(config.streams), **data_checksums(inputs)}
     selection = Selection(config.drop_cut, config.least_tokens, config.most_tokens)
-    return TextFolder(Path(config.save_dir), made_with, selection, inputs.dev, Layout(config.batch_size, world.size))
+    return TextFolder(Path(config.save_dir), made_with, selection, inputs.dev, layout_of(config, inputs, world))
+
+
+def layout_of(config: GenerateConfig, inputs: TextInputs, world: World) -> Layout:
+    """In what batches the responses are written."""
+    return Layout(rows_written_together(config.batch_size, inputs.model, config.decoding.max_length), world.size)
 
 
 def check_folder(refusal: str | None) -> None:
@@ -115,7 +121,9 @@ def write_rest(config: GenerateConfig, inputs: TextInputs, written: Mapping[Row,
         return responses
     decoding = decoding_of(config)
     model = load_writing_model(inputs.model, decoding, world, device, config.trust_remote_code)
-    writer = Writer(model, inputs.model.tokenizer, decoding, config.batch_size, world)
+    layout = layout_of(config, inputs, world)
+    logger.info("responses are written in %s", layout)
+    writer = Writer(model, inputs.model.tokenizer, decoding, layout.batch_size, world)
     stops = stop_ids(model, inputs.model.tokenizer, inputs.records)
     with progress_bar(total, len(written), world) as bar:
         for part in writer.rounds("teacher text", inputs.prompts, config.streams, written, stops, bar.update):

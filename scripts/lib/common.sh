@@ -105,7 +105,15 @@ cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }  # macOS has no npro
 
 sft() { train cross_entropy "$@"; }
 distil() { train vanilla_kd "$@"; }
-evaluate() { read_settings evaluate "$@"; launch env todi.evaluate "${options[@]}"; }
+
+# evaluate OPTION MODEL [EVAL_BATCH_SIZE] [WORD...]
+evaluate() {
+  local model=("$1" "$2")
+  shift 2
+  [[ ! ${1:-} =~ ^[0-9]+$ ]] || set -- --batch-size "$@"
+  read_settings evaluate "${model[@]}" "$@"
+  launch env todi.evaluate "${options[@]}"
+}
 
 # seqkd WORD...: has the teacher answer the prompts of DATA_DIR, once, then trains the student on its text by SFT. The
 # words go to the training.

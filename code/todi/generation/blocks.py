@@ -12,13 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from todi.generation.continuation import Forward, left_padded
-from todi.models.families import FAMILIES
-from todi.models.packing import ATTENTION as PACKED
+from todi.generation.continuation import Forward, plain_attention, read_prompts, windows_of
 
 _ATTENTION = "todi_blocks"
 _ROWS = 32  # of a block; more have more padding, fewer cost more calls
@@ -28,9 +26,7 @@ _NOT_HERE = ("softcap", "position_bias", "s_aux")  # what some architectures' at
 
 def can_use_blocks(model: PreTrainedModel) -> bool:
     """Whether `model` can decode in blocks: on a CPU, with sdpa, and of an architecture that the tests go through."""
-    known = {FAMILIES[name].architecture for name in FAMILIES}
-    return (model.device.type == "cpu" and model.config._attn_implementation in ("sdpa", PACKED, _ATTENTION)
-            and model.config.model_type in known)
+    return model.device.type == "cpu" and plain_attention(model, _ATTENTION)
 
 
 @contextmanager
@@ -53,22 +49,26 @@ class BlockContinuation:
     The rows' prompts are best sorted by length, with equal ones together.
     """
 
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int, max_length: int):
-        self._forward = Forward(model)
-        self._last_position = max_length - 1
-        self._cache = _BlockCache(self._forward.base)
-        self._positions = torch.tensor([[len(prompt) - 1] for prompt in prompts])
-        self.logits = torch.cat([self._read(prompts[start:start + _ROWS], pad_id)
-                                 for start in range(0, len(prompts), _ROWS)])
+    can_be_added_to = True
 
-    def _read(self, prompts: Sequence[tuple[int, ...]], pad_id: int) -> Tensor:
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int | None, max_length: int):
+        self._forward = Forward(model)
+        self._pad_id, self._last_position = pad_id, max_length - 1
+        self._cache = _BlockCache(self._forward.base)
+        self._positions = torch.empty((0, 1), dtype=torch.long)
+        self.logits: Tensor | None = None
+        self.add(prompts)
+
+    def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Reads `prompts` into blocks of their own, behind those that are there."""
+        new = [self._read(prompts[start:start + _ROWS]) for start in range(0, len(prompts), _ROWS)]
+        self.logits = torch.cat(new if self.logits is None else [self.logits, *new])
+        self._positions = torch.cat([self._positions, torch.tensor([[len(prompt) - 1] for prompt in prompts])])
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Makes a block of `prompts`, each read once; (rows, V) logits of the next tokens."""
-        distinct = list(dict.fromkeys(prompts))
-        ids, mask = left_padded(distinct, pad_id)
         cache = DynamicCache()
-        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-        place = {prompt: place for place, prompt in enumerate(distinct)}
-        index = torch.tensor([place[prompt] for prompt in prompts])
+        mask, index, logits = read_prompts(self._forward, prompts, self._pad_id, cache)
         self._cache.add_block(cache, mask, index)
         return logits[index]
 
@@ -129,9 +129,7 @@ class _BlockCache(Cache):
 
     def __init__(self, model: PreTrainedModel):
         self._blocks: list[_Block] = []  # the same list in every layer
-        windows = [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-                   for layer in DynamicCache(config=model.config).layers]
-        super().__init__(layers=[_BlockLayer(self._blocks, window) for window in windows])
+        super().__init__(layers=[_BlockLayer(self._blocks, window) for window in windows_of(model.config)])
 
     def add_block(self, cache: DynamicCache, mask: Tensor, index: Tensor) -> None:
         """Adds the rows `index` of `cache`, with the attention mask (rows of the cache, columns)."""

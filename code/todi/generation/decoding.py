@@ -1,15 +1,13 @@
-"""Decoding responses in batches: one prefill for equal prompts, a KV cache, finished rows dropped.
+"""Decoding responses together: one prefill for equal prompts, a KV cache, finished rows make room for those that wait.
 
     keys = [stream_key("dolly", seed, example) for example in range(len(prompts))]
     responses = generate(model, prompts, keys, decoding=Decoding(), eos_ids={2}, pad_id=2, batch_size=16)
 """
 
-import logging
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
-from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -19,21 +17,19 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from todi.data.records import Record
 from todi.data.tokenize import end_id
-from todi.errors import InputError
 from todi.generation.beam import beam_search
-from todi.generation.blocks import BlockContinuation, attention_over_blocks, can_use_blocks
-from todi.generation.continuation import Continuation, base_model
-from todi.generation.sampling import RepetitionBan, draw, next_token_probabilities, uniforms
-from todi.models.loading import refusing
-from todi.models.packing import short_windows
-from todi.models.probe import evaluating, probe_tokens, relative_error
-
-logger = logging.getLogger(__name__)
+from todi.generation.beginning import begin
+from todi.generation.blocks import attention_over_blocks
+from todi.generation.continuation import base_model
+from todi.generation.padding import WITHOUT_PADDING
+from todi.generation.sampling import RepetitionBan, Streams, next_token_probabilities
+from todi.models.probe import evaluating
 
 # Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping computes in vain.
 _WORTH_DROPPING = 0.9
-_PROBED = (0.5, 0.25, 0.75)  # places in the vocabulary of the tokens that `check_decoding` tries
-_WITHOUT_PADDING: WeakSet[PreTrainedModel] = WeakSet()  # models that padding reaches, as `check_decoding` found out
+# Rows that wait are read in once this share of the places is free: a few prompts at a time are read slowly, and joining
+# copies the cache.
+_WORTH_READING = 0.25
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
         model: a causal language model, LoRA-wrapped or not, on the device where it shall run.
         prompts: token ids of each row, at least one and fewer than `decoding.max_length`.
         stream_keys: one a row, from `stream_key`.
-        batch_size: most rows decoded together.
+        batch_size: most rows decoded together; one that waits takes the place of one that has ended, if the model's
+            cache allows (`Continuation.can_be_added_to`).
         progress: called with the number of rows that have been finished since the last call.
 
     Returns:
@@ -133,61 +130,11 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
             with attention_over_blocks(base_model(model)):
-                pad = None if base_model(model) in _WITHOUT_PADDING else pad_id
-                for batch in _batches(order, batch_size, padded=pad is not None):
-                    _decode_batch(model, batch, decoding, eos_ids, pad, progress)
+                pad = None if base_model(model) in WITHOUT_PADDING else pad_id
+                for waiting in _alike(order, padded=pad is not None):
+                    while waiting:
+                        _write_together(model, waiting, decoding, eos_ids, pad, batch_size, progress)
     return [Response(row.written, cut=not row.ended) for row in rows]
-
-
-def check_decoding(model: nn.Module, name: str, pad_id: int) -> None:
-    """Finds out, once, whether a model continues prompts in a batch as it continues each alone.
-
-    `generate` will put prompts of one length alone into a batch where padding reaches what the model writes.
-
-    Raises:
-        InputError: it does not do so either, or cannot be decoded at all.
-    """
-    base = base_model(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    most = 0.1 if base.dtype != torch.float32 else 1e-3  # experts are chosen anew, by rounding too
-
-    def error(cut: slice, pad_id: int | None) -> float:
-        # what rounding makes of a few tokens differs; what a model does wrong it does with all of them
-        return min(_error_of_a_batch(model, probe_tokens(vocabulary, share), cut, pad_id) for share in _PROBED)
-
-    with suppress(Exception):  # what it does with padding is not to be foretold
-        if error(slice(None), pad_id) < most:
-            _WITHOUT_PADDING.discard(base)
-            return
-    with refusing(f"{name} cannot be decoded"):
-        without_padding = error(slice(3), None)
-    if not without_padding < most:
-        raise InputError(f"{name} cannot be decoded in batches: with other prompts beside it, it continues a prompt "
-                         f"otherwise than alone (logits differ by {without_padding:.1%}). It can be trained with "
-                         "--no-eval-gen")
-    logger.info("%s does not pass over padding: prompts of one length are decoded together, no others", name)
-    _WITHOUT_PADDING.add(base)
-
-
-@torch.no_grad()
-def _error_of_a_batch(model: nn.Module, ids: Sequence[int], cut: slice, pad_id: int | None) -> float:
-    """Relative error of the logits of some prompts that are continued together, windows being shorter than they.
-
-    Args:
-        ids: at least 8 tokens, of which the prompts are made.
-        cut: what is left of each prompt.
-    """
-    device, errors, added = next(model.parameters()).device, [], ids[6]
-    prompts = [tuple(part[cut]) for part in (ids[:8], ids[1:5], ids[2:5])]
-    with evaluating(model), short_windows(base_model(model)), attention_over_blocks(base_model(model)):
-        text = _begin(model, prompts, pad_id, max_length=16)
-        for places in ([0, 1, 2], [0, 2]):
-            text.keep(places)
-            text.extend(torch.tensor([added] * len(places), device=device))
-            prompts = [(*prompts[place], added) for place in places]
-            alone = [model(input_ids=torch.tensor([prompt], device=device)).logits[:, -1] for prompt in prompts]
-            errors.append(relative_error(text.logits.float(), torch.cat(alone).float()))
-    return max(errors)
 
 
 @dataclass
@@ -202,21 +149,21 @@ class _Row:
     def finished(self) -> bool:
         return self.ended or len(self.written) == self.limit
 
-    def take(self, token: int, eos_ids: Collection[int]) -> None:
-        """Adds a token, unless the row is finished."""
+    def take(self, token: int, eos_ids: Collection[int]) -> bool:
+        """Adds a token, unless the row is finished; whether that has finished it."""
         if self.finished:
-            return
+            return False
         if token in eos_ids:
             self.ended = True
         else:
             self.written.append(token)
+        return self.finished
 
 
-def _batches(rows: Sequence[_Row], size: int, padded: bool) -> Iterator[Sequence[_Row]]:
-    """Rows that are decoded together: neighbours, of one length where they may not be `padded`."""
+def _alike(rows: Sequence[_Row], padded: bool) -> Iterator[deque[_Row]]:
+    """Rows that may be together: all, or where they may not be `padded` those of one length."""
     for _, equal in groupby(rows, key=lambda row: padded or len(row.prompt)):
-        group = list(equal)
-        yield from (group[start:start + size] for start in range(0, len(group), size))
+        yield deque(equal)
 
 
 def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int], pad_id: int,
@@ -230,47 +177,70 @@ def _search(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids:
             row.take(token, eos_ids)
 
 
-def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eos_ids: Collection[int],
-                  pad_id: int | None, progress: Callable[[int], object]) -> None:
-    """Writes all of `rows` to their ends."""
-    text = _begin(model, [row.prompt for row in rows], pad_id, decoding.max_length)
-    ban = RepetitionBan(decoding.no_repeat_ngram_size, [row.prompt for row in rows])
-    steps = max(row.limit for row in rows)
-    numbers = _random_numbers([row.key for row in rows], steps, text.logits) if decoding.do_sample else None
-    live, unfinished = list(rows), len(rows)
-    for step in range(steps):
-        tokens = _choose(ban(text.logits), decoding, None if numbers is None else numbers[:, step])
-        ids = tokens.tolist()
-        ban.append(ids)
-        for row, token in zip(live, ids, strict=True):
-            row.take(token, eos_ids)
-        going = [place for place, row in enumerate(live) if not row.finished]
-        progress(unfinished - len(going))
-        unfinished = len(going)
+def _write_together(model: nn.Module, waiting: deque[_Row], decoding: Decoding, eos_ids: Collection[int],
+                    pad_id: int | None, batch_size: int, progress: Callable[[int], object]) -> None:
+    """Writes rows that wait, the first `batch_size` and those that can take the places of such as have ended, until all
+    of these have."""
+    live = _Live(model, _first(waiting, batch_size), decoding, pad_id)
+    while True:
+        tokens = live.choose()
+        progress(live.take(tokens.tolist(), eos_ids))
+        going = [place for place, row in enumerate(live.rows) if not row.finished]
         if not going:
             return
-        if len(going) <= _WORTH_DROPPING * len(live):
-            live, tokens = [live[place] for place in going], tokens[going]
-            numbers = None if numbers is None else numbers[going]
-            text.keep(going)
-            ban.keep(going)
-        text.extend(tokens)
+        free = batch_size - len(going)
+        reads = bool(waiting) and live.text.can_be_added_to and free >= _WORTH_READING * batch_size
+        if reads or len(going) <= _WORTH_DROPPING * len(live.rows):
+            live.keep(going)
+            tokens = tokens[going]
+        live.text.extend(tokens)
+        if reads:
+            live.add(_first(waiting, free))
 
 
-def _begin(model: nn.Module, prompts: Sequence[tuple[int, ...]], pad_id: int | None,
-           max_length: int) -> Continuation | BlockContinuation:
-    continuation = BlockContinuation if can_use_blocks(base_model(model)) else Continuation
-    return continuation(model, prompts, pad_id, max_length)
+def _first(waiting: deque[_Row], most: int) -> list[_Row]:
+    """Takes so many of those that wait, or all."""
+    return [waiting.popleft() for _ in range(min(most, len(waiting)))]
 
 
-def _random_numbers(keys: Sequence[int], steps: int, logits: Tensor) -> Tensor:
-    """(B, steps, levels) on the device of the logits."""
-    return torch.stack([uniforms(key, steps, logits.shape[1]) for key in keys]).to(logits.device)
+class _Live:
+    """The rows that are written together, and what goes with each: its text, its n-grams, its random numbers."""
 
+    def __init__(self, model: nn.Module, rows: Sequence[_Row], decoding: Decoding, pad_id: int | None):
+        self.rows, self._decoding = list(rows), decoding
+        prompts = [row.prompt for row in rows]
+        self.text = begin(model, prompts, pad_id, decoding.max_length)
+        self._ban = RepetitionBan(decoding.no_repeat_ngram_size, prompts)
+        self._streams = None
+        if decoding.do_sample:
+            self._streams = Streams([row.key for row in rows], decoding.longest_response(1), self.text.logits)
 
-def _choose(logits: Tensor, decoding: Decoding, numbers: Tensor | None) -> Tensor:
-    if numbers is None:
-        return logits.argmax(-1)
-    probabilities = next_token_probabilities(logits, decoding.temperature, decoding.top_k, decoding.top_p)
-    return draw(probabilities, numbers)
+    def add(self, rows: Sequence[_Row]) -> None:
+        """Reads the prompts of more rows, which come behind those that are there."""
+        prompts = [row.prompt for row in rows]
+        self.rows += rows
+        self.text.add(prompts)
+        self._ban.add(prompts)
+        if self._streams:
+            self._streams.add([row.key for row in rows])
 
+    def keep(self, places: Sequence[int]) -> None:
+        """Goes on with the rows at `places`, in ascending order."""
+        self.rows = [self.rows[place] for place in places]
+        self.text.keep(places)
+        self._ban.keep(places)
+        if self._streams:
+            self._streams.keep(places)
+
+    def choose(self) -> Tensor:
+        """The next token (B,) of each row."""
+        logits, decoding = self._ban(self.text.logits), self._decoding
+        if not self._streams:
+            return logits.argmax(-1)
+        return self._streams.draw(next_token_probabilities(logits, decoding.temperature, decoding.top_k,
+                                                           decoding.top_p))
+
+    def take(self, tokens: Sequence[int], eos_ids: Collection[int]) -> int:
+        """Adds its next token to each row; how many rows that has finished."""
+        self._ban.append(tokens)
+        return sum(row.take(token, eos_ids) for row, token in zip(self.rows, tokens, strict=True))

@@ -29,6 +29,41 @@ def uniforms(key: int, steps: int, vocabulary: int) -> Tensor:
     return torch.from_numpy(generator.random((steps, levels), dtype=np.float32))
 
 
+class Streams:
+    """The random numbers of rows of which each is at a step of its own.
+
+    Args:
+        keys: of each row, from `stream_key`.
+        steps: most tokens of a row.
+        logits: (B, V) of any values, for the vocabulary and the device.
+    """
+
+    def __init__(self, keys: Sequence[int], steps: int, logits: Tensor):
+        self._vocabulary = logits.shape[1]
+        self._numbers = logits.new_empty((0, steps, (self._vocabulary - 1).bit_length()), dtype=torch.float32)
+        self._step = torch.empty(0, dtype=torch.long, device=logits.device)
+        self.add(keys)
+
+    def add(self, keys: Sequence[int]) -> None:
+        """Goes on with more rows, which are at their first step."""
+        new = torch.stack([uniforms(key, self._numbers.shape[1], self._vocabulary) for key in keys])
+        self._numbers = torch.cat([self._numbers, new.to(self._numbers.device)])
+        self._step = torch.cat([self._step, self._step.new_zeros(len(keys))])
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Goes on with the rows at `places`."""
+        index = torch.tensor(places, device=self._step.device)
+        self._numbers, self._step = self._numbers[index], self._step[index]
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """The next token (B,) of each row by the module's `draw`; (B, V) -> (B,)."""
+        # A finished row that is not dropped yet may run over its end; nobody reads it.
+        numbers = self._numbers[torch.arange(len(self._step), device=self._step.device),
+                                self._step.clamp(max=self._numbers.shape[1] - 1)]
+        self._step += 1
+        return draw(probabilities, numbers)
+
+
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Samples one token a row by walking down a binary tree of probability mass.
 
@@ -111,7 +146,14 @@ class RepetitionBan:
     """
 
     def __init__(self, size: int, prompts: Sequence[Sequence[int]]):
-        self._rows = [_NGrams(size, prompt) for prompt in prompts] if size else []
+        self._size = size
+        self._rows: list[_NGrams] = []
+        self.add(prompts)
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Goes on with more rows."""
+        if self._size:
+            self._rows += [_NGrams(self._size, prompt) for prompt in prompts]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, V) logits of the next tokens, -inf where one is banned."""

@@ -14,6 +14,7 @@ from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
 
 Row = tuple[int, int]  # seed, index of the record
+_BATCHES = 4  # of a round on each rank: so that rows are there to take the places of those that end; its end has none
 
 
 class Layout(NamedTuple):
@@ -31,7 +32,7 @@ class Writer:
     """Writes responses with one model. Every rank has one, and calls its methods in step with the others.
 
     Attributes:
-        batch_size: most responses that a rank writes together.
+        batch_size: most responses that a rank writes together; others take the places of those that end.
         in_step: every rank writes all of them, as where ZeRO-3 has spread the weights and a forward needs every rank.
     """
 
@@ -60,8 +61,8 @@ class Writer:
                eos_ids: Collection[int], progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
         """Writes a response to each prompt with each seed, but for those that are `written`.
 
-        In a round each rank has a batch, of prompts of about the same length, so that the ranks finish together.
-        What a round is follows from batch size and ranks alone: one that goes on has the same batches.
+        In a round each rank has the rows of a few batches, of prompts of about the same length, so that the ranks
+        finish together. What a round is follows from batch size and ranks alone: one that goes on has the same.
 
         Args:
             set_name: part of the name of each random stream.
@@ -73,7 +74,7 @@ class Writer:
         # The longest first, so that memory runs out now or never; the seeds of a prompt together, for one prefill.
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]), reverse=True)
         rows = [(seed, index) for index in order for seed in seeds]
-        size = self.batch_size * self.world.size
+        size = _BATCHES * self.batch_size * self.world.size
         for start in range(0, len(rows), size):
             rest = [row for row in rows[start:start + size] if row not in written]
             if rest:

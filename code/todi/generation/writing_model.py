@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from todi.data.template_date import noted_date
 from todi.errors import InputError, collecting
-from todi.generation.decoding import Decoding, check_decoding
+from todi.generation.decoding import Decoding
+from todi.generation.padding import check_decoding
 from todi.models.adapters import base_of, merge_adapter
 from todi.models.inputs import ModelInputs, read_model
 from todi.models.loading import checksum_or_commit, load_model

@@ -97,8 +97,8 @@ def no_repeat_ngram_size_option(default: int) -> Any:
 
 
 def eval_batch_size_option() -> Any:
-    return option(32, "prompts decoded together in an evaluation, per device", least=1, env="EVAL_BATCH_SIZE",
-                  may_change=True)
+    return option(0, "responses written together in an evaluation, per device; 0: as many as 4 GiB of keys and values "
+                     "hold, at most 256", least=0, env="EVAL_BATCH_SIZE", may_change=True)
 
 
 def rouge_tokenizer_option() -> Any:

@@ -16,7 +16,9 @@ from todi.data.batches import Collate, collate
 from todi.data.plans import Cost, PackedShape, StepShape
 from todi.data.sample_sources import EpochSource
 from todi.data.tokenize import Example, encode_examples, encode_prompts, end_id
-from todi.generation.decoding import Decoding, check_decoding, stop_ids
+from todi.generation.decoding import Decoding, stop_ids
+from todi.generation.padding import check_decoding
+from todi.generation.together import rows_written_together
 from todi.generation.writer import Writer
 from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head
@@ -47,7 +49,6 @@ from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
 from todi.training.checkpoints import save_model
 from todi.training.dev import DevSet
-from todi.training.memory import rows_written_together
 from todi.training.mixtures import AdaptiveMixture, FixedMixture
 from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
@@ -91,8 +92,7 @@ def build_student_source(config: TrainConfig, inputs: TrainInputs, base: EpochSo
     samples, tokenizer = config.source, inputs.student.tokenizer
     decoding = Decoding(config.data.max_length, samples.sample_tokens, temperature=samples.sample_temperature,
                         top_p=samples.sample_top_p, top_k=samples.sample_top_k)
-    rows = rows_written_together(samples.sample_batch_size, inputs.student.config, config.data.max_length,
-                                 inputs.student.precision.dtype.itemsize)
+    rows = rows_written_together(samples.sample_batch_size, inputs.student, config.data.max_length)
     logger.info("the student answers up to %d prompts together, %d steps at a time", rows, samples.round_steps)
     writer = Writer(model, tokenizer, decoding, rows, world, in_step=is_partitioned(model))
     write = partial(writer.write, eos_ids=stop_ids(model, tokenizer, inputs.train))
@@ -227,7 +227,8 @@ def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> Dev
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        config.run.eval_batch_size, config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
+        rows_written_together(config.run.eval_batch_size, inputs.student, data.max_length),
+        config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
         config.run.rouge_tokenizer, config.run.eval_gen_repeat_times)
 
 

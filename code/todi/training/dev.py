@@ -27,6 +27,8 @@ from todi.training.student import is_partitioned
 
 logger = logging.getLogger(__name__)
 
+_LOSS_BATCH = 32  # most whole samples at a time on each device
+
 
 class Judge(Protocol):
     """Says how good the student is. Every rank has one, and calls it in step with the others."""
@@ -42,7 +44,7 @@ class DevSet:
         examples: for the loss.
         prompts: token ids of each prompt, for ROUGE-L.
         decoding: None ranks checkpoints by the loss and generates nothing.
-        batch_size: samples or prompts at a time, per device.
+        batch_size: most prompts answered together, per device.
         collate: makes the batch of some examples.
         seed: of the sampling.
         rouge_tokenizer: one of `ROUGE_TOKENIZERS`; auto chooses by the references of all records.
@@ -75,9 +77,10 @@ class DevSet:
         It is the cross-entropy whatever the student is trained on, so that objectives can be compared.
         """
         cross_entropy, rank, ranks = DistillationCriterion(), self.world.rank, self.world.size
+        size = min(self.batch_size, _LOSS_BATCH) * ranks
         order, sums = sorted(self.examples, key=lambda example: len(example.ids)), {}
-        for start in range(0, len(order), self.batch_size * ranks):
-            mine = order[start:start + self.batch_size * ranks][rank::ranks]
+        for start in range(0, len(order), size):
+            mine = order[start:start + size][rank::ranks]
             batch = self.collate(mine).to(engine.device)
             sums = add(sums, engine(batch, cross_entropy)[0])
         return means(sums, self.world)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import PretrainedConfig
 
 from todi.models.backbone import backbone_and_head
 from todi.runtime.logs import peak_resident_bytes
@@ -23,7 +22,6 @@ _FP32, _ADAM = 4, 8  # bytes of a number, and of Adam's two moments of it
 # Batches of many lengths leave holes in the heap of a CPU process: measured, as a share of activations and loss, by
 # bytes of a number (benchmarks/README.md).
 _LEFT_BEHIND = {4: 0.25, 2: 0.75}
-_KEYS_AND_VALUES, _MOST_ROWS = 4 << 30, 256  # of texts that are written together; more rows hardly are faster
 
 
 @dataclass(frozen=True)
@@ -179,19 +177,6 @@ def peak_on_cpu(state: State, *, forward: int, width: int, teacher: int, base: i
     """
     left_behind = round(forward * _LEFT_BEHIND[width])
     return Memory(base, teacher, state.weights, state.gradients, state.optimizer, forward + left_behind + state.step)
-
-
-def cache_bytes(config: PretrainedConfig, samples: int, length: int, width: int) -> int:
-    """Bytes of the keys and values of `samples` texts of `length` tokens."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * samples * length * width
-
-
-def rows_written_together(wanted: int, config: PretrainedConfig, length: int, width: int) -> int:
-    """How many texts of `length` tokens the student writes together, where nobody says: a matter of its shape alone, so
-    that a run that goes on elsewhere, or beside others, rounds as before."""
-    return wanted or max(1, min(_MOST_ROWS, _KEYS_AND_VALUES // cache_bytes(config, 1, length, width)))
 
 
 def available_bytes(device: torch.device, processes: int) -> int:
