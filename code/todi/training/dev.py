@@ -21,9 +21,10 @@ from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
 from todi.settings import AUTO_TOKENIZER
+from todi.training.memory import cache_bytes
+from todi.training.own_pace import OwnPace
 from todi.training.scores import Score
 from todi.training.step import add, means
-from todi.training.student import is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,11 @@ class DevSet:
     samples: int = 1
 
     def __call__(self, engine: deepspeed.DeepSpeedEngine) -> Score:
-        mean = self.loss(engine)
-        rouge = self.rouge_l(engine.module.model) if self.decoding else None
+        model = engine.module.model
+        pace = OwnPace(self.world, self._keys_and_values(model))
+        with pace.whole(engine.module):
+            mean = self.loss(engine)
+            rouge = self.rouge_l(model, pace) if self.decoding else None
         if rouge == 0 and self.world.is_main:
             logger.warning("warning: ROUGE-L is 0 for every dev response; while it is, the loss ranks the checkpoints")
         return Score(mean["ce"], rouge, mean["correct"])
@@ -82,23 +86,29 @@ class DevSet:
             sums = add(sums, engine(batch, cross_entropy)[0])
         return means(sums, self.world)
 
-    def rouge_l(self, model: nn.Module) -> float:
+    def rouge_l(self, model: nn.Module, pace: OwnPace | None = None) -> float:
         """Mean ROUGE-L, 0 to 100, of `samples` responses to each dev prompt.
 
-        Each rank takes its share of the prompts, unless ZeRO-3 has spread the weights: then every forward needs every
-        rank, and all of them write the same responses in step.
+        Each rank takes its share of the prompts; `pace` is for one whose weights ZeRO-3 has spread.
         """
-        stride, first = (1, 0) if is_partitioned(model) else (self.world.size, self.world.rank)
+        pace = pace or OwnPace(self.world)
+        share = range(self.world.rank, len(self.prompts), self.world.size)
         streams = {stream_key("dev", self.seed, i, *([sample] if sample else [])): i
-                   for i in range(first, len(self.prompts), stride) for sample in range(self.samples)}
+                   for i in share for sample in range(self.samples)}
         mine = streams.values()
-        responses = generate(model, [self.prompts[i] for i in mine], list(streams), decoding=self.decoding,
-                             eos_ids=stop_ids(model, self.tokenizer, self.records),
-                             pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
+        with pace(model):
+            responses = generate(model, [self.prompts[i] for i in mine], list(streams), decoding=self.decoding,
+                                 eos_ids=stop_ids(model, self.tokenizer, self.records),
+                                 pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
         scores = rouge_l(to_texts(responses, self.tokenizer), [self.records[i].references for i in mine],
                          self._rouge_tokens)
         everyone = [score for part in self.world.gather(scores) for score in part]
         return sum(everyone) / len(everyone)
+
+    def _keys_and_values(self, model: nn.Module) -> int:
+        """Bytes of them while a batch of responses is written."""
+        length = self.decoding.max_length if self.decoding else 0
+        return cache_bytes(model.config, self.batch_size, length, model.dtype.itemsize)
 
     @cached_property
     def _rouge_tokens(self) -> str:
