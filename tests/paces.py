@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +31,7 @@ from todi.models.families import FAMILIES
 from todi.models.loading import load_model, load_tokenizer
 from todi.runtime.device import Precision
 from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.signals import Interrupted
 from todi.training import dev, own_pace
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
@@ -99,6 +101,18 @@ def judged(engine: deepspeed.DeepSpeedEngine, tokenizer: object, world: World) -
     return {"loss": score.loss, "rouge": score.rouge_l, "written": world.gather(written)}
 
 
+def stopped(engine: deepspeed.DeepSpeedEngine, tokenizer: object, world: World) -> list[int]:
+    """The signal that each rank stops for when one of them is asked to after a few tokens."""
+    judge = dev.DevSet([Record("a", ("the number",))] * len(PROMPTS), [Example((1, 2, 3), 1, 0)], PROMPTS, tokenizer,
+                       Decoding(24, 16), 2, 3, world, partial(collate, pad_id=0))
+    tokens = count()
+    try:
+        judge(engine, lambda: 15 if world.rank == 1 and next(tokens) == 3 else 0)
+    except Interrupted as stop:
+        return world.gather(stop.number)
+    return world.gather(0)
+
+
 def answered(model: torch.nn.Module, tokenizer: object, world: World, prompts: Sequence[Sequence[int]]) -> list:
     """Responses to prompts, in training mode as a round writes them; whether dropout's random numbers are untouched."""
     model.train()
@@ -116,6 +130,7 @@ def one_way(student: str, stage: int, lora: bool, world: World) -> dict[str, obj
     said["losses"] = [train(engine, world.rank) for _ in range(3)]
     with fetches(said):
         said |= judged(engine, tokenizer, world)
+        said["stopped"] = stopped(engine, tokenizer, world)
         said["answers"] = [answered(engine.module.model, tokenizer, world, PROMPTS[:count]) for count in (3, 1)]
     said["losses"] += [train(engine, world.rank) for _ in range(2)]
     said["losses"] = world.gather(said["losses"])

@@ -41,5 +41,10 @@ def test_training_goes_on_as_if_nothing_had_been_written(found, way):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("way", ["ZeRO 1", "whole", "in turns"])
+def test_where_one_rank_is_asked_to_stop_all_do(found, way):
+    assert found[way]["stopped"] == [15, 15]
+
+
 def test_weights_that_fit_are_gathered_once(found):
     assert found["whole"]["fetches"] == 0 < found["in turns"]["fetches"]

@@ -1,6 +1,5 @@
 """A teacher whose weights lie over the ranks says what a whole one says."""
 
-
 import json
 
 import pytest
@@ -65,5 +64,4 @@ def test_a_run_with_it_is_as_one_without(settings, tmp_path, more):
 
 def test_a_function_cannot_be_spread():
     with pytest.raises(InputError, match="--teacher-zero on needs a --teacher-model-path"):
-        from_keywords(TrainConfig, model_path="student", teacher_callable="a.py:f", kd_objective="ToDi",
-                      teacher_zero="on")
+        from_keywords(TrainConfig, {"model_path": "m", "teacher_callable": "a.py:f", "teacher_zero": "on"})
