@@ -6,6 +6,7 @@ cache that each of them fills.
 The plan has `teachers`, folders by name, `student`, a folder, `data`, a JSON-lines file, and `folder` for the caches.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -83,8 +84,10 @@ def main() -> None:
                 if precision == "fp32":
                     values["losses"] = [[losses(plan["student"], stage, teacher, spec, world.rank)
                                          for teacher in (whole, cut)] for stage in range(4)]
-                cut.close()
-                values["closed"] = sum(weight.ds_tensor.numel() for weight in cut.backbone.parameters())
+                backbone = cut.backbone
+                del cut
+                gc.collect()
+                values["left"] = sum(weight.ds_tensor.numel() for weight in backbone.parameters())
                 found[f"{name} {precision}"] = world.gather(values)
         spec, stores = spec_of(path, file, "fp32"), []
         for over in (False, True):

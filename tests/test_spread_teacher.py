@@ -30,7 +30,7 @@ def test_its_logits_are_those_of_a_whole_one(found, model, precision):
         assert on_rank["difference"] <= 1e-6
         assert on_rank["share"] == pytest.approx(0.5, abs=0.01)
         assert on_rank["packed"] == [True, True]
-        assert on_rank["closed"] == 0
+        assert on_rank["left"] == 0
 
 
 def test_ranks_with_other_shards_fill_the_same_cache(found):

@@ -37,9 +37,6 @@ class LiveTeacher:
         """Within the block a rank may have `rows` of as many batches as it likes, whatever the others do."""
         return nullcontext()
 
-    def close(self) -> None:
-        """Gives back what would outlive it."""
-
     @property
     def parts(self) -> list[tuple[nn.Module, LinearHead]]:
         return [(self.backbone, self.head)]

@@ -170,7 +170,6 @@ def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.devi
                     len(store.shards), spec.layout.bytes / 1e9)
         fill(store, teacher, spec.examples,
              partial(collate, pad_id=spec.tokenizer.pad_token_id, packed=teacher.takes_packed), world, device)
-        teacher.close()
     del teacher
     gc.collect()
     if device.type == "cuda":

@@ -4,6 +4,7 @@ Each rank holds a part of every weight, and the weights of a layer are gathered 
 ranks. The head is whole on each of them, for the loss multiplies with it at any time.
 """
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -37,19 +38,14 @@ class SpreadTeacher(LiveTeacher):
         bias = self.head.bias
         self.head = LinearHead(self.head.weight.detach().to(device), None if bias is None else bias.detach().to(device),
                                self.head.softcap, self.head.scale)
-        self._engine = _spread(self.backbone, device)
+        engine = _spread(self.backbone, device)
+        weakref.finalize(self, _give_back, engine).atexit = False
         model.set_attn_implementation(attention_for(device, model.dtype, type(model)))
         self.takes_packed = use_packing(model, name)
         self.backbone.eval()
 
     def at_own_pace(self, world: World) -> AbstractContextManager[None]:
         return in_turns(self.backbone, self._read_a_token, world)
-
-    def close(self) -> None:
-        """Gives the weights back: DeepSpeed remembers every model for as long as the process lasts."""
-        self._engine.destroy()
-        for weight in self.backbone.parameters():
-            weight.ds_tensor.data = weight.data = weight.new_empty(0)
 
     @torch.no_grad()
     def _read_a_token(self) -> None:
@@ -80,3 +76,10 @@ def _spread(backbone: nn.Module, device: torch.device) -> deepspeed.DeepSpeedEng
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return deepspeed.initialize(model=backbone, config=config)[0]
+
+
+def _give_back(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Empties the weights of a teacher that is gone: DeepSpeed remembers every model until the process ends."""
+    engine.destroy()
+    for weight in engine.module.parameters():
+        weight.ds_tensor.data = weight.data = weight.new_empty(0)
