@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import run
+from launching import exhaustive, run, slow
 from stopping import KD, TWO_RANKS
 from test_library import run_program
 from test_student_text import ON_POLICY
@@ -47,8 +47,8 @@ def test_a_student_learns_the_same_of_it(found, model, stage):
         assert len(set(cut)) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"ZERO_STAGE": 3}, {"TEACHER_CACHE": "cache"}, ON_POLICY], ids=str)
+@pytest.mark.parametrize("more", [slow({"ZERO_STAGE": 3}), slow(ON_POLICY), exhaustive({"TEACHER_CACHE": "cache"})],
+                         ids=str)
 def test_a_run_with_it_is_as_one_without(settings, tmp_path, more):
     settings = settings | TWO_RANKS | {"EPOCH": 1} | more
     found = []
