@@ -14,6 +14,7 @@ from todi.models.loading import empty_model, load_config, load_model
 from todi.options import parse
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
+from todi.teacher.spread import held_numbers
 from todi.training import memory
 from todi.training.memory import (
     Memory,
@@ -162,6 +163,26 @@ class TestReport:
         assert "--peft lora, or more devices with --zero-stage 3" in full[0]
         assert full[1].endswith("make room, choose another --save-dir, or keep fewer than 1 checkpoints")
         assert lora[0].endswith("use a smaller --max-length")
+
+    def test_a_teacher_is_spread_where_it_does_not_fit(self, settings, monkeypatch):
+        monkeypatch.setattr("todi.teacher.spread._AHEAD", 0)
+        for free, wanted, ranks, spread in ((2**40, "auto", 8, False), (0, "auto", 8, True), (0, "off", 8, False),
+                                            (2**40, "on", 8, True), (0, "auto", 1, False)):
+            monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes, free=free: free)
+            report = self.examine([*settings, "--teacher-zero", wanted], ranks)
+            assert report.teacher_spread == spread, (free, wanted, ranks)
+        monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: 0)
+        facts = self.examine(settings, 8).facts
+        assert facts[0].startswith("teacher: spread over 8 ranks: a device needs ") and facts[1].startswith("memory: ")
+
+    def test_the_share_of_a_spread_teacher(self, workshop, monkeypatch):
+        """The head, half of the rest, and the largest weight once more."""
+        monkeypatch.setattr("todi.teacher.spread._AHEAD", 0)
+        model = load_model(str(workshop.model("doctor teacher", family="llama", hidden=48, vocab=320)), torch.float32,
+                           CPU)
+        backbone, head = backbone_and_head(model)
+        sizes = [weight.numel() for weight in backbone.parameters()]
+        assert held_numbers(model, 2) == head.weight.numel() + sum(sizes) // 2 + max(sizes)
 
     def test_offloading(self, settings, tmp_path, monkeypatch):
         """Of a GPU, whose shapes are measured here without one."""

@@ -22,6 +22,7 @@ from todi.training.dev import DevSet
 from todi.training.optimizer import SCHEDULES, build_optimizer, build_schedule
 from todi.training.scores import Score
 from todi.training.state import Position
+from todi.training.student import Student
 
 CPU = torch.device("cpu")
 nan, inf = math.nan, math.inf
@@ -93,12 +94,13 @@ def test_dev_scores_are_means_over_several_samples_of_a_prompt(tmp_path, monkeyp
     assert score == pytest.approx([sum(scores[::3]) / 3, sum(scores) / 9])
 
 
-def test_a_rouge_l_that_is_0_everywhere_is_warned_of(monkeypatch, caplog):
+def test_a_rouge_l_that_is_0_everywhere_is_warned_of(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(DevSet, "loss", lambda self, engine: {"ce": 1.5, "correct": 0.5})
-    monkeypatch.setattr(DevSet, "rouge_l", lambda self, model: found)
+    monkeypatch.setattr(DevSet, "rouge_l", lambda self, model, pace, asked: found)
     judge = DevSet((), (), (), None, Decoding(16), 2, seed=1, world=World(0, 1, 0, 1), collate=None)
+    student = Student(load_model(str(tiny_model(tmp_path)), torch.float32, CPU))
     for found, warned in ((2.0, False), (0.0, True)):
-        score = judge(SimpleNamespace(module=SimpleNamespace(model=None)))
+        score = judge(SimpleNamespace(module=student))
         assert (score.loss, score.rouge_l) == (1.5, found)
         assert ("ROUGE-L is 0 for every dev response; while it is, the loss ranks" in caplog.text) == warned
 

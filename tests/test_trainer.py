@@ -1,6 +1,7 @@
 """The training loop with stand-ins for its parts: no model, no DeepSpeed."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from todi.data.plans import StepShape
 from todi.data.sample_sources import DatasetSource
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
+from todi.runtime.signals import Interrupted
 from todi.training.monitors import Monitors
 from todi.training.run_folder import RunFolder
 from todi.training.scores import Score
@@ -40,7 +42,7 @@ class Step:
 
 def make_trainer(folder, step, steps: int = 5) -> Trainer:
     source = DatasetSource([Example((1, 2), 1, i) for i in range(6)], StepShape(batch_size=2, accumulation=1), seed=0)
-    return Trainer(step, source, judge=lambda engine: Score(loss=1.0, accuracy=0.5),
+    return Trainer(step, source, judge=lambda engine, asked: Score(loss=1.0, accuracy=0.5),
                    export=lambda score, path: path.mkdir(), folder=folder,
                    monitors=Monitors({"metrics.jsonl": folder.metrics} if folder.metrics else None),
                    pace=Pace(max_steps=steps, log_interval=2), world=ALONE)
@@ -61,6 +63,22 @@ def test_every_epoch_is_trained_judged_and_saved(tmp_path):
         ("train", 2, 2.0), ("dev", 3, 1.0), ("train", 4, 2.0), ("train", 5, 2.0), ("dev", 5, 1.0)]
     assert {path.name for path in folder.path.iterdir()} == {
         "metrics.jsonl", "train.log", "state", "epoch2_step5_loss1.0000"}
+
+
+def test_a_signal_breaks_off_an_evaluation_which_the_run_goes_on_with(tmp_path):
+    folder = RunFolder(tmp_path / "run", ALONE)
+    trainer, asked = make_trainer(folder, Step()), []
+
+    def judge(engine, heard):
+        signal.raise_signal(signal.SIGUSR1)
+        asked.append(heard())
+        raise Interrupted(heard())
+
+    trainer.judge = judge
+    with folder.claimed(), pytest.raises(Interrupted, match="SIGUSR1"):
+        trainer.train()
+    assert asked == [signal.SIGUSR1]
+    assert [path.name for path in (folder.path / "state").iterdir()] == ["epoch0_step3"]
 
 
 def test_one_who_wants_to_is_told_of_every_step(tmp_path):

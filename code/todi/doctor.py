@@ -9,7 +9,7 @@ WORLD_SIZE says for how many devices. Exit code 2 when something is wrong. Every
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -28,6 +28,7 @@ from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, world_from_environment
 from todi.runtime.logs import set_up_logging
 from todi.settings import OptimConfig, StudentConfig, TrainConfig
+from todi.teacher.spread import held_numbers
 from todi.training.memory import (
     Memory,
     Shape,
@@ -49,10 +50,15 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Report:
-    """What a run will need, and what is likely to go wrong with it, a sentence each."""
+    """What a run will need, and what is likely to go wrong with it, a sentence each.
+
+    Attributes:
+        teacher_spread: whether the teachers' weights are to lie over the ranks.
+    """
 
     facts: list[str]
     warnings: list[str]
+    teacher_spread: bool = False
 
     def log(self) -> None:
         for fact in self.facts:
@@ -87,24 +93,32 @@ def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example
     """
     length = longest_sample(config, examples)[0] - 1
     student = _student_shape(config, inputs, length, device)
-    memory = estimate_memory(config, inputs, student, examples, world, device, cached)
+    estimates = {ranks: estimate_memory(config, inputs, student, examples, world, device, cached, ranks)
+                 for ranks in {1, world.size}}
+    available = available_bytes(device, world.local_size)
+    spread, reasons = _about_spreading(config, inputs, estimates, available, world.size)
+    memory = estimates[world.size if spread else 1]
     facts, warnings = _about_memory(memory, config, inputs.deepspeed_config["zero_optimization"]["stage"],
-                                    available_bytes(device, world.local_size) + memory.base, length)
+                                    available + memory.base, length)
     others = (_about_offload(memory, available_bytes(torch.device("cpu"), world.local_size)),
               _about_disk(config, student))
-    return Report(facts + [fact for more, _ in others for fact in more],
-                  warnings + [warning for _, more in others for warning in more])
+    return Report([*reasons, *facts, *(fact for more, _ in others for fact in more)],
+                  warnings + [warning for _, more in others for warning in more], spread)
 
 
 def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, examples: Sequence[Example], world: World,
-                    device: torch.device, cached: Sequence[bool] = ()) -> Memory:
-    """Bytes of the fullest moment of the training on one device: on a CPU, of a process."""
+                    device: torch.device, cached: Sequence[bool] = (), teacher_ranks: int = 1) -> Memory:
+    """Bytes of the fullest moment of the training on one device: on a CPU, of a process.
+
+    Args:
+        teacher_ranks: over which the teachers' weights are spread.
+    """
     optim = config.optim
     longest, longest_response = longest_sample(config, examples)
     samples = _samples(optim, longest - 1)
     rows = samples * longest_response
     trust = config.student.trust_remote_code
-    teacher = sum(_teacher_bytes(model, rows, from_cache, trust)
+    teacher = sum(_teacher_bytes(model, rows, from_cache, trust, teacher_ranks)
                   for model, from_cache in zip_longest(inputs.teachers, cached, fillvalue=False))
     if inputs.teacher_function:
         teacher = rows * student.vocabulary * 4  # its logits; what it computes them with is its own affair
@@ -133,10 +147,13 @@ def _samples(optim: OptimConfig, longest: int) -> int:
     return -(-optim.tokens(longest) // longest)
 
 
-def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_code: bool) -> int:
+def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_code: bool, ranks: int) -> int:
     """Of a teacher's weights, or its head where the rest is cached, and of its hidden states of a micro-batch."""
     model = empty_model(inputs.config, trust_remote_code)
-    weights = model.get_output_embeddings().weight.numel() if cached else model.num_parameters()
+    if cached:
+        weights = model.get_output_embeddings().weight.numel()
+    else:
+        weights = held_numbers(model, ranks) if ranks > 1 else model.num_parameters()
     return (weights + rows * inputs.config.hidden_size) * inputs.precision.dtype.itemsize
 
 
@@ -178,6 +195,27 @@ def _about_memory(memory: Memory, config: TrainConfig, stage: int, available: in
         remedies.append("more devices with --zero-stage 3")
     return facts, [f"the run needs about {memory.total / _GIB:.2f} GiB on a device that has {available / _GIB:.2f} "
                    f"free; use {', or '.join(remedies)}"]
+
+
+def _about_spreading(config: TrainConfig, inputs: TrainInputs, estimates: Mapping[int, Memory], available: int,
+                     ranks: int) -> tuple[bool, list[str]]:
+    """Whether the teachers' weights are to lie over the ranks, and why.
+
+    Args:
+        estimates: by the number of ranks that they lie over.
+        available: bytes that are free on a device.
+    """
+    wanted = config.teacher.teacher_zero
+    if wanted != "auto" or not inputs.teachers or ranks == 1:
+        return wanted == "on", []
+    trust = config.student.trust_remote_code
+    # a pass that fills a cache has the teacher alone on the device
+    alone = {over: max(_teacher_bytes(model, 0, False, trust, over) for model in inputs.teachers) for over in estimates}
+    whole, spread = (max(estimates[over].total - estimates[over].base, alone[over]) for over in (1, ranks))
+    if whole <= available or spread >= whole:
+        return False, []
+    return True, [f"teacher: spread over {ranks} ranks: a device needs {whole / _GIB:.2f} GiB with a whole one, "
+                  f"{spread / _GIB:.2f} with its share, and {available / _GIB:.2f} are free"]
 
 
 def _about_offload(memory: Memory, available: int) -> tuple[list[str], list[str]]:

@@ -193,12 +193,16 @@ def _assemble(job: Job, dev: DevSet, run: Mapping[str, Any], caches: Sequence[Pa
     """Loads the models, and puts the trainer together; `stack` gives back what it holds."""
     config, inputs, world, device = job.config, job.inputs, job.world, job.device
     rounds = folder.rounds if _reads_rounds(job, caches) else None
+    report = None
     if world.is_main:
         cached = [cache is not None and rounds is None for cache in caches]
-        examine(config, inputs, job.examples, world, device, cached).log()
+        report = examine(config, inputs, job.examples, world, device, cached)
+        report.log()
+    spread = world.gather(report and report.teacher_spread)[0]
     meter = build_meter(config.run, inputs.student.precision, folder, world, device)
     # before the student is there: a pass that fills a cache needs room for the teacher
-    teacher = build_teacher(config, inputs, job.specs, caches, teacher_layers(job.terms), rounds, meter, world, device)
+    teacher = build_teacher(config, inputs, job.specs, caches, teacher_layers(job.terms), rounds, meter, world, device,
+                            spread)
     engine = build_engine(config, inputs, job.terms, job.max_steps, meter, world, device)
     stack.callback(engine.destroy)  # its hooks would keep its buffers for as long as the process lasts
     shape, batch = choose_layout(config.optim, job.shape, longest_sample(config, job.examples)[0],

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Writer:
 
     Attributes:
         batch_size: most responses that a rank writes together; others take the places of those that end.
-        in_step: every rank writes all of them, as where ZeRO-3 has spread the weights and a forward needs every rank.
+        pace: makes a block in which each rank may call the model as often as it likes, which ZeRO-3 has to provide for.
     """
 
     model: PreTrainedModel
@@ -41,7 +42,7 @@ class Writer:
     decoding: Decoding
     batch_size: int
     world: World
-    in_step: bool = False
+    pace: Callable[[PreTrainedModel], AbstractContextManager[object]] = nullcontext
 
     def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], eos_ids: Collection[int],
               progress: Callable[[int], object] = lambda finished: None) -> list[Response]:
@@ -50,12 +51,13 @@ class Writer:
         Args:
             progress: called with the number of responses that have been finished since the last call.
         """
-        rank, ranks = (0, 1) if self.in_step else (self.world.rank, self.world.size)
+        rank, ranks = self.world.rank, self.world.size
         mine = slice(len(prompts) * rank // ranks, len(prompts) * (rank + 1) // ranks)
-        responses = generate(self.model, prompts[mine], keys[mine], decoding=self.decoding, eos_ids=eos_ids,
-                             pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size, progress=progress)
+        with self.pace(self.model):
+            responses = generate(self.model, prompts[mine], keys[mine], decoding=self.decoding, eos_ids=eos_ids,
+                                 pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size, progress=progress)
         progress(len(prompts) - len(responses))
-        return [response for part in self.world.gather(responses)[:ranks] for response in part]
+        return [response for part in self.world.gather(responses) for response in part]
 
     def rounds(self, set_name: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], written: Container[Row],
                eos_ids: Collection[int], progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:

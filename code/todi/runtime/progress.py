@@ -37,8 +37,10 @@ class Progress:
     def paused(self) -> Iterator[None]:
         """Stops the clock."""
         paused = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - paused
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - paused
 
     def left(self, step: int) -> str:
         """Estimated time left after `step` steps, h:mm:ss."""

@@ -82,6 +82,9 @@ class TeacherConfig:
                                                     f"several, {NO_ADAPTER} for one without")
     teacher_dtype: str | None = option(None, "precision of the teacher; the run's when not given",
                                        choices=PRECISIONS[1:])
+    teacher_zero: str = option("auto", "spread the weights of the teachers over the devices by ZeRO-3: on, off, auto "
+                                       "(where a device has no room for them)", choices=("auto", "on", "off"),
+                               may_change=True)
 
     @property
     def adapters(self) -> tuple[str | None, ...]:
@@ -100,6 +103,8 @@ class TeacherConfig:
                        f"got {' '.join(map(str, given))}")
         if self.teacher_callable and self.teacher_model_path:
             yield "--teacher-callable and --teacher-model-path: give one of them"
+        if self.teacher_zero == "on" and not self.teacher_model_path:
+            yield "--teacher-zero on needs a --teacher-model-path, whose weights are spread"
 
 
 @dataclass(frozen=True)

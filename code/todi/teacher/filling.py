@@ -66,10 +66,11 @@ def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], c
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     started, missing = time.perf_counter(), world.gather(store.missing())[0]
     for start in range(0, len(missing), world.size):
-        for number in missing[start:start + world.size][world.rank::world.size]:
-            samples = store.shards[number]
-            hidden = hidden_states(teacher, examples, samples, collate, device, batch_tokens)
-            store.write(number, hidden, [examples[sample].response_tokens for sample in samples])
+        with teacher.at_own_pace(world):
+            for number in missing[start:start + world.size][world.rank::world.size]:
+                samples = store.shards[number]
+                hidden = hidden_states(teacher, examples, samples, collate, device, batch_tokens)
+                store.write(number, hidden, [examples[sample].response_tokens for sample in samples])
         world.barrier()
         done, seconds = min(start + world.size, len(missing)), time.perf_counter() - started
         logger.log(level, "teacher cache: %d of %d shards, %.1f min, about %.1f min left", done, len(missing),

@@ -1,6 +1,7 @@
 """The teacher source that runs a model on every batch."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from todi.criterions import HeadRows, LinearHead
 from todi.data.batches import Batch
 from todi.models.backbone import backbone_and_head, labelled_layers
 from todi.models.packing import takes_packed
+from todi.runtime.distributed import World
 
 
 class LiveTeacher:
@@ -30,6 +32,10 @@ class LiveTeacher:
 
     def expect(self, samples: Sequence[int]) -> None:
         """There is nothing to fetch."""
+
+    def at_own_pace(self, world: World) -> AbstractContextManager[None]:
+        """Within the block a rank may have `rows` of as many batches as it likes, whatever the others do."""
+        return nullcontext()
 
     @property
     def parts(self) -> list[tuple[nn.Module, LinearHead]]:

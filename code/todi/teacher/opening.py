@@ -27,6 +27,7 @@ from todi.teacher.mean import MeanTeacher
 from todi.teacher.rounds import RoundTeacher
 from todi.teacher.source import TeacherSource
 from todi.teacher.spec import TeacherSpec
+from todi.teacher.spread import SpreadTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +93,20 @@ def check_match(store: CacheStore, spec: TeacherSpec) -> None:
 
 
 def open_teachers(specs: Sequence[TeacherSpec], caches: Sequence[Path | None], weights: Sequence[float], world: World,
-                  device: torch.device, layers: Sequence[int] = (), rounds: Path | None = None) -> TeacherSource:
+                  device: torch.device, layers: Sequence[int] = (), rounds: Path | None = None,
+                  spread: bool = False) -> TeacherSource:
     """`open_teacher` of the teacher; of several, their mean.
 
     Args:
         weights: of each in the mean; even where there are none.
         layers: whose outputs are wanted besides; of a single teacher that has no cache.
         rounds: the folder for what they say of each round's samples, where they read these when it begins.
+        spread: whether the weights of each that runs lie over the ranks.
     """
     for spec, cache in zip(specs, caches, strict=True):
         if cache:
-            fill_cache(spec, cache, world, device)  # while no other teacher is in memory
-    sources = [open_teacher(spec, cache, world, device, layers, rounds and rounds / f"teacher{number}")
+            fill_cache(spec, cache, world, device, spread)  # while no other teacher is in memory
+    sources = [open_teacher(spec, cache, world, device, layers, rounds and rounds / f"teacher{number}", spread)
                for number, (spec, cache) in enumerate(zip(specs, caches, strict=True), start=1)]
     if len(sources) == 1:
         return sources[0]
@@ -113,7 +116,7 @@ def open_teachers(specs: Sequence[TeacherSpec], caches: Sequence[Path | None], w
 
 
 def open_teacher(spec: TeacherSpec, cache: Path | None, world: World, device: torch.device,
-                 layers: Sequence[int] = (), rounds: Path | None = None) -> TeacherSource:
+                 layers: Sequence[int] = (), rounds: Path | None = None, spread: bool = False) -> TeacherSource:
     """The teacher itself, or the cache that `choose_cache` named, filled first where something is missing; with a
     folder for `rounds` both.
 
@@ -122,20 +125,28 @@ def open_teacher(spec: TeacherSpec, cache: Path | None, world: World, device: to
     """
     cached = None
     if cache:
-        fill_cache(spec, cache, world, device)
+        fill_cache(spec, cache, world, device, spread)
         cached = CachedTeacher(CacheStore(cache), device)
         logger.info("teacher: read from %s (%.3g GB in %s)%s", cache, spec.layout.bytes / 1e9,
                     name_of(cached.store.dtype), "" if rounds else "; its weights are not in memory")
     if cached and not rounds:
         return cached
-    live = LiveTeacher(load_teacher(spec, device), layers)
+    live = open_live(spec, device, layers, spread)
     if not rounds:
         return live
     logger.info("teacher: reads %s once, when a round begins", "what the student writes" if cached else "its samples")
     return RoundTeacher(spec, live, cached, rounds, world, device)
 
 
-def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.device) -> None:
+def open_live(spec: TeacherSpec, device: torch.device, layers: Sequence[int] = (), spread: bool = False) -> LiveTeacher:
+    """The teacher itself, whole on this device or spread over the ranks."""
+    if not spread:
+        return LiveTeacher(load_teacher(spec, device), layers)
+    logger.info("teacher: its weights are spread over the ranks, a layer at a time is gathered")
+    return SpreadTeacher(_read_teacher(spec, torch.device("cpu")), spec.path, device, layers)
+
+
+def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.device, spread: bool = False) -> None:
     """Makes a cache, or what is missing of it; writes nothing when there is nothing missing."""
     if world.gather(_is_complete(folder))[0]:
         return
@@ -146,7 +157,7 @@ def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.devi
         if world.is_main and new and spec.layout.bytes > free_bytes(folder):
             raise StorageError(f"the teacher cache {folder} would take {spec.layout.bytes / 1e9:.2f} GB, and "
                                f"{free_bytes(folder) / 1e9:.2f} GB are free")
-        teacher = LiveTeacher(load_teacher(spec, device))
+        teacher = open_live(spec, device, spread=spread)
         if world.is_main and new:
             CacheStore.create(folder, spec.fingerprint, spec.made_from, spec.layout, teacher.head)
         world.barrier()
@@ -167,12 +178,18 @@ def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.devi
 
 def load_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
     """The frozen model that is imitated, its LoRA adapter merged."""
+    model = _read_teacher(spec, device)
+    use_packing(model, spec.path)
+    return model
+
+
+def _read_teacher(spec: TeacherSpec, device: torch.device) -> nn.Module:
+    """The same before anybody has asked whether it takes packed rows."""
     path, adapter = spec.path, spec.adapter
     model = load_model(path, spec.precision.dtype, device, spec.trust_remote_code)
     if adapter:
         model = merge_adapter(model, adapter)
     check_model(model, path)
-    use_packing(model, path)
     logger.info("teacher %s%s: %.1f M parameters, %s, attention: %s", path,
                 f" with adapter {adapter}" if adapter else "", sum(p.numel() for p in model.parameters()) / 1e6,
                 spec.precision.name, model.config._attn_implementation)

@@ -18,7 +18,7 @@ from todi.data.sample_sources import EpochSource
 from todi.data.tokenize import Example, encode_examples, encode_prompts, end_id
 from todi.generation.decoding import Decoding, stop_ids
 from todi.generation.padding import check_decoding
-from todi.generation.together import rows_written_together
+from todi.generation.together import cache_bytes, rows_written_together
 from todi.generation.writer import Writer
 from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head
@@ -52,10 +52,11 @@ from todi.training.dev import DevSet
 from todi.training.mixtures import AdaptiveMixture, FixedMixture
 from todi.training.monitors import Monitors, RunInfo
 from todi.training.optimizer import build_optimizer, build_schedule, wrap
+from todi.training.own_pace import OwnPace
 from todi.training.run_folder import RunFolder
 from todi.training.scores import Score
 from todi.training.speed import Meter, SpeedMeter, forward_cost, training_cost
-from todi.training.student import Student, is_partitioned
+from todi.training.student import Student
 from todi.training.student_text import Reader, Rounds, StudentSource
 from todi.training.train_inputs import (
     TrainInputs,
@@ -92,9 +93,11 @@ def build_student_source(config: TrainConfig, inputs: TrainInputs, base: EpochSo
     samples, tokenizer = config.source, inputs.student.tokenizer
     decoding = Decoding(config.data.max_length, samples.sample_tokens, temperature=samples.sample_temperature,
                         top_p=samples.sample_top_p, top_k=samples.sample_top_k)
-    rows = rows_written_together(samples.sample_batch_size, inputs.student, config.data.max_length)
+    length, width = config.data.max_length, inputs.student.precision.dtype.itemsize
+    rows = rows_written_together(samples.sample_batch_size, inputs.student, length)
+    room = cache_bytes(inputs.student.config, rows, length, width)
     logger.info("the student answers up to %d prompts together, %d steps at a time", rows, samples.round_steps)
-    writer = Writer(model, tokenizer, decoding, rows, world, in_step=is_partitioned(model))
+    writer = Writer(model, tokenizer, decoding, rows, world, OwnPace(world, room))
     write = partial(writer.write, eos_ids=stop_ids(model, tokenizer, inputs.train))
     share = samples.student_share if samples.samples == "mixed" else 1
     mixture = AdaptiveMixture() if samples.samples == "adaptive" else FixedMixture(share, samples.replay)
@@ -167,8 +170,8 @@ def build_teacher_specs(config: TrainConfig, inputs: TrainInputs, examples: Sequ
 
 
 def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[TeacherSpec], caches: Sequence[Path | None],
-                  layers: Sequence[int], rounds: Path | None, meter: Meter, world: World,
-                  device: torch.device) -> TeacherSource | None:
+                  layers: Sequence[int], rounds: Path | None, meter: Meter, world: World, device: torch.device,
+                  spread: bool = False) -> TeacherSource | None:
     """Who answers for the labelled rows: a function, a model or its cache, the mean of several; None for SFT."""
     if inputs.teacher_function:
         last_token, _ = reachable_tokens(inputs.student.tokenizer)[-1]
@@ -176,7 +179,7 @@ def build_teacher(config: TrainConfig, inputs: TrainInputs, specs: Sequence[Teac
         return CallableTeacher(inputs.teacher_function, config.teacher.teacher_callable, vocabulary=last_token + 1)
     if not specs:
         return None
-    teacher = open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers, rounds)
+    teacher = open_teachers(specs, caches, config.teacher.teacher_weights, world, device, layers, rounds, spread)
     for backbone, head in teacher.parts:
         meter.add_cost(forward_cost(backbone, head))
     return teacher

@@ -1,7 +1,8 @@
 """How good the student is on dev: cross-entropy, and ROUGE-L of what it writes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -17,13 +18,16 @@ from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.evaluation.rouge import rouge_l
 from todi.evaluation.rouge_tokens import choose_tokenizer
-from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
+from todi.evaluation.scoring import LOSS_BATCH
+from todi.generation.decoding import Decoding, Response, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
+from todi.generation.together import cache_bytes
 from todi.runtime.distributed import World
+from todi.runtime.signals import Interrupted
 from todi.settings import AUTO_TOKENIZER
+from todi.training.own_pace import OwnPace
 from todi.training.scores import Score
 from todi.training.step import add, means
-from todi.training.student import is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,8 @@ _LOSS_BATCH = 32  # most whole samples at a time on each device
 class Judge(Protocol):
     """Says how good the student is. Every rank has one, and calls it in step with the others."""
 
-    def __call__(self, engine: deepspeed.DeepSpeedEngine) -> Score: ...
+    def __call__(self, engine: deepspeed.DeepSpeedEngine, asked: Callable[[], int]) -> Score:
+        """The score. `asked` gives the number of a signal that asks to stop, else 0; then Interrupted is raised."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,12 @@ class DevSet:
     rouge_tokenizer: str = AUTO_TOKENIZER
     samples: int = 1
 
-    def __call__(self, engine: deepspeed.DeepSpeedEngine) -> Score:
-        mean = self.loss(engine)
-        rouge = self.rouge_l(engine.module.model) if self.decoding else None
+    def __call__(self, engine: deepspeed.DeepSpeedEngine, asked: Callable[[], int] = lambda: 0) -> Score:
+        model = engine.module.model
+        pace = OwnPace(self.world, self._keys_and_values(model))
+        with pace.whole(engine.module):
+            mean = self.loss(engine)
+            rouge = self.rouge_l(model, pace, asked) if self.decoding else None
         if rouge == 0 and self.world.is_main:
             logger.warning("warning: ROUGE-L is 0 for every dev response; while it is, the loss ranks the checkpoints")
         return Score(mean["ce"], rouge, mean["correct"])
@@ -85,23 +93,57 @@ class DevSet:
             sums = add(sums, engine(batch, cross_entropy)[0])
         return means(sums, self.world)
 
-    def rouge_l(self, model: nn.Module) -> float:
+    def rouge_l(self, model: nn.Module, pace: OwnPace | None = None, asked: Callable[[], int] = lambda: 0) -> float:
         """Mean ROUGE-L, 0 to 100, of `samples` responses to each dev prompt.
 
-        Each rank takes its share of the prompts, unless ZeRO-3 has spread the weights: then every forward needs every
-        rank, and all of them write the same responses in step.
+        Each rank takes its share of the prompts.
+
+        Args:
+            pace: for a model whose weights ZeRO-3 has spread.
+            asked: after each token; the number of a signal to stop for, else 0.
+
+        Raises:
+            Interrupted: on every rank, where one of them has stopped.
         """
-        stride, first = (1, 0) if is_partitioned(model) else (self.world.size, self.world.rank)
+        pace = pace or OwnPace(self.world)
+        share = range(self.world.rank, len(self.prompts), self.world.size)
         streams = {stream_key("dev", self.seed, i, *([sample] if sample else [])): i
-                   for i in range(first, len(self.prompts), stride) for sample in range(self.samples)}
-        mine = streams.values()
-        responses = generate(model, [self.prompts[i] for i in mine], list(streams), decoding=self.decoding,
-                             eos_ids=stop_ids(model, self.tokenizer, self.records),
-                             pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size)
-        scores = rouge_l(to_texts(responses, self.tokenizer), [self.records[i].references for i in mine],
-                         self._rouge_tokens)
-        everyone = [score for part in self.world.gather(scores) for score in part]
+                   for i in share for sample in range(self.samples)}
+        responses, stop = self._write(model, streams, pace, asked)
+        references = [] if stop else [self.records[i].references for i in streams.values()]
+        scores = rouge_l(to_texts(responses, self.tokenizer), references, self._rouge_tokens)
+        everywhere = self.world.gather((scores, stop))
+        if stop := max(stop for _, stop in everywhere):
+            raise Interrupted(stop)
+        everyone = [score for part, _ in everywhere for score in part]
         return sum(everyone) / len(everyone)
+
+    def _write(self, model: nn.Module, streams: Mapping[int, int], pace: OwnPace,
+               asked: Callable[[], int]) -> tuple[list[Response], int]:
+        """This rank's responses, and 0; or none, and the signal that it has stopped for.
+
+        Args:
+            streams: the prompt of each response, by the key of its random stream.
+        """
+        stop = 0
+
+        def heed(finished: int) -> None:
+            nonlocal stop
+            stop = asked()
+            if stop:
+                raise Interrupted(stop)
+
+        # within the pace, which waits for the other ranks: they may not have been asked
+        with pace(model), suppress(Interrupted):
+            return generate(model, [self.prompts[i] for i in streams.values()], list(streams), decoding=self.decoding,
+                            eos_ids=stop_ids(model, self.tokenizer, self.records), pad_id=self.tokenizer.pad_token_id,
+                            batch_size=self.batch_size, progress=heed), 0
+        return [], stop
+
+    def _keys_and_values(self, model: nn.Module) -> int:
+        """Bytes of them while a batch of responses is written."""
+        length = self.decoding.max_length if self.decoding else 0
+        return cache_bytes(model.config, self.batch_size, length, model.dtype.itemsize)
 
     @cached_property
     def _rouge_tokens(self) -> str:

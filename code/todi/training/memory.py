@@ -182,7 +182,8 @@ def peak_on_cpu(state: State, *, forward: int, width: int, teacher: int, base: i
 def available_bytes(device: torch.device, processes: int) -> int:
     """What one of `processes` processes of this machine can still take on its device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, for itself
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = _proc("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return free // processes
 

@@ -97,8 +97,7 @@ class Trainer:
                 self.step.engine.train()
                 self._train_epoch(epoch)
                 if epoch % self.pace.eval_interval == 0 or epoch == last_epoch:
-                    with self.progress.paused():
-                        self._evaluate_and_save(epoch)
+                    self._evaluate_and_save_unless_asked_to_stop(epoch)
                 self.at.epochs = epoch
                 if epoch < last_epoch:
                     self._save_state()
@@ -202,10 +201,19 @@ class Trainer:
                     values["samples_per_second"], in_words(speed), values["peak_memory_gib"],
                     self.progress.left(self.at.step))
 
+    def _evaluate_and_save_unless_asked_to_stop(self, epoch: int) -> None:
+        """Raises Interrupted where a signal has asked to stop meanwhile: the run goes on with this evaluation."""
+        try:
+            with self.progress.paused():
+                self._evaluate_and_save(epoch)
+        except Interrupted:
+            self._save_state()
+            raise
+
     def _evaluate_and_save(self, epoch: int) -> None:
         self.step.engine.eval()
         started = time.perf_counter()
-        score = self.judge(self.step.engine)
+        score = self.judge(self.step.engine, lambda: self.signals.received)
         seconds = time.perf_counter() - started
         self._tell("dev", epoch, {"loss": score.loss, "accuracy": score.accuracy, "rouge_l": score.rouge_l,
                                   "seconds": seconds})
