@@ -20,6 +20,7 @@ from todi.models.loading import load_model
 from todi.runtime.device import Precision
 from todi.runtime.distributed import world_from_environment
 from todi.training.deepspeed_config import build_deepspeed_config
+from todi.training.layouts import MOMENTS, flat_tensors
 from todi.training.optimizer import build_optimizer, build_schedule, lowers_loss_scale, wrap
 from todi.training.state import Position, SavedState, StateStore
 from todi.training.student import Student
@@ -162,6 +163,35 @@ def went_on(states: StateStore, path: Path, stage: int) -> tuple[list[float], li
     engine = build("fp32", stage)
     states.load(path, engine)
     return *train(engine, 4), [group["lr"] for group in engine.optimizer.param_groups]
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 3), (3, 2), (0, 3)])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_state_comes_back_to_the_bit_from_another_stage(precision, then, now, tmp_path):
+    """Masters in fp32, moments and the scale of the loss, whatever the weights that compute are."""
+    engine = build(precision, then)
+    train(engine, 3)
+    before = optimizer_of(engine)
+    for number, stage in enumerate((now, then)):
+        states = StateStore(tmp_path / str(number), world_from_environment())
+        states.folder.parent.mkdir()
+        states.save(engine, SavedState(Position(step=3), {}, {}))
+        engine = build(precision, stage)
+        states.load(states.newest(), engine)
+    after = optimizer_of(engine)
+    assert len(before) == len(after) > 1
+    for one, another in zip(before, after, strict=True):
+        assert one.keys() == another.keys() == {"weight", "step", *MOMENTS}
+        assert all(torch.equal(one[name], another[name]) for name in one)
+    scales = [getattr(one.optimizer, "loss_scaler", None) for one in (engine, build(precision, then))]
+    assert precision != "fp16" or scales[0].cur_scale != scales[1].cur_scale
+
+
+def optimizer_of(engine) -> list[dict[str, torch.Tensor]]:
+    """The flat tensors that an engine steps, with their moments."""
+    flats, inner = flat_tensors(engine)
+    return [{"weight": flat.detach().clone(), **{name: value.clone() for name, value in inner.state[flat].items()}}
+            for flat in flats]
 
 
 def test_a_state_that_does_not_say_what_lies_where(states):

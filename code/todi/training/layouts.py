@@ -209,14 +209,18 @@ def take_over(saved: SavedOptimizer, engine: deepspeed.DeepSpeedEngine) -> None:
     _restore_engine(saved.engine, engine)
 
 
+def flat_tensors(engine: deepspeed.DeepSpeedEngine) -> tuple[Sequence[Tensor], torch.optim.Optimizer]:
+    """What this rank's optimizer steps, in fp32, and the optimizer itself, which has their moments."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return _stepped(optimizer), optimizer
+    flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    return flats, optimizer.optimizer
+
+
 def _fill(saved: SavedOptimizer, engine: deepspeed.DeepSpeedEngine) -> None:
     """The flat tensors of this rank, and their moments; without any, the optimizer stays as new."""
-    inner, stage = engine.optimizer, engine.zero_optimization_stage()
-    flats = _stepped(inner)
-    if stage:
-        inner = inner.optimizer
-        flats = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else (
-            engine.optimizer.single_partition_of_fp32_groups)
+    flats, inner = flat_tensors(engine)
     step = saved.step
     keys = MOMENTS if step is not None else ()
     states = [{key: torch.zeros_like(flat) for key in keys} for flat in flats]
