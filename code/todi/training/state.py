@@ -254,6 +254,10 @@ class OptimizerSettings:
 class _SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's reader, which otherwise unpickles whatever a file holds."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.zipfile_serialization = True  # as DeepSpeed's own writes; without it files cannot be mapped
+
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
 
