@@ -147,12 +147,14 @@ class StateStore:
         ranks each draws random numbers of its own from here on, by its seed and the step.
 
         Raises:
-            InputError: it is of another layout and of a version that did not note its own, or it holds what no run
-                writes.
+            InputError: it is of another layout and of a version that did not note its own, or not all of it is here, or
+                it holds what no run writes.
         """
         record = _read(path)
         then = Spread(record["ranks"], record.get("stage", _stage(record["files"])))
         now = Spread(self.world.size, engine.zero_optimization_stage())
+        if then != now:
+            _check_every_rank(path, then)
         engine.checkpoint_engine = _SafeCheckpointEngine()
         settings = OptimizerSettings(engine)
         with _nothing_executed(path):
@@ -271,6 +273,14 @@ def _nothing_executed(path: Path) -> Iterator[None]:
     except pickle.UnpicklingError:
         raise InputError(f"{path} holds more than tensors and numbers, so it was not written by a run; nothing of it "
                          "was executed") from None
+
+
+def _check_every_rank(path: Path, then: Spread) -> None:
+    """Raises InputError where the files of other ranks are not here: on another node's own disk, for one."""
+    missing = [rank for rank in range(then.ranks) if not (path / f"rank{rank}.pt").is_file()]
+    if missing:
+        raise InputError(f"{path} lacks the files of {len(missing)} of {then.ranks} ranks: to go on with other devices "
+                         "every node must see all of them; copy them there, or go on as before")
 
 
 def _stage(files: Iterable[str]) -> int:
