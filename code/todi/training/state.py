@@ -153,7 +153,7 @@ class StateStore:
         record = _read(path)
         then = Spread(record["ranks"], record.get("stage", _stage(record["files"])))
         now = Spread(self.world.size, engine.zero_optimization_stage())
-        if then != now:
+        if then.ranks != now.ranks or _KINDS[then.stage] != _KINDS[now.stage]:
             _check_every_rank(path, then)
         engine.checkpoint_engine = _SafeCheckpointEngine()
         settings = OptimizerSettings(engine)
