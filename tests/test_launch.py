@@ -153,6 +153,22 @@ class TestSweeps:
     def test_what_is_as_declared_or_may_change_is_not(self):
         assert train(MAX_LENGTH="512", LOG_INTERVAL="3", TEACHER_CACHE="on").run.save_dir == train().run.save_dir
 
+    @pytest.mark.parametrize(("then", "now", "same"), [
+        ({"NPROC": 2}, {"NPROC": 4}, True), ({"NPROC": 2, "ZERO_STAGE": 3}, {}, True),
+        ({"NPROC": 2}, {"NPROC": 4, "GRAD_ACC": 1}, True), ({"NPROC": 2}, {"NPROC": 4, "BATCH_SIZE": 8}, False),
+        ({"NPROC": 2}, {"NPROC": 2, "GLOBAL_BATCH_SIZE": 16, "BATCH_SIZE": 1, "OFFLOAD": "optimizer"}, True),
+        ({"NPROC": 2}, {"NPROC": 2, "GLOBAL_BATCH_SIZE": 8}, False), ({"NPROC": 2}, {"NPROC": 4, "LR": "0.1"}, False),
+        ({"NPROC": 2}, {"NPROC": 4, "MAX_LENGTH": 99}, False), ({"NPROC": 2}, {"NPROC": 4, "RESUME": "never"}, False)])
+    def test_a_run_is_found_again_with_other_devices(self, then, now, same, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        then, now = ({name: str(value) for name, value in one.items()} for one in (then, now))
+        before, named = train(**then).run.save_dir, train(**now).run.save_dir
+        assert before != named
+        (tmp_path / before / "state" / "epoch0_step2").mkdir(parents=True)
+        assert train(**now).run.save_dir == (before if same else named)
+        (tmp_path / before / "state" / "finished.json").touch()
+        assert train(**now).run.save_dir == named
+
     def test_a_long_name_is_cut_and_stays_its_own(self):
         names = [Path(train(KD_PARAMS=f"{'é' * 100}=1 {'é' * 100}={i}").run.save_dir).name for i in range(2)]
         assert all(len(name.encode()) <= 255 for name in names)

@@ -9,7 +9,7 @@ from todi.errors import InputError
 from todi.options import parse
 from todi.settings import TrainConfig
 from todi.training import record
-from todi.training.record import check_same_run, describe_run, read_record
+from todi.training.record import check_same_run, describe_run, read_record, step_to_go_on_with
 from todi.training.train_inputs import checksums, read_inputs
 
 
@@ -57,11 +57,28 @@ def test_a_plugin_that_was_edited(words, tmp_path):
 
 def test_settings_and_the_size_of_a_step(words):
     assert differences(described(words), described([*words, "--lr", "0.1", "--batch-size", "2"], ranks=3)) == [
-        "lr was 0.0005, is 0.1", "samples of a step was 8, is 12"]
+        "lr was 0.0005, is 0.1", "samples of a step was 8, is 12 (--global-batch-size 8 keeps it)"]
 
 
 def test_what_may_change_does_not_count(words):
     assert differences(described(words), described([*words, "--log-interval", "3", "--report-to"])) == []
+    spread = ["--zero-stage", "3", "--offload", "optimizer", "--batch-size", "1", "--global-batch-size", "8"]
+    assert differences(described(words), described([*words, *spread], ranks=2)) == []
+
+
+def test_what_earlier_versions_noted_and_may_change_now_does_not_count(words):
+    before = described(words)
+    before["deciding"] |= {"zero_stage": 3, "offload": ["param"], "global_batch_size": None}
+    assert differences(before, described(words)) == []
+
+
+@pytest.mark.parametrize(("change", "ranks", "samples"), [
+    ([], 1, None), ([], 4, 8), (["--batch-size", "2"], 4, None), (["--gradient-accumulation-steps", "1"], 4, None),
+    (["--global-batch-size", "12"], 4, None), (["--zero-stage", "3"], 2, 8)])
+def test_steps_stay_as_they_are_where_only_the_devices_are_others(words, tmp_path, change, ranks, samples):
+    (tmp_path / "args.json").write_text(json.dumps(described(words)))
+    assert step_to_go_on_with(tmp_path, parse(TrainConfig, [*words, *change]).optim, ranks) == samples
+    assert step_to_go_on_with(tmp_path / "nothing", parse(TrainConfig, words).optim, 2) is None
 
 
 def test_a_precision_that_another_device_would_choose(words, monkeypatch):
@@ -106,7 +123,7 @@ def test_a_changed_deepspeed_file_is_noticed_wherever_it_lies(words, tmp_path):
 
 @pytest.mark.parametrize(("change", "goes_on"), [
     (["--lr", "0.1"], True), (["--clip-grad", "0.5"], True), (["--lr-scheduler", "linear"], True),
-    (["--num-epochs", "3"], True), (["--kd-rate", "0.1"], True), (["--zero-stage", "2"], False),
+    (["--num-epochs", "3"], True), (["--kd-rate", "0.1"], True),
     (["--precision", "bf16"], False), (["--peft", "lora"], False), (["--seed", "1"], False),
     (["--batch-size", "2"], False), (["--train-num", "5"], False), (["--loss-terms", "hidden_states=1"], False)])
 def test_what_force_can_and_cannot_change(words, tmp_path, change, goes_on, caplog):

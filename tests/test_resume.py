@@ -73,7 +73,6 @@ def test_a_changed_run_is_refused_and_a_finished_one_left_alone(settings, tmp_pa
 def test_force_goes_on_with_another_learning_rate(settings, tmp_path):
     stopped(tmp_path, settings | {"LR_SCHEDULER": "constant"})
     changed = settings | {"LR_SCHEDULER": "constant", "LR": 1e-4, "RESUME": "force", "CLIP_GRAD": 0.5}
-    assert run(KD, **changed, SAVE_DIR=tmp_path, ZERO_STAGE=2).returncode == 2  # the state is of stage 1
     done = run(KD, **changed, SAVE_DIR=tmp_path)
     assert done.returncode == 0, done.stdout
     for said in "going on though lr was 0.01, is 0.0001", "from here on lr 0.01 -> 0.0001", "clip_grad 1.0 -> 0.5":

@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections import Counter
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -19,6 +20,7 @@ from todi.models.loading import load_model
 from todi.runtime.device import Precision
 from todi.runtime.distributed import world_from_environment
 from todi.training.deepspeed_config import build_deepspeed_config
+from todi.training.layouts import MOMENTS, flat_tensors
 from todi.training.optimizer import build_optimizer, build_schedule, lowers_loss_scale, wrap
 from todi.training.state import Position, SavedState, StateStore
 from todi.training.student import Student
@@ -150,11 +152,63 @@ def test_a_state_of_the_same_settings_changes_none(stage, states, caplog):
     assert "from here on" not in caplog.text
 
 
-@pytest.mark.parametrize(("then", "now"), [(0, 1), (1, 0), (0, 3), (2, 3), (3, 1)])
-def test_a_state_of_another_layout_is_not_taken_up(then, now, states):
+@pytest.mark.parametrize(("then", "now"), [(then, now) for then in STAGES for now in STAGES if then != now])
+def test_a_state_of_another_stage_goes_on(then, now, states, caplog):
+    """As one of the same stage does."""
     path = saved(states, build("fp32", then))
-    with pytest.raises(InputError, match=r"was written with (no )?ZeRO.* now; start anew with --resume never"):
-        states.load(path, build("fp32", now))
+    with caplog.at_level(logging.INFO, "todi"):
+        ours, theirs = (went_on(states, path, stage) for stage in (now, then))
+    assert f"the state of 1 rank at ZeRO stage {then} goes on with 1 rank at ZeRO stage {now}" in caplog.text
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
+    assert ours[2] == pytest.approx(theirs[2])
+
+
+def went_on(states: StateStore, path: Path, stage: int) -> tuple[list[float], list[float], list[float]]:
+    """Losses, norms and the learning rates after some steps with a state."""
+    engine = build("fp32", stage)
+    states.load(path, engine)
+    return *train(engine, 4), [group["lr"] for group in engine.optimizer.param_groups]
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 3), (3, 2), (0, 3)])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_state_comes_back_to_the_bit_from_another_stage(precision, then, now, tmp_path):
+    """Masters in fp32, moments and the scale of the loss, whatever the weights that compute are."""
+    engine = build(precision, then)
+    train(engine, 3)
+    before = optimizer_of(engine)
+    for number, stage in enumerate((now, then)):
+        states = StateStore(tmp_path / str(number), world_from_environment())
+        states.folder.parent.mkdir()
+        states.save(engine, SavedState(Position(step=3), {}, {}))
+        engine = build(precision, stage)
+        states.load(states.newest(), engine)
+    after = optimizer_of(engine)
+    assert len(before) == len(after) > 1
+    for one, another in zip(before, after, strict=True):
+        assert one.keys() == another.keys() == {"weight", "step", *MOMENTS}
+        assert all(torch.equal(one[name], another[name]) for name in one)
+    scales = [getattr(one.optimizer, "loss_scaler", None) for one in (engine, build(precision, then))]
+    assert precision != "fp16" or scales[0].cur_scale != scales[1].cur_scale
+
+
+def optimizer_of(engine) -> list[dict[str, torch.Tensor]]:
+    """The flat tensors that an engine steps, with their moments."""
+    flats, inner = flat_tensors(engine)
+    return [{"weight": flat.detach().clone(), **{name: value.clone() for name, value in inner.state[flat].items()}}
+            for flat in flats]
+
+
+def test_a_state_that_does_not_say_what_lies_where(states):
+    """As those of version 0.1."""
+    path = saved(states, build("fp32", 3))
+    own = torch.load(path / "rank0.pt", weights_only=True)
+    del own["pieces"]
+    torch.save(own, path / "rank0.pt")
+    went_on(states, path, 3)
+    with pytest.raises(InputError, match="let it go on once with 1 rank at ZeRO stage 3"):
+        states.load(path, build("fp32", 1))
 
 
 class Operations(TorchDispatchMode):

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from todi.earlier import SPREAD, folder_to_go_on_in
 from todi.errors import InputError, run_main
 from todi.finding import Given, find_models
 from todi.options import LONGEST_NAME, Option, declared, possible_path, spell
@@ -79,7 +80,7 @@ def training_options(words: Sequence[str], environment: Mapping[str, str]) -> li
         given["kd_params"] = [*given.get("kd_params", ()), f"skew_lambda={variables['SKEW_LAMBDA']}"]
     if given.get("criterion") == [CROSS_ENTROPY]:
         given = {name: value for name, value in given.items() if name not in _OF_DISTILLATION}
-    save_dir = save_dir or "".join(given.pop("save_dir", ())) or name_run(given, variables, said)
+    save_dir = save_dir or "".join(given.pop("save_dir", ())) or _find_run(given, variables, said, words)
     return [*compose(_TRAINING, given, words), *words, "--save-dir", save_dir]
 
 
@@ -234,8 +235,20 @@ def name_run(given: Given, variables: Mapping[str, str], said: Collection[str]) 
     parts = [f"criterion={criterion}", *parts, f"epoch={text('num_epochs')}", f"bsz={batch}", f"lr={text('lr')}",
              f"seed={text('seed')}"]
     parts += [f"{name}={text(name).replace('/', '-')}" for name, one in _TRAINING.items()
-              if name in said and not one.may_change and text(name) != spell(one.default)]
+              if name in said and (name in SPREAD or not one.may_change) and text(name) != spell(one.default)]
     return f"outputs/{required('FAMILY')}/{required('CKPT_NAME')}/{task}/{_fitting('__'.join(parts))}"
+
+
+def _find_run(given: Given, variables: Mapping[str, str], said: Collection[str], words: Sequence[str]) -> str:
+    """The folder of a run: the one of its name, unless it goes on in one of other devices, or is to start anew."""
+    named = name_run(given, variables, said)
+    if given.get("resume") == ["never"] or re.search("--resume[ =]never", " ".join(words)):
+        return named
+    found = folder_to_go_on_in(named)
+    if found != named:
+        print(f"note: the run in {found} goes on, which was spread over devices otherwise (SAVE_DIR or RESUME=never "
+              "begins another)", file=sys.stderr)
+    return found
 
 
 def name_text(given: Given, variables: Mapping[str, str]) -> str:

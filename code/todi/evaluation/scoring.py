@@ -16,7 +16,7 @@ from todi.generation.writer import Row, Writer
 from todi.models.backbone import backbone_and_head, labelled_rows
 from todi.models.packing import packing
 
-LOSS_BATCH = 8  # whole samples at a time; more take more memory, and work enough is in these
+_LOSS_BATCH = 8  # whole samples at a time; more of them bring more padding, and work enough is in these
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def mean_loss(writer: Writer, examples: Sequence[Example]) -> float:
     """Mean cross-entropy of the writer's model over the response tokens of all `examples`; every rank calls it."""
     backbone, head = backbone_and_head(writer.model)
     order = sorted(examples, key=lambda example: len(example.ids))
-    size = min(writer.batch_size, LOSS_BATCH) * writer.world.size
+    size = min(writer.batch_size, _LOSS_BATCH) * writer.world.size
     sums = torch.zeros(2, dtype=torch.float64)
     with packing(writer.model, "the model") as packed:
         for start in range(0, len(order), size):

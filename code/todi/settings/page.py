@@ -24,7 +24,7 @@ setting has, but nearly, is refused.
 
 "At resume" says what may change when a run goes on: "may change", for it does not alter what is computed; "with force",
 under `RESUME=force` alone, which says what changes and computes with the new value from there on; "fixed", never, for a
-resume state is laid out by it. Of what is not a setting, the data may change with force; the student's files, the
+resume state holds it. Of what is not a setting, the data may change with force; the student's files, the
 samples of a step (over all devices) and of an epoch are fixed. [deepspeed.md](deepspeed.md) has the keys of a DeepSpeed
 file.
 

@@ -213,7 +213,7 @@ class OptimConfig:
     max_steps: int | None = option(None, "stop after so many optimizer steps", least=1)
     global_batch_size: int | None = option(None, "samples of an optimizer step over all devices, in place of "
                                                  "--gradient-accumulation-steps; these times --batch-size times the "
-                                                 "devices when not given", least=1)
+                                                 "devices when not given", least=1, may_change=True)
 
     def tokens(self, longest: int) -> int:
         """Of a micro-batch at most, where samples have up to `longest`."""
@@ -247,9 +247,9 @@ class RunConfig:
     precision: str = precision_option()
     tf32: bool = option(True, "on a GPU: round the factors of fp32 products to TF32, which is several times faster")
     allocator: str = allocator_option()
-    zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3)
+    zero_stage: int = option(1, "DeepSpeed ZeRO stage", least=0, at_most=3, may_change=True)
     offload: tuple[str, ...] = option((), "what DeepSpeed keeps in the computer's memory, not the device's: optimizer "
-                                          "(stage 1 or more), param (stage 3)", fixed=True,
+                                          "(stage 1 or more), param (stage 3)", may_change=True,
                                       pattern=("optimizer|param", "optimizer or param"))
     deepspeed_config: str | None = option(None, "a DeepSpeed JSON file that overrides the built configuration",
                                           flag="--deepspeed_config", may_change=True)
@@ -309,8 +309,13 @@ class TrainConfig:
     @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what a run computes, by name."""
-        may_change = {one.name for options in declared(type(self)).values() for one in options if one.may_change}
+        may_change = self.changeable()
         return {name: value for name, value in self.by_name.items() if name not in may_change}
+
+    @classmethod
+    def changeable(cls) -> set[str]:
+        """Names of the settings that may change at resume, for they do not alter what a run computes."""
+        return {one.name for options in declared(cls).values() for one in options if one.may_change}
 
     @classmethod
     def fixed(cls) -> set[str]:

@@ -88,9 +88,11 @@ VALUES: dict[str, Limit] = {
     "zero_allow_untested_optimizer": ("true", lambda value: value is True),
     "zero_force_ds_cpu_optimizer": ("false", lambda value: value is False),
 }
-# What a resume state is laid out by, by dotted names.
-FIXED = re.compile(r"(bf16|fp16)\..*|zero_optimization\.(stage|sub_group_size|round_robin_gradients|"
-                   r"stage3_(param|model)_persistence_threshold|offload_.*)")
+# What a resume state holds, by dotted names, and nothing changes.
+FIXED = re.compile(r"(bf16|fp16)\..*")
+# What it is laid out by, and put into another layout for.
+LAYOUT = re.compile(r"zero_optimization\.(stage|sub_group_size|round_robin_gradients|"
+                    r"stage3_(param|model)_persistence_threshold|offload_.*)")
 # How a step is cut, and where that is set; a file may repeat it.
 PLAN = {"train_batch_size": "--batch-size, --gradient-accumulation-steps and the number of devices",
         "train_micro_batch_size_per_gpu": "--batch-size",
@@ -142,7 +144,7 @@ a key as if it were not there.
 
 ## Keys that are used
 
-"At resume" is as in [settings.md](settings.md): with force, or fixed.
+"At resume" is as in [settings.md](settings.md): may change, with force, or fixed.
 
 | key | default | must be | at resume |
 | --- | --- | --- | --- |
@@ -185,7 +187,7 @@ def _used() -> Iterator[tuple[str, ...]]:
 
 
 def _row(key: str, default: str, must_be: str) -> tuple[str, ...]:
-    at_resume = "fixed" if FIXED.fullmatch(key) else "with force"
+    at_resume = "fixed" if FIXED.fullmatch(key) else "may change" if LAYOUT.fullmatch(key) else "with force"
     return f"`{key}`", f"`{_OWN_DEFAULTS.get(key, default)}`", must_be, at_resume
 
 

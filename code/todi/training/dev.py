@@ -18,7 +18,6 @@ from todi.data.records import Record
 from todi.data.tokenize import Example
 from todi.evaluation.rouge import rouge_l
 from todi.evaluation.rouge_tokens import choose_tokenizer
-from todi.evaluation.scoring import LOSS_BATCH
 from todi.generation.decoding import Decoding, Response, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.generation.together import cache_bytes

@@ -10,17 +10,18 @@ from typing import Any
 
 from todi.errors import InputError
 from todi.runtime.versions import git_commit, versions
-from todi.settings import TrainConfig
+from todi.settings import OptimConfig, TrainConfig
 from todi.training.deepspeed_config import flat
-from todi.training.deepspeed_keys import FIXED, PLAN
+from todi.training.deepspeed_keys import FIXED, LAYOUT, PLAN
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # 1 had the checksums of train.jsonl and dev.jsonl among `deciding`, by these names, and no others
 _STUDENT = "the student"
-# What a resume state is laid out by, or counted in, besides settings and keys of a DeepSpeed file that say so: not even
-# --resume force can change it. Everything else comes from the settings again when a run is resumed (training/state.py).
-_FIXED = {_STUDENT, "samples of a step", "samples of an epoch"}
+_STEP = "samples of a step"
+# What a resume state is counted in, besides settings and keys of a DeepSpeed file that say so: not even --resume force
+# can change it. Everything else comes from the settings again when a run is resumed (training/state.py).
+_FIXED = {_STUDENT, _STEP, "samples of an epoch"}
 
 
 def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str], teacher: str | None,
@@ -38,7 +39,7 @@ def describe_run(config: TrainConfig, world_size: int, files: Mapping[str, str],
     return {
         "format": FORMAT,
         "settings": dataclasses.asdict(config),
-        "deciding": config.deciding | {"samples of a step": config.optim.step_samples(world_size),
+        "deciding": config.deciding | {_STEP: config.optim.step_samples(world_size),
                                        "samples of an epoch": epoch_samples, "teacher": teacher},
         "deepspeed": {name: value for name, value in deepspeed.items() if name not in PLAN},
         "files": dict(files),
@@ -64,6 +65,24 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{file} is not of a run that can be gone on with; choose another --save-dir, or start "
                          "anew with --resume never") from None
     return record
+
+
+def step_to_go_on_with(folder: Path, optim: OptimConfig, devices: int) -> int | None:
+    """Samples of a step of the run in `folder`, where nothing but the number of devices says otherwise now.
+
+    Its steps go on to be made of these, so that the same command goes on with more devices or fewer. None where they
+    are the same, where the shape of a step was set otherwise, and where there is no run.
+
+    Raises:
+        InputError: there is what no run wrote.
+    """
+    before = read_record(folder)
+    samples = before and before["deciding"].get(_STEP)
+    if samples in (None, optim.step_samples(devices)) or optim.global_batch_size is not None:
+        return None
+    then = before.get("settings", {}).get("optim", {})
+    shape = ("batch_size", "gradient_accumulation_steps")
+    return samples if all(then.get(name) == getattr(optim, name) for name in shape) else None
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any], force: bool = False) -> None:
@@ -103,10 +122,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     if files is None:
         by_name = {name: then.pop(name) for name in ("train.jsonl", "dev.jsonl")}
         files = {path: by_name[Path(path).name] for path in now["files"] if Path(path).name in by_name}
-    then = TrainConfig.defaults() | then
+    then = TrainConfig.defaults() | {name: value for name, value in then.items()
+                                     if name not in TrainConfig.changeable()}  # earlier versions held some of them
     found = _changed(then, {name: value for name, value in now["deciding"].items() if name in then})
     if "deepspeed" in before:
-        found |= _changed(flat(before["deepspeed"]), flat(now["deepspeed"]))
+        found |= _changed(*({name: value for name, value in flat(one["deepspeed"]).items()
+                             if not LAYOUT.fullmatch(name)} for one in (before, now)))
     found |= {path: f"{path} is not what it was" for path in files
               if path in now["files"] and files[path] != now["files"][path]}
     student = now["deciding"]["model_path"]
@@ -117,8 +138,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in {**then, **now}
-            if _plain(then.get(name)) != _plain(now.get(name))}
+    found = {name: f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in {**then, **now}
+             if _plain(then.get(name)) != _plain(now.get(name))}
+    if _STEP in found:
+        found[_STEP] += f" (--global-batch-size {then.get(_STEP)} keeps it)"
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,8 @@ import json
 import logging
 import pickle
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
 from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
+from todi.training.layouts import FOLDER, SavedOptimizer, Spread, pieces_of, take_over
 from todi.training.optimizer import go_on_at_the_least_loss_scale
 from todi.training.scores import Kept
 
@@ -39,7 +41,8 @@ _DEEPSPEED_TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_addre
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 # Of a group of parameters: what a setting decides, and its name.
 _GROUP_SETTINGS = {"initial_lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
-_LAYOUTS = ("no ZeRO", "ZeRO stage 1 or 2", "ZeRO stage 1 or 2", "ZeRO stage 3")  # by the stage
+_KINDS = ("whole", "groups cut", "groups cut", "parameters cut")  # how the optimizer is laid out, by the stage
+_STREAMS = 1_000_003  # from one seed of random numbers to that after another step
 KEPT_STATES = 2  # the newest, and one more in case its files are damaged
 
 
@@ -74,7 +77,8 @@ class SavedState:
     """What a state holds besides what it puts back into the engine.
 
     Attributes:
-        window: this rank's loss sums since the last line of the log; empty when another number of ranks wrote it.
+        window: this rank's loss sums since the last line of the log; when another number of ranks wrote them, the first
+            has all and the others none.
         source: of the source of samples.
         schedule: of what moves parameters of the objective; empty without one.
     """
@@ -106,14 +110,16 @@ class StateStore:
                 self.folder.mkdir(exist_ok=True)  # not its parents: a run whose folder is gone must say so
                 draft.mkdir()
             self.world.barrier()
-            engine.save_checkpoint(str(draft), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
-            window = {name: value.cpu() for name, value in state.window.items()}
-            torch.save({"random": _random_states(engine.device), "window": window}, draft / f"rank{self.world.rank}.pt")
+            engine.save_checkpoint(str(draft), tag=FOLDER, save_latest=False, exclude_frozen_parameters=True)
+            own = {"random": _random_states(engine.device), "pieces": pieces_of(engine),
+                   "window": {name: value.cpu() for name, value in state.window.items()}}
+            torch.save(own, draft / f"rank{self.world.rank}.pt")
             self.world.barrier()
             if self.world.is_main:
                 files = {str(file.relative_to(draft)): file.stat().st_size for file in _files(draft)}
                 record = {"position": dataclasses.asdict(position), "ranks": self.world.size,
-                          "source": state.source, "schedule": state.schedule, "files": files}
+                          "stage": engine.zero_optimization_stage(), "source": state.source,
+                          "schedule": state.schedule, "files": files}
                 (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
                 publish(path)
                 for older in self._newest_first()[KEPT_STATES:]:
@@ -137,42 +143,54 @@ class StateStore:
 
         Learning rate, decay, clipping and the like stay as the engine was built with.
 
+        A state of another number of ranks or another ZeRO stage is put into this one's layout. With another number of
+        ranks each draws random numbers of its own from here on, by its seed and the step.
+
         Raises:
-            InputError: it was written by another number of ranks under a ZeRO stage that spreads the optimizer, or
-                under another stage, or it holds what no run writes.
+            InputError: it is of another layout and of a version that did not note its own, or not all of it is here, or
+                it holds what no run writes.
         """
         record = _read(path)
-        written, stage = _layout(record["files"]), engine.zero_optimization_stage()
-        if written != _LAYOUTS[stage]:
-            raise InputError(f"{path} was written with {written}, and the run has {_LAYOUTS[stage]} now; start anew "
-                             "with --resume never")
-        same_ranks = record["ranks"] == self.world.size
-        if not same_ranks and engine.zero_optimization_stage() > 0:
-            raise InputError(f"{path} was written by {record['ranks']} ranks, and ZeRO stage "
-                             f"{engine.zero_optimization_stage()} spreads the optimizer over them; there are "
-                             f"{self.world.size} now. Only stage 0 goes on with another number")
+        then = Spread(record["ranks"], record.get("stage", _stage(record["files"])))
+        now = Spread(self.world.size, engine.zero_optimization_stage())
+        if then.ranks != now.ranks or _KINDS[then.stage] != _KINDS[now.stage]:
+            _check_every_rank(path, then)
         engine.checkpoint_engine = _SafeCheckpointEngine()
-        own, settings = None, OptimizerSettings(engine)
-        try:
-            with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
-                engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
-            if same_ranks:
-                own = torch.load(path / f"rank{self.world.rank}.pt", map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise InputError(f"{path} holds more than tensors and numbers, so it was not written by a run; nothing of "
-                             "it was executed") from None
+        settings = OptimizerSettings(engine)
+        with _nothing_executed(path):
+            own = self._own_files(path, then)
+            if self._is_laid_out_alike(then, now, own, engine):
+                engine.load_checkpoint(str(path), tag=FOLDER, load_module_strict=False)
+            else:
+                take_over(SavedOptimizer(path, then), engine)
+        if then != now:
+            logger.info("the state of %s goes on with %s", then, now)
         go_on_at_the_least_loss_scale(engine)
         for change in settings.put_back():
             logger.info("from here on %s", change)
-        if own is not None:
-            _set_random_states(own["random"], engine.device)
+        position = Position.from_json(record["position"])
+        if then.ranks == now.ranks:
+            _set_random_states(own[0]["random"], engine.device)
         else:
             logger.warning("%s was written by %d ranks, there are %d now: dropout draws other numbers from here on",
-                           path, record["ranks"], self.world.size)
-        position = Position.from_json(record["position"])
+                           path, then.ranks, now.ranks)
+            torch.manual_seed(torch.initial_seed() + position.step * _STREAMS)
         logger.info("going on from %s: epoch %d, step %d", path, position.epochs + 1, position.step)
         return SavedState(position, _window(own, engine.device), record.get("source", {}),
                           record.get("schedule", {}))
+
+    def _own_files(self, path: Path, then: Spread) -> list[dict[str, Any]]:
+        """What the ranks before knew that this one goes on with: its own, or with another number the first has all."""
+        mine = [self.world.rank] if then.ranks == self.world.size else range(then.ranks) if self.world.is_main else ()
+        return [torch.load(path / f"rank{rank}.pt", map_location="cpu", weights_only=True) for rank in mine]
+
+    def _is_laid_out_alike(self, then: Spread, now: Spread, own: list[dict[str, Any]],
+                           engine: deepspeed.DeepSpeedEngine) -> bool:
+        """Whether DeepSpeed's files hold just what the engine has, on every rank, so that it reads them itself."""
+        if _KINDS[then.stage] != _KINDS[now.stage] or then.owners != now.owners:
+            return False
+        ours = pieces_of(engine)
+        return all(self.world.gather(all(one.get("pieces", ours) == ours for one in own)))
 
     @property
     def finished(self) -> Position | None:
@@ -238,23 +256,50 @@ class OptimizerSettings:
 class _SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's reader, which otherwise unpickles whatever a file holds."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.zipfile_serialization = True  # as DeepSpeed's own writes; without it files cannot be mapped
+
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _layout(files: Iterable[str]) -> str:
-    """Of `_LAYOUTS`, the one of a state's files."""
+@contextmanager
+def _nothing_executed(path: Path) -> Iterator[None]:
+    """Within it files may hold what DeepSpeed writes; InputError for one that holds anything else."""
+    try:
+        with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
+            yield
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds more than tensors and numbers, so it was not written by a run; nothing of it "
+                         "was executed") from None
+
+
+def _check_every_rank(path: Path, then: Spread) -> None:
+    """Raises InputError where the files of other ranks are not here: on another node's own disk, for one."""
+    missing = [rank for rank in range(then.ranks) if not (path / f"rank{rank}.pt").is_file()]
+    if missing:
+        raise InputError(f"{path} lacks the files of {len(missing)} of {then.ranks} ranks: to go on with other devices "
+                         "every node must see all of them; copy them there, or go on as before")
+
+
+def _stage(files: Iterable[str]) -> int:
+    """Of ZeRO, by a state's files: 1 for 1 and 2, which are laid out alike; of versions that did not note it."""
     names = [Path(file).name for file in files]
     if not any(name.endswith("_optim_states.pt") for name in names):
-        return _LAYOUTS[0]
-    return _LAYOUTS[3 if any(name.startswith("zero_") and name.endswith("_model_states.pt") for name in names) else 1]
+        return 0
+    return 3 if any(name.startswith("zero_") and name.endswith("_model_states.pt") for name in names) else 1
 
 
-def _window(own: dict[str, Any] | None, device: torch.device) -> dict[str, Tensor]:
-    window = own["window"] if own else {}
-    if isinstance(window, Tensor):  # of version 0.1: the fields of LossSums
-        window = dict(zip(LossSums._fields, window, strict=True))
-    return {name: value.to(device) for name, value in window.items()}
+def _window(own: Iterable[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    """The sums of the ranks that this one goes on for."""
+    total: dict[str, Tensor] = {}
+    for window in (one["window"] for one in own):
+        if isinstance(window, Tensor):  # of version 0.1: the fields of LossSums
+            window = dict(zip(LossSums._fields, window, strict=True))
+        for name, value in window.items():
+            total[name] = total[name] + value if name in total else value
+    return {name: value.to(device) for name, value in total.items()}
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
