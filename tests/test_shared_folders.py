@@ -36,12 +36,6 @@ class Party:
 def check(*roots: Path, marks: Sequence[bool] = (), kind: str = "node",
           monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What each of the nodes says of "outputs/run", which is in its own root."""
-    class Rooted(type(Path())):
-        """A path that a thread has in its root, as a node has it in its file system."""
-
-        def __new__(cls, name: str) -> Path:
-            return here.root / name
-
     here, party = threading.local(), Party(len(roots))
     monkeypatch.setattr(shared_folders, "Path", lambda name: here.root / name)
 
@@ -114,6 +108,6 @@ def test_a_folder_that_cannot_be_written(roots, monkeypatch):
     nodes = roots("shared", "bad")
     (nodes[1] / "outputs").touch()
     heard = check(*nodes, monkeypatch=monkeypatch)
-    assert heard[0] == heard[1] == [f"node 1 ({HOST}) cannot write to {nodes[0]}/outputs/run: Not a directory"] or \
-        heard[0] == [f"node 1 ({HOST}) cannot write to {nodes[0]}/outputs/run: File exists"]
+    for problems in heard:
+        assert len(problems) == 1 and problems[0].startswith(f"node 1 ({HOST}) cannot write to ")
     assert not os.listdir(nodes[0])
