@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 set +a
 
 default SSH "ssh -o BatchMode=yes -o ServerAliveInterval=15"
-PATIENCE=10  # seconds that others have to end by themselves, so that each says its own
+PATIENCE=5  # seconds that others have to end by themselves, so that each says its own
 hosts=() slots=() pids=() words=() received=0
 
 # read_hosts FILE: sets `hosts` and `slots`.

@@ -144,7 +144,7 @@ def test_two_nodes_train(settings, tmp_path):
     ({"NNODES": 2, "NODE_RANK": 0, "RENDEZVOUS_TIMEOUT": "soon"}, "RENDEZVOUS_TIMEOUT must be a whole number"),
     ({"NNODES": 2, "NODE_RANK": 0}, "NNODES=2 needs MASTER_ADDR"),
     ({"NODE_RANK": 1}, "NODE_RANK must be below NNODES=1, got 1"),
-    ({"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "node0:29500"}, "MASTER_ADDR must be a name or an address, without a "),
+    ({"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "node0:29500"}, "MASTER_ADDR must be a name or an address"),
     ({"DRY_RUN": 0}, "DRY_RUN must be 1, or not set, got '0'"),
     ({"GPUS": "x"}, "GPUS must be numbers or names of devices, or cpu; got x"),
     ({"GPUS": "0,x"}, "GPUS must be numbers or names of devices, or cpu; got 0,x"),
@@ -246,7 +246,7 @@ def test_a_second_run_is_refused_before_its_processes_start(settings, tmp_path):
         process = start(KD, **settings, SAVE_DIR=tmp_path / "run", NPROC=2, GRAD_ACC=1)
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 2, output
-    assert [line for line in output.splitlines() if line.startswith("error: ")] == [
-        f"error: another run is writing to {tmp_path}/run: process {os.getpid()} on {socket.gethostname()} (its lock is "
-        f"{tmp_path}/run/.lock)"]
+    assert output.count("error: ") == 1
+    assert (f"error: another run is writing to {tmp_path}/run: process {os.getpid()} on {socket.gethostname()} (its "
+            f"lock is {tmp_path}/run/.lock)\n") in output
     assert "torch.distributed" not in output

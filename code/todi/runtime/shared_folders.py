@@ -59,8 +59,11 @@ def _problems(folder: Path, party: Party, kind: str, marks: bool) -> list[str]:
         others = {number: name for number, (_, _, name) in enumerate(left) if name and number != party.rank}
         unseen = trace.unseen(others) if marks and not failure else []
         missed = party.gather(unseen)
+        trace.remove_mark()
+        party.gather(None)  # while one's mark is there, nobody else can remove the folder
     finally:
-        trace.remove()
+        trace.remove_mark()
+        trace.remove_folders()
     failures = [f"{kind} {number} ({host}) cannot write to {folder}: {failure}"
                 for number, (host, failure, _) in enumerate(left) if failure]
     apart = sorted({number for number, unseen in enumerate(missed) if 0 in unseen} | set(missed[0]))
@@ -102,9 +105,13 @@ class _Trace:
                 return missing
             time.sleep(_LOOK)
 
-    def remove(self) -> None:
-        """The mark, and those folders that nobody else has put anything into."""
+    def remove_mark(self) -> None:
+        """If it is there."""
         with suppress(OSError):
-            (self.folder / self.name).unlink(missing_ok=True)
-            for path in self.made:
+            (self.folder / self.name).unlink()
+
+    def remove_folders(self) -> None:
+        """Those that were made, and that nobody has put anything into."""
+        for path in self.made:
+            with suppress(OSError):
                 path.rmdir()
