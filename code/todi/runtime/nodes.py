@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistNetworkError, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from todi.errors import InputError
 from todi.runtime.distributed import World
@@ -64,11 +64,12 @@ class Meeting:
     def __init__(self, nodes: Nodes):
         self.nodes, self.rank, self.size = nodes, nodes.rank, nodes.count
         self._gathered = 0
-        self._store = _open_store(nodes, time.monotonic())
-        if nodes.rank == 0:
-            self._store.set("job", nodes.token)
-        else:
-            self._check_job(self._store.get("job").decode())
+        with _naming_node_0(nodes):
+            self._store = _open_store(nodes, time.monotonic())
+            if nodes.rank == 0:
+                self._store.set("job", nodes.token)
+            else:
+                self._check_job(self._store.get("job").decode())
 
     def gather(self, value: Any) -> list[Any]:
         """`value`, as JSON can hold it, of every node, in their order, on every node.
@@ -77,16 +78,13 @@ class Meeting:
             InputError: a node does not come in time, or node 0 has ended.
         """
         self._gathered += 1
-        try:
+        with _naming_node_0(self.nodes):
             self._store.set(self._place(self.rank), json.dumps(value))
             self._wait_for_all("")
             values = [json.loads(self._store.get(self._place(rank))) for rank in range(self.size)]
             self._store.set(f"{self._place(self.rank)} has read", "")
             if self.rank == 0:  # the store is there for as long as this process keeps it
                 self._wait_for_all(" has read")
-        except DistNetworkError:
-            raise InputError(f"node 0 of {self.size}, at {self.nodes.address}:{self.nodes.port}, has ended before all "
-                             "nodes had met") from None
         return values
 
     def _place(self, rank: int) -> str:
@@ -108,8 +106,8 @@ class Meeting:
 
     def _strangers(self) -> str:
         """Who came and was refused, for the lines about who is missing."""
-        count = self._store.add("strangers", 0)
-        known = [self._store.get(f"stranger {number}").decode() for number in range(1, count + 1)]
+        places = [f"stranger {number + 1}" for number in range(self._store.add("strangers", 0))]
+        known = [self._store.get(place).decode() for place in places if self._store.check([place])]
         return f"; refused: {', '.join(known)}" if known else ""
 
 
@@ -180,6 +178,16 @@ def differing(first: Mapping[str, str], second: Mapping[str, str], one: str, oth
     """
     return [f"{name} is {first.get(name, 'not there')} on {one}, {second.get(name, 'not there')} on {other}"
             for name in {**first, **second} if first.get(name) != second.get(name)]
+
+
+@contextmanager
+def _naming_node_0(nodes: Nodes) -> Iterator[None]:
+    """What the loss of its store means."""
+    try:
+        yield
+    except (DistNetworkError, DistStoreError):
+        raise InputError(f"node 0 of {nodes.count}, at {nodes.address}:{nodes.port}, has ended before all nodes had "
+                         "met") from None
 
 
 def _open_store(nodes: Nodes, started: float) -> TCPStore:
