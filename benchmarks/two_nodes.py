@@ -67,7 +67,8 @@ def one_stage(shared: Path, settings: Mapping[str, object], stage: int) -> list[
     nodes = [start(shared, rank, settings | {"SAVE_DIR": folder, "RENDEZVOUS_ID": "first"}) for rank in range(2)]
     said = wait_for(nodes[0], PREEMPT_AFTER)
     asked = time.perf_counter()
-    nodes[1].send_signal(signal.SIGUSR1)  # one of them is told; both must end
+    for node in nodes:  # as SLURM does
+        node.send_signal(signal.SIGUSR1)
     codes = [(node.communicate(timeout=300)[0], node.returncode) for node in nodes]
     ended = time.perf_counter() - asked
     check([128 + signal.SIGUSR1] * 2, codes)
