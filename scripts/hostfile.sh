@@ -78,7 +78,8 @@ wait_for_all() {
 
 (($# >= 2)) && [[ -f $1 && -f $2 ]] || die "usage: bash scripts/hostfile.sh HOSTFILE LAUNCHER [WORD...], both files; got $*"
 read_hosts "$1"
-[[ $(tr ' ' '\n' <<<"${slots[*]}" | sort -u | grep -c .) == 1 ]] || die "all hosts must have as many slots; $1 has ${slots[*]}"
+[[ $(tr ' ' '\n' <<<"${slots[*]}" | sort -u | grep -c .) == 1 ]] ||
+  die "all hosts must have as many slots; $1 has ${slots[*]}"
 unset NNODES NODE_RANK
 default NPROC "${slots[0]}"
 default MASTER_ADDR "${hosts[0]#*@}"
