@@ -150,7 +150,7 @@ class TestLaunchers:
         assert alone.result().checkpoint
         ones, twos = ({str(path.relative_to(tmp_path / name)): path.read_bytes()
                        for path in (tmp_path / name).rglob("*") if path.is_file()} for name in ("one", "two"))
-        assert len(ones) == 9  # three shards of two files, cache.json, the head, the lock
+        assert len(ones) == 8  # three shards of two files, cache.json, the head
         assert ones == twos
         assert "3 of 3 shards" in done.result().output
 

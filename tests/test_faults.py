@@ -47,7 +47,7 @@ def test_a_read_only_folder(settings, tmp_path):
     before = snapshot(folder)
     for path in [folder, *folder.rglob("*")]:
         path.chmod(path.stat().st_mode & ~0o222)
-    refused(folder, settings, f"cannot write {folder}/train.log: ", AS_A_USER)
+    refused(folder, settings, f"cannot write {folder}/.lock: ", AS_A_USER)
     refused(folder / "below", settings, f"cannot write {folder}/below: ", AS_A_USER)
     assert snapshot(folder) == before
 

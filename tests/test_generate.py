@@ -20,7 +20,8 @@ from todi.generation.sampling import stream_key
 from todi.generation.text_files import Selection, TextFolder
 from todi.options import parse
 from todi.runtime.checksums import file_checksum
-from todi.runtime.storage import claimed, write_bytes, write_text
+from todi.runtime.locks import claimed
+from todi.runtime.storage import write_bytes, write_text
 from todi.settings import GenerateConfig, TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

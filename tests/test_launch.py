@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, run
+from todi.elsewhere import handed_on
 from todi.errors import InputError
 from todi.finding import best_checkpoint
 from todi.launch import evaluation_options, generation_options, read_values, training_options
@@ -413,3 +414,19 @@ def test_words_for_a_shell():
     environment = {"PYTHONPATH": str(ROOT / "code"), "SETS": "dolly 'the other'"}
     words = ["--sets", "dolly", "the other", "--model-path", "a b\nc"]
     assert shlex.split(subprocess.check_output(command, env=environment, text=True)) == words
+
+
+def test_what_another_host_must_have_too():
+    environment = {"LR": "1e-3", "KD_PARAMS": "a=1 b=2", "NCCL_DEBUG": "INFO", "PYTHON": "python3", "NNODES": "1",
+                   "SSH": "ssh -v", "CUDA_VISIBLE_DEVICES": "0", "HOME": "/home", "PATH": "/bin", "MAX_LENGTH": ""}
+    assert set(handed_on(environment)) == {"LR=1e-3", "KD_PARAMS=a=1 b=2", "NCCL_DEBUG=INFO", "PYTHON=python3"}
+    with pytest.raises(InputError, match="unknown variable KD_OBJJ; did you mean KD_OBJ"):
+        list(handed_on({"KD_OBJJ": "ToDi"}))
+
+
+@pytest.mark.parametrize("address", ["node-0.cluster.local", "10.0.0.1", "::1", "fe80::1%eth0", "2001:db8::7"])
+def test_addresses_of_nodes(address):
+    train(NNODES="2", NODE_RANK="0", MASTER_ADDR=address)
+    for wrong in (f"http://{address}", f"{address} x", f"[{address}]"):
+        with pytest.raises(InputError, match="MASTER_ADDR must be a name or an address, without a port"):
+            train(NNODES="2", NODE_RANK="0", MASTER_ADDR=wrong)

@@ -1,6 +1,7 @@
 """Several nodes: that they meet, who is missing, and what they would do otherwise than one another."""
 
 import logging
+import os
 import re
 import socket
 import time
@@ -13,7 +14,8 @@ from stopping import KD
 from todi.errors import InputError
 from todi.runtime import nodes
 from todi.runtime.distributed import World
-from todi.runtime.nodes import Nodes, agree, check_ranks, differing, what_must_agree
+from todi.runtime.locks import claimed
+from todi.runtime.nodes import Nodes, agree, check_ranks, differing, refusals_told, what_must_agree
 
 
 def free_port() -> int:
@@ -141,6 +143,8 @@ def test_two_nodes_train(settings, tmp_path):
     ({"NNODES": 2, "NODE_RANK": 0, "MASTER_PORT": 99999}, "MASTER_PORT must be at most 65535, got 99999"),
     ({"NNODES": 2, "NODE_RANK": 0, "RENDEZVOUS_TIMEOUT": "soon"}, "RENDEZVOUS_TIMEOUT must be a whole number"),
     ({"NNODES": 2, "NODE_RANK": 0}, "NNODES=2 needs MASTER_ADDR"),
+    ({"NODE_RANK": 1}, "NODE_RANK must be below NNODES=1, got 1"),
+    ({"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "node0:29500"}, "MASTER_ADDR must be a name or an address"),
     ({"DRY_RUN": 0}, "DRY_RUN must be 1, or not set, got '0'"),
     ({"GPUS": "x"}, "GPUS must be numbers or names of devices, or cpu; got x"),
     ({"GPUS": "0,x"}, "GPUS must be numbers or names of devices, or cpu; got 0,x"),
@@ -151,3 +155,98 @@ def test_what_cannot_be(changed, said):
     output, _ = process.communicate()
     assert process.returncode == 2
     assert output.startswith(f"error: {said}") and output.count("\n") == 1
+
+
+def test_another_job_at_the_same_place(monkeypatch, caplog):
+    """Both sides say so, and the one that waits goes on waiting for its own."""
+    monkeypatch.setattr(logging.getLogger("todi"), "propagate", True)
+    caplog.set_level("INFO", logger="todi")
+    monkeypatch.setattr(nodes, "_REPORT", 0.5)
+    port, came = free_port(), []
+
+    def node(rank: int, token: str, delay: float = 0) -> str | None:
+        time.sleep(delay)
+        try:
+            came.append(agree(Nodes(2, rank, "127.0.0.1", port, 60, token), {}).rank)
+        except InputError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        said = list(pool.map(node, (0, 1, 1), ("mine", "other", "mine"), (0, 0, 3)))
+    stranger = f"node 1 ({socket.gethostname()}) of job 'other'"
+    assert said[::2] == [None, None] and sorted(came) == [0, 1]
+    assert said[1].startswith(f"{stranger} came to 127.0.0.1:{port}, where job 'mine' meets (RENDEZVOUS_ID)")
+    assert f"waits for node 1 at 127.0.0.1:{port}" in caplog.text and f"refused: {stranger}" in caplog.text
+
+
+@pytest.mark.parametrize("refuses", [0, 1])
+def test_a_node_that_refuses_its_input_tells_the_others(refuses):
+    port = free_port()
+
+    def node(rank: int) -> str | None:
+        here = Nodes(2, rank, "127.0.0.1", port, 60)
+        try:
+            with refusals_told(here):
+                if rank == refuses:
+                    raise InputError(["no data", "no model"])
+            agree(here, {})
+        except InputError as error:
+            return str(error)
+        return None
+
+    started = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        said = list(pool.map(node, range(2)))
+    who = f"node {refuses} ({socket.gethostname()}) refuses its input:"
+    assert said[refuses] == "no data\nno model"
+    assert said[1 - refuses] == f"{who} no data\n{who} no model"
+    assert time.monotonic() - started < 20
+
+
+def test_an_address_of_another_machine(monkeypatch):
+    monkeypatch.setattr(nodes, "_CONNECT", 0.5)
+    with pytest.raises(InputError, match=r"MASTER_ADDR=192\.0\.2\.1 does not lead to this machine"):
+        agree(Nodes(2, 0, "192.0.2.1", free_port(), timeout=2), {})  # which no machine has
+
+
+@pytest.mark.slow
+def test_a_node_that_is_refused_leaves_the_run_alone(settings, tmp_path):
+    """What the other wrote there before is as it was."""
+    folder = tmp_path / "run"
+    (folder / "state").mkdir(parents=True)
+    (folder / "train.log").write_text("step 1\n")
+    started = time.monotonic()
+    (_, first), (_, second) = launched(settings | {"SAVE_DIR": folder}, {}, {"DATA_DIR": tmp_path / "nowhere"})
+    assert "error: no such data file" in second and "node 1" in first and "no such data file" in first
+    assert sorted(path.name for path in folder.iterdir()) == ["state", "train.log"]
+    assert (folder / "train.log").read_text() == "step 1\n"
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_folders_that_are_not_shared(settings, tmp_path):
+    """The same name leads to another place on each node: said in a line, before anything is trained."""
+    for rank in range(2):
+        (tmp_path / f"node{rank}" / "outputs").mkdir(parents=True)
+    common = settings | {"NNODES": 2, "NPROC": 1, "GRAD_ACC": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+                         "SAVE_DIR": "/proc/self/fd/9/outputs/run"}
+    processes = [start(KD, prefix=("bash", "-c", 'exec 9<"$0"; exec "$@"', str(tmp_path / f"node{rank}")),
+                       **common | {"NODE_RANK": rank}) for rank in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 2
+        assert "error: /proc/self/fd/9/outputs/run is another folder on node 1 (" in output
+        assert output.count("error: ") == 1
+    assert not list(tmp_path.glob("node*/outputs/*"))
+
+
+def test_a_second_run_is_refused_before_its_processes_start(settings, tmp_path):
+    with claimed(tmp_path / "run"):
+        process = start(KD, **settings, SAVE_DIR=tmp_path / "run", NPROC=2, GRAD_ACC=1)
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2, output
+    assert output.count("error: ") == 1
+    assert (f"error: another run is writing to {tmp_path}/run: process {os.getpid()} on {socket.gethostname()} (its "
+            f"lock is {tmp_path}/run/.lock)\n") in output
+    assert "torch.distributed" not in output

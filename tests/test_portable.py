@@ -12,7 +12,7 @@ from launching import ROOT, environment
 from todi.runtime.logs import peak_resident_bytes
 from todi.training import memory
 
-SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), *(ROOT / "scripts").rglob("*.sbatch"), ROOT / ".ci" / "run"]
 # What bash 3.2 does not know, or takes for an unset variable
 NEWER = re.compile(r"\b(mapfile|readarray|coproc|globstar|EPOCHSECONDS)\b|(declare|local|typeset) -[aglrux]*[An]\b"
                    r"|\$\{\w+(\[[^]]*\])?(,|\^|@[A-Za-z]\})|\[\[ -v |&>>|\|&|wait -n|;;&|\$\{\w+: -|@\(|printf '%\(")

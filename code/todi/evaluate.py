@@ -42,7 +42,7 @@ from todi.runtime.checksums import value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.logs import set_up_logging
-from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
+from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
 from todi.settings import EvalConfig
 
 logger = logging.getLogger("todi.evaluate")
@@ -69,11 +69,13 @@ def evaluate(config: EvalConfig, world: World, device: torch.device) -> dict[str
     Raises:
         RunError: see its kinds.
     """
-    inputs = read_inputs(config, device)
+    nodes = nodes_from_environment() if config.check_only else None
+    with refusals_told(nodes):
+        inputs = read_inputs(config, device)
     description = what_must_agree(vars(config), {name: questions_checksum(records)
                                                  for name, records in inputs.sets.items()}, world)
     if config.check_only:
-        if nodes := nodes_from_environment():
+        if nodes:
             agree(nodes, description)
         return None
     with process_group(world, device, config.process_group_timeout) if world.size > 1 else nullcontext():

@@ -26,9 +26,9 @@ from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import bytes_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.locks import check_unclaimed, claimed
 from todi.runtime.logs import set_up_logging
-from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
-from todi.runtime.storage import claimed
+from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
 from todi.settings import GenerateConfig
 
 logger = logging.getLogger("todi.generate")
@@ -50,12 +50,15 @@ def generate(config: GenerateConfig, world: World, device: torch.device) -> None
     Raises:
         RunError: see its kinds.
     """
-    inputs = read_inputs(config, device)
-    folder = Path(config.save_dir)
+    folder, nodes = Path(config.save_dir), nodes_from_environment() if config.check_only else None
+    with refusals_told(nodes):
+        inputs = read_inputs(config, device)
+        if config.check_only:
+            check_folder(open_folder(config, inputs, device, world).refusal())
+            check_unclaimed(folder)
     description = what_must_agree(vars(config), data_checksums(inputs), world)
     if config.check_only:
-        check_folder(open_folder(config, inputs, device, world).refusal())
-        if nodes := nodes_from_environment():
+        if nodes:
             agree(nodes, description)
         return
     with process_group(world, device, config.process_group_timeout) if world.size > 1 else nullcontext():

@@ -23,6 +23,7 @@ from todi.earlier import SPREAD, folder_to_go_on_in
 from todi.errors import InputError, run_main
 from todi.finding import Given, find_models
 from todi.options import LONGEST_NAME, Option, declared, possible_path, spell
+from todi.runtime.sole_process import check_sole_process
 from todi.settings import (
     CROSS_ENTROPY,
     LAUNCHER_VARIABLES,
@@ -49,6 +50,7 @@ _BY_NAMES = {"criterion", "kd_objective", "kd_rate", "kd_temperature", "peft", "
              "model_type", "teacher_model_type"}
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _ALIKE = 0.85
+_ADDRESS = r"[A-Za-z0-9_.-]+|[0-9A-Fa-f]*(:[0-9A-Fa-f.]*){2,}(%\w+)?"  # of IPv6 there are at least two colons
 _FOREIGN = {"NGPUS", "NODES"}  # batch systems set them
 
 
@@ -113,10 +115,16 @@ _COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], list[str]]] = 
     "train": training_options, "evaluate": evaluation_options, "generate": generation_options}
 
 
+def our_variables() -> set[str]:
+    """The names of all variables that mean something to a launcher."""
+    options = [*_TRAINING.values(), *_EVALUATION.values(), *_GENERATION.values()]
+    return {*LAUNCHER_VARIABLES, *(variable for one in options for variable in one.variables)}
+
+
 def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that are set and not empty. Raises InputError for those that are nearly ours."""
     options = [*_TRAINING.values(), *_EVALUATION.values(), *_GENERATION.values()]
-    ours = {*LAUNCHER_VARIABLES, *(variable for one in options for variable in one.variables)}
+    ours = our_variables()
     meant = {one.name.upper(): one.variables[0] for one in options if one.variables} | {name: name for name in ours}
     variables = {name: value for name, value in environment.items() if value}
     check_processes(variables)
@@ -144,14 +152,18 @@ def check_processes(variables: Mapping[str, str]) -> None:
 
     whole("NPROC", "1", 1)
     nodes = whole("NNODES", "1", 1)
+    rank = whole("NODE_RANK", "" if nodes > 1 else "0", 0)
+    if rank >= nodes:
+        raise InputError(f"NODE_RANK must be below NNODES={nodes}, got {rank}")
     if nodes > 1:
-        rank = whole("NODE_RANK", "", 0)
         whole("MASTER_PORT", "29500", 1, 65_535)
         whole("RENDEZVOUS_TIMEOUT", "900", 1)
-        if rank >= nodes:
-            raise InputError(f"NODE_RANK must be below NNODES={nodes}, got {rank}")
         if "MASTER_ADDR" not in variables:
             raise InputError(f"NNODES={nodes} needs MASTER_ADDR, the name of the first node")
+        if not re.fullmatch(_ADDRESS, variables["MASTER_ADDR"]):
+            raise InputError("MASTER_ADDR must be a name or an address, without a port (MASTER_PORT), got "
+                             f"{variables['MASTER_ADDR']!r}")
+    check_sole_process(variables)
 
 
 def check_words(variables: Mapping[str, str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from todi.options import parse
 from todi.runtime.allocator import settle_allocator, who_allocates
 from todi.runtime.device import choose_device, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.locks import check_unclaimed
 from todi.runtime.logs import set_up_logging
-from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, what_must_agree
+from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
+from todi.runtime.shared_folders import Party, check_shared
 from todi.runtime.signals import Interrupted
 from todi.settings import (
     TrainConfig,
 )
-from todi.teacher.opening import LIVE, choose_caches, describe_choices
+from todi.teacher.opening import LIVE, choose_caches, describe_choices, is_complete
 from todi.teacher.spec import TeacherSpec
 from todi.training.building import (
     build_card,
@@ -110,19 +113,25 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
         RunError: see its kinds.
         Interrupted: a signal asked to stop; the state has been saved.
     """
-    job = _prepare(config, world, device)
-    config = job.config
-    run, caches = _decide(job) if world.is_main else (None, None)
-    dev = build_dev_set(config, job.inputs, world)
+    nodes = nodes_from_environment() if config.run.check_only else None
+    with refusals_told(nodes):
+        job = _prepare(config, world, device)
+        config = job.config
+        run, caches = _decide(job) if world.is_main else (None, None)
+        dev = build_dev_set(config, job.inputs, world)
+        if config.run.check_only:
+            check_unclaimed(Path(config.run.save_dir))
     if config.run.check_only:
-        if nodes := nodes_from_environment():
-            agree(nodes, _what_must_agree(job, run))
+        if nodes:
+            _check_shared(config, caches, agree(nodes, _what_must_agree(job, run)))
         return
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, config.run.process_group_timeout))
         check_ranks(world, _what_must_agree(job, run))
         check_same_date(job.inputs.template_date, world)
         run, caches = world.gather((run, caches))[0]
+        if world.size > world.local_size:
+            _check_shared(config, caches, world, "rank", marks=world.local_rank == 0)
         folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
         stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
@@ -198,6 +207,14 @@ def _what_must_agree(job: Job, run: Mapping[str, Any] | None) -> dict[str, str]:
     files = run["files"] if run else checksums(job.config, job.inputs, of_models=job.world.local_rank == 0)
     tokens = {"tokens of the training data": examples_checksum(job.examples)}
     return what_must_agree(job.config.by_name, {**files, **tokens}, job.world)
+
+
+def _check_shared(config: TrainConfig, caches: Sequence[Path | None], party: Party, kind: str = "node",
+                  marks: bool = True) -> None:
+    """That all nodes see the folder of the run, and each cache of which one of them lacks a part: `check_shared`."""
+    named = party.gather([str(cache) for cache in caches if cache])[0]
+    lacking = chain(*party.gather([cache for cache in named if not is_complete(Path(cache))]))
+    check_shared([Path(config.run.save_dir), *map(Path, sorted(set(lacking)))], party, kind, marks)
 
 
 def _assemble(job: Job, dev: DevSet, run: Mapping[str, Any], caches: Sequence[Path | None], folder: RunFolder,

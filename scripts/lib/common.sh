@@ -76,6 +76,7 @@ launch() {
   local runner=$1 module=("${@:2}") nodes=(--standalone) torchrun=()
   if ((NNODES > 1)); then
     nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    [[ -z ${RENDEZVOUS_ID:-} ]] || nodes+=(--rdzv-id "$RENDEZVOUS_ID")
   fi
   if several_processes; then torchrun=(torch.distributed.run "${nodes[@]}" --nproc-per-node "$NPROC" -m); fi
   set -- "$PYTHON" -m ${torchrun[@]+"${torchrun[@]}"} "${module[@]}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from todi.runtime.sole_process import check_sole_process
 from todi.runtime.waiting import MeetingPlace
 
 TIMEOUT = 7200  # seconds that ranks wait for one another, where no setting says otherwise
@@ -69,10 +70,15 @@ def _meet() -> None:
 
 
 def world_from_environment() -> World:
-    """Of a process group that is there already, else what torchrun sets; without either a world of its own."""
+    """Of a process group that is there already, else what torchrun sets; without either a world of its own.
+
+    Raises:
+        InputError: srun or mpirun started this process and others, which know nothing of each other.
+    """
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
     else:
+        check_sole_process(os.environ)
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 

@@ -1,6 +1,5 @@
 """Files and folders that are there in full or not at all, whenever the process or the machine stops."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from todi.errors import InputError, StorageError
+from todi.errors import StorageError
 
 # Hidden, so that no pattern of finished folders finds them; swept away when the run goes on.
 _UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
@@ -59,27 +58,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     with writing(path):
         unfinished(path).write_bytes(content)
         publish(path)
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Makes a folder, and until the block ends keeps other runs from claiming it.
-
-    Raises:
-        InputError: another run has claimed it.
-        StorageError: it cannot be made.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is writing to {folder}") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def discard(folder: Path) -> None:

@@ -5,7 +5,7 @@
     shard00000/       a run of samples: complete, or not there
       hidden.bin        the (rows, H) numbers of one sample after the other, as they lie in memory
       index.json        number of rows and CRC-32 of each sample
-    lock              held by whoever fills it
+    lock              there while somebody fills it
 
 The samples of each shard follow from the samples alone, so that any number of processes may fill it, today or later.
 """

@@ -1,8 +1,6 @@
 """The pass with the teacher that fills a cache: what is missing, in shards, over all ranks."""
 
-import fcntl
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from torch import Tensor
 from todi.data.batches import Collate
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
+from todi.runtime.locks import Lock
 from todi.runtime.storage import writing
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.live import LiveTeacher
@@ -34,22 +33,20 @@ def filling_alone(folder: Path, world: World) -> Iterator[None]:
     Raises:
         StorageError: the folder or its lock cannot be written.
     """
-    descriptor = None
+    lock = Lock(folder / "lock")
     if world.is_main:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         waiting = False
-        while not world.gather(descriptor is not None and _locked(descriptor))[0]:
+        while not world.gather(world.is_main and _taken(lock))[0]:
             if not waiting:
                 logger.info("another run is filling the teacher cache %s; waiting for it", folder)
             waiting = True
             time.sleep(_RETRY_SECONDS)
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        lock.release()
 
 
 def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], collate: Collate, world: World,
@@ -104,9 +101,6 @@ def batch_rows(teacher: LiveTeacher, examples: Sequence[Example], samples: Seque
     return dict(zip(samples, hidden.split([examples[sample].response_tokens for sample in samples]), strict=True))
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _taken(lock: Lock) -> bool:
+    with writing(lock.file):
+        return lock.take()

@@ -148,10 +148,10 @@ def open_live(spec: TeacherSpec, device: torch.device, layers: Sequence[int] = (
 
 def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.device, spread: bool = False) -> None:
     """Makes a cache, or what is missing of it; writes nothing when there is nothing missing."""
-    if world.gather(_is_complete(folder))[0]:
+    if world.gather(is_complete(folder))[0]:
         return
     with filling_alone(folder, world):
-        if world.gather(_is_complete(folder))[0]:
+        if world.gather(is_complete(folder))[0]:
             return  # another run has filled it meanwhile
         new = not (folder / "cache.json").is_file()
         if world.is_main and new and spec.layout.bytes > free_bytes(folder):
@@ -201,7 +201,7 @@ def _choose_automatically(spec: TeacherSpec, passes: float, ranks: int, device: 
     if earlier:
         logger.info("teacher cache of %s: %s, as when this run began", spec.path, earlier)
         return None if earlier == LIVE else spec.shared_folder
-    if spec.may_have_been_cached() and _is_complete(spec.shared_folder):
+    if spec.may_have_been_cached() and is_complete(spec.shared_folder):
         return spec.shared_folder
     costs = spec.estimate(passes, ranks, device)
     against = costs.reason_against()
@@ -209,5 +209,6 @@ def _choose_automatically(spec: TeacherSpec, passes: float, ranks: int, device: 
     return None if against else spec.shared_folder
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Whether there is a cache that misses no shard. Raises CorruptCache when its description is damaged."""
     return (folder / "cache.json").is_file() and not CacheStore(folder).missing()

@@ -10,9 +10,11 @@ from typing import Any
 
 import deepspeed
 
+from todi.errors import InputError, collecting
 from todi.runtime.distributed import World
+from todi.runtime.locks import claimed
 from todi.runtime.logs import log_file
-from todi.runtime.storage import claimed, discard, write_text
+from todi.runtime.storage import discard, write_text
 from todi.training.checkpoints import BestCheckpoints
 from todi.training.monitors import JsonLines
 from todi.training.state import Position, SavedState, StateStore
@@ -49,14 +51,21 @@ class RunFolder:
             StorageError: it cannot be made.
         """
         with ExitStack() as stack:
-            if self.world.is_main:
-                stack.enter_context(claimed(self.path))
-            self.world.barrier()
+            self._claim(stack)
             if self.path.is_dir():  # on another node it need not be there
                 stack.enter_context(log_file(self.path / "train.log"))
             if self.world.is_main:
                 self.metrics = stack.enter_context(closing(JsonLines(self.path / "metrics.jsonl")))
             yield
+
+    def _claim(self, stack: ExitStack) -> None:
+        """By the first rank; where it is refused, all of them raise what it heard."""
+        problems: list[str] = []
+        if self.world.is_main:
+            with collecting(problems):
+                stack.enter_context(claimed(self.path))
+        if problems := self.world.gather(problems)[0]:
+            raise InputError(problems)
 
     def start_run(self, run: Mapping[str, Any], anew: bool) -> bool:
         """Notes what the run is; False when it has finished, so that there is nothing to do.
