@@ -27,6 +27,7 @@ from todi.generation.sampling import RepetitionBan, draw, next_token_probabiliti
 from todi.models.loading import refusing
 from todi.models.packing import short_windows
 from todi.models.probe import evaluating, probe_tokens, relative_error
+from todi.runtime.whereabouts import HERE, at
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
     # By length for little padding; the longest first, so that memory runs out now or never; equal ones together.
     order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt), reverse=True)
     progress = progress or (lambda finished: None)
-    with evaluating(model):
+    with at("generation"), evaluating(model):
         if decoding.num_beams > 1:
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
@@ -244,6 +245,7 @@ def _decode_batch(model: nn.Module, rows: Sequence[_Row], decoding: Decoding, eo
         ban.append(ids)
         for row, token in zip(live, ids, strict=True):
             row.take(token, eos_ids)
+        HERE.tick()
         going = [place for place, row in enumerate(live) if not row.finished]
         progress(unfinished - len(going))
         unfinished = len(going)

@@ -20,6 +20,7 @@ from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.generation.decoding import Decoding, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
+from todi.runtime.whereabouts import HERE
 from todi.settings import AUTO_TOKENIZER
 from todi.training.scores import Score
 from todi.training.step import add, means
@@ -80,6 +81,7 @@ class DevSet:
             mine = order[start:start + self.batch_size * ranks][rank::ranks]
             batch = self.collate(mine).to(engine.device)
             sums = add(sums, engine(batch, cross_entropy)[0])
+            HERE.tick()
         return means(sums, self.world)
 
     def rouge_l(self, model: nn.Module) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 
 from todi.runtime.distributed import World
+from todi.runtime.heartbeat import heartbeat_in
 from todi.runtime.logs import log_file
 from todi.runtime.storage import claimed, discard, write_text
 from todi.training.checkpoints import BestCheckpoints
@@ -22,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """args.json, train.log, metrics.jsonl, state/ and the checkpoints of one run. Making one touches no file.
+    """args.json, train.log, metrics.jsonl, heartbeat/, state/ and the checkpoints of one run.
+
+    Making one touches no file.
 
     Every rank has one, and calls its methods in step with the others.
 
@@ -42,7 +45,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Makes the folder, and until the block ends keeps other runs out of it and writes train.log.
+        """Makes the folder, and until the block ends keeps other runs out of it and writes train.log and heartbeat/.
 
         Raises:
             InputError: another run is writing there.
@@ -54,6 +57,7 @@ class RunFolder:
             self.world.barrier()
             if self.path.is_dir():  # on another node it need not be there
                 stack.enter_context(log_file(self.path / "train.log"))
+                stack.enter_context(heartbeat_in(self.path, self.world.rank))
             if self.world.is_main:
                 self.metrics = stack.enter_context(closing(JsonLines(self.path / "metrics.jsonl")))
             yield
