@@ -1,11 +1,10 @@
-"""A plugin of a run that has one of its ranks signal itself at a place of its work, once."""
+"""A plugin of a run that hits one of its ranks at a place of its work, once."""
 
-import signal
 from pathlib import Path
 
 # What a rank says of where it stands is a good place to be hit.
 _KILLER = """
-import os, pathlib
+import os, pathlib, signal
 from todi.runtime.whereabouts import Whereabouts
 
 tick, count = Whereabouts.tick, 0
@@ -18,7 +17,7 @@ def tick_or_die(self):
         count += 1
         if count == {ticks}:
             mark.touch()
-            os.kill(os.getpid(), {number})
+            {what}
 
 Whereabouts.tick = tick_or_die
 """
@@ -27,15 +26,18 @@ PLACES = {"step": ("step 5", 1), "generation": ("generation", 3), "save": ("a sa
           "cache pass": ("the cache pass", 2)}
 
 
-def killer(file: Path, where: str, rank: int, number: int = signal.SIGKILL) -> Path:
+KILLS, STOPS = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGSTOP"))
+
+
+def killer(file: Path, where: str, rank: int, what: str = KILLS) -> Path:
     """Writes the plugin: PLUGINS for a training.
 
     Args:
         where: of `PLACES`.
         rank: which one.
-        number: of the signal.
+        what: a statement that the rank is made to run.
     """
     place, ticks = PLACES[where]
     file.write_text(_KILLER.format(mark=str(file.with_suffix(".hit")), place=place, ticks=ticks, rank=rank,
-                                   number=int(number)))
+                                   what=what))
     return file

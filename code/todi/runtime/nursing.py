@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from todi.runtime.parent import Parent
 from todi.runtime.whereabouts import Record, read_record
 
 _SECOND = 1.0
-_DUMP_SECONDS = 2.0  # for all ranks to write their stacks
+_DUMP_SECONDS = 2.0  # for a rank to write its stacks, which takes milliseconds
+_LOOK_SECONDS = 0.05
 
 
 class Nurse:
@@ -63,21 +64,38 @@ class Nurse:
         """Has all ranks write their stacks, shows them, and kills those that hang; the agent ends the others."""
         self.verdict = (f"{'; '.join(map(str, hangs))} (HANG_TIMEOUT={self.watch.limit:g}). The stacks of all ranks "
                         "are above and in the log")
-        _send(DUMP_SIGNAL, records.values())
-        _send(signal.SIGCONT, records.values())  # a stopped process writes none
-        time.sleep(_DUMP_SECONDS)
+        self._have_stacks_written(records, {hang.rank for hang in hangs if hang.frozen})
+        _send(signal.SIGKILL, [records[hang.rank] for hang in hangs])
         stacks = "".join(self._stacks(rank, record) for rank, record in records.items())
         print(stacks, end="", file=sys.stderr, flush=True)
         for log in {record.log for record in records.values()} - {""}:
             with suppress(OSError), open(log, "a", encoding="utf-8") as file:
                 file.write(stacks)
-        _send(signal.SIGKILL, [records[hang.rank] for hang in hangs])
+
+    def _have_stacks_written(self, records: Mapping[int, Record], frozen: Collection[int]) -> None:
+        """A process that was stopped writes its stacks when it is continued; it is not to get far."""
+        _send(DUMP_SIGNAL, records.values())
+        time.sleep(_DUMP_SECONDS)
+        for rank in frozen:
+            _send(signal.SIGCONT, [records[rank]])
+            _wait_for_text(stacks_path(self.folder, rank))
+            _send(signal.SIGKILL, [records[rank]])
 
     def _stacks(self, rank: int, record: Record) -> str:
         text = ""
         with suppress(OSError):
             text = stacks_path(self.folder, rank).read_text(errors="replace")
         return f"rank {rank} (pid {record.pid}) is in {record.place}; its stacks:\n{text or 'it wrote none'}\n"
+
+
+def _wait_for_text(path: Path) -> None:
+    """Returns when a file grows no more, or when nothing comes."""
+    size, end = 0, time.monotonic() + _DUMP_SECONDS
+    while time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)
+        before, size = size, path.stat().st_size if path.is_file() else 0
+        if size and size == before:
+            return
 
 
 def _send(number: int, records: Iterable[Record]) -> None:
