@@ -175,6 +175,10 @@ run_to_its_end() {
   wait "$child" || status=$?
   trap - TERM INT USR1 HUP
   ((received == 0 || status == 0)) || status=$((128 + received))
+  # of several processes their parent has said it
+  if ((received == 0 && status > 128)) && ! several_processes; then
+    echo "error: the process (pid $child) was killed by SIG$(kill -l $((status - 128)))" >&2
+  fi
   return "$status"
 }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from todi.runtime.distributed import World
 from todi.runtime.hangs import Hang, HangWatch, timeout_from_environment
 from todi.runtime.parent import Parent, parent_from_environment
+from todi.runtime.signals import Interrupted
 from todi.runtime.whereabouts import HERE
 
 logger = logging.getLogger(__name__)
@@ -70,17 +71,30 @@ def heartbeat_in(folder: Path, rank: int) -> Iterator[None]:
     It is left where an error ends the block: its time says when, and its text where.
     """
     global _file
-    _file = folder / "heartbeat" / f"rank{rank}"
+    path = _file = folder / "heartbeat" / f"rank{rank}"
     with suppress(OSError):
-        _file.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         _write_file(rank, 0)
     try:
         yield
-        with suppress(OSError):
-            _file.unlink()
-            _file.parent.rmdir()  # fails, as it is to, where others have not finished
+        _remove(path)
+    except Interrupted:
+        _remove(path)
+        raise
     finally:
         _file = None
+
+
+def clear_heartbeats(folder: Path) -> None:
+    """Removes what a run that broke off has left; for the first rank, before the others begin."""
+    for path in (folder / "heartbeat").glob("rank*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+        path.parent.rmdir()  # fails, as it is to, where others have not finished
 
 
 def _beat(rank: int, parent: Parent | None, alone: HangWatch | None) -> None:

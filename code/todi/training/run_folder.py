@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 
 from todi.runtime.distributed import World
-from todi.runtime.heartbeat import heartbeat_in
+from todi.runtime.heartbeat import clear_heartbeats, heartbeat_in
 from todi.runtime.logs import log_file
 from todi.runtime.storage import claimed, discard, write_text
 from todi.training.checkpoints import BestCheckpoints
@@ -54,6 +54,7 @@ class RunFolder:
         with ExitStack() as stack:
             if self.world.is_main:
                 stack.enter_context(claimed(self.path))
+                clear_heartbeats(self.path)
             self.world.barrier()
             if self.path.is_dir():  # on another node it need not be there
                 stack.enter_context(log_file(self.path / "train.log"))
