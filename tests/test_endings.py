@@ -45,7 +45,7 @@ def test_an_ending_in_words():
     assert ended(1, 3).in_words("a").endswith("with exit code 3; what it said is above")
     assert [ended(0, code).shell_code for code in (-9, 2, 143)] == [137, 2, 143]
     assert ended(0, 128 + signal.SIGTERM).was_asked_for and not ended(0, -signal.SIGTERM).was_asked_for
-    assert lost_line([ended(2, LOST), ended(3, LOST)]).startswith("error: rank 2, 3 of this node lost the others in step 5")
+    assert lost_line([ended(2, LOST), ended(3, LOST)]).startswith("error: rank 2, 3 of this node lost the others in ")
 
 
 def test_lost_peers_are_told_from_other_errors():
@@ -54,7 +54,7 @@ def test_lost_peers_are_told_from_other_errors():
     for error in (RuntimeError(GLOO), PeersLost("a"), dist.DistNetworkError("b"), followed):
         assert peers_are_lost(error)
     others = (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), OSError(GLOO),
-              ConnectionResetError("the hub"), RuntimeError("gloo/transport/tcp/x.cc:1] Timed out waiting 100ms for recv"))
+              ConnectionResetError("a hub"), RuntimeError("gloo/transport/tcp/x.cc:1] Timed out waiting 1ms for recv"))
     assert not any(map(peers_are_lost, others))
 
 
@@ -152,7 +152,8 @@ def test_a_parent_that_goes(monkeypatch):
     assert parent_from_environment() is None
 
 
-@pytest.mark.parametrize(("error", "stays"), [(None, False), (Interrupted(signal.SIGTERM), False), (ValueError(), True)])
+@pytest.mark.parametrize(("error", "stays"), [(None, False), (Interrupted(signal.SIGTERM), False),
+                                              (ValueError(), True)])
 def test_the_heartbeat_of_a_run(error, stays, tmp_path):
     try:
         with heartbeat_in(tmp_path, 1):

@@ -177,7 +177,8 @@ run_to_its_end() {
   ((received == 0 || status == 0)) || status=$((128 + received))
   # of several processes their parent has said it
   if ((received == 0 && status > 128)) && ! several_processes; then
-    echo "error: the process (pid $child) was killed by SIG$(kill -l $((status - 128)))" >&2
+    name=$(kill -l $((status - 128)) 2>/dev/null || true)
+    echo "error: the process (pid $child) was ended by signal $((status - 128))${name:+, SIG$name}" >&2
   fi
   return "$status"
 }
