@@ -43,7 +43,8 @@ def test_where_it_was_killed(where, rank, said, settings, tmp_path):
     assert "cannot write" not in "".join(lines)
     if where == "save":
         settings = settings | TWO_RANKS
-        assert gone_on_with(tmp_path / "run", settings) == finished(tmp_path / "whole", **settings)
+        again = settings | {"PLUGINS": tmp_path / "killer.py"}  # it hits once
+        assert gone_on_with(tmp_path / "run", again) == finished(tmp_path / "whole", **settings)
 
 
 @pytest.mark.slow

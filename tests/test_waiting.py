@@ -77,5 +77,5 @@ def test_a_rank_that_dies(killed):
     dying.kill()
     output, _ = left.communicate(timeout=120)
     dying.communicate()
-    assert left.returncode == LOST
+    assert left.returncode == (1 if killed else LOST)  # the first keeps the store, so that the other notices at once
     assert output.splitlines()[-1].startswith("error: rank ") and "Traceback" not in output
