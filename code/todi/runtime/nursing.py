@@ -45,6 +45,12 @@ class Nurse:
     def __exit__(self, *exception: object) -> None:
         self._over.set()
 
+    def final_verdict(self) -> str:
+        """`verdict`, when all that belongs to it has been shown."""
+        self._over.set()
+        self._thread.join()
+        return self.verdict
+
     def _look_after(self) -> None:
         while not self._over.wait(_SECOND):
             if self.launcher and self.launcher.is_gone():
@@ -61,21 +67,21 @@ class Nurse:
         return {rank: record for rank, record in read.items() if record}
 
     def _end(self, hangs: Sequence[Hang], records: Mapping[int, Record]) -> None:
-        """Has all ranks write their stacks, shows them, and kills those that hang; the agent ends the others."""
+        """Has all ranks write their stacks, kills them, and shows what they wrote."""
         self.verdict = (f"{'; '.join(map(str, hangs))} (HANG_TIMEOUT={self.watch.limit:g}). The stacks of all ranks "
                         "are above and in the log")
-        self._have_stacks_written(records, {hang.rank for hang in hangs if hang.frozen})
-        _send(signal.SIGKILL, [records[hang.rank] for hang in hangs])
+        self._have_stacks_written_and_kill(records, {hang.rank for hang in hangs if hang.frozen})
         stacks = "".join(self._stacks(rank, record) for rank, record in records.items())
         print(stacks, end="", file=sys.stderr, flush=True)
         for log in {record.log for record in records.values()} - {""}:
             with suppress(OSError), open(log, "a", encoding="utf-8") as file:
                 file.write(stacks)
 
-    def _have_stacks_written(self, records: Mapping[int, Record], frozen: Collection[int]) -> None:
-        """A process that was stopped writes its stacks when it is continued; it is not to get far."""
+    def _have_stacks_written_and_kill(self, records: Mapping[int, Record], frozen: Collection[int]) -> None:
+        """A process that was stopped writes its stacks when it is continued: after the others, so that no work goes on."""
         _send(DUMP_SIGNAL, records.values())
         time.sleep(_DUMP_SECONDS)
+        _send(signal.SIGKILL, [record for rank, record in records.items() if rank not in frozen])
         for rank in frozen:
             _send(signal.SIGCONT, [records[rank]])
             _wait_for_text(stacks_path(self.folder, rank))

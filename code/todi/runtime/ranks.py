@@ -40,7 +40,7 @@ def main() -> None:
                 run(arguments)
             except ChildFailedError as error:
                 _say_and_exit([_ending(folder, rank, failure.pid, failure.exitcode)
-                               for rank, failure in error.failures.items()], nurse.verdict)
+                               for rank, failure in error.failures.items()], nurse.final_verdict())
             except SignalException as error:
                 sys.exit(128 + error.sigval)
             except Exception as error:
