@@ -111,9 +111,9 @@ def test_the_parent_of_the_ranks_goes(settings, tmp_path):
 @pytest.mark.slow
 def test_an_evaluation_is_stopped(workshop, tmp_path):
     model = workshop.model("long-winded", hidden=48, layers=4)
-    launched = Launched(str(model), "--save-dir", str(tmp_path), launcher="eval/run_eval", NPROC=2, SETS="tiny",
+    launched = Launched(str(model), "2", "--save-dir", str(tmp_path), launcher="eval/run_eval", NPROC=2, SETS="tiny",
                         DATA_DIR=workshop.data.parent, SEEDS=" ".join(map(str, range(1, 400))), MAX_LENGTH=64,
-                        MAX_PROMPT_LENGTH=48, PRECISION="fp32", EVAL_BATCH_SIZE=2)
+                        MAX_PROMPT_LENGTH=48, PRECISION="fp32")
     assert launched.wait_for("response/s"), launched.output
     assert launched.stop(signal.SIGTERM) == 128 + signal.SIGTERM
     assert not launched.survivors()

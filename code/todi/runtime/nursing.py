@@ -78,7 +78,7 @@ class Nurse:
                 file.write(stacks)
 
     def _have_stacks_written_and_kill(self, records: Mapping[int, Record], frozen: Collection[int]) -> None:
-        """A process that was stopped writes its stacks when it is continued: after the others, so that no work goes on."""
+        """A process that was stopped writes its stacks when it is continued: when the others have gone."""
         _send(DUMP_SIGNAL, records.values())
         time.sleep(_DUMP_SECONDS)
         _send(signal.SIGKILL, [record for rank, record in records.items() if rank not in frozen])

@@ -35,7 +35,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="todi_ranks_") as name:
         folder = Path(name)
         arguments.log_dir = str(folder / "agent")  # it would leave one behind
-        with _in_environment(folder), Nurse(folder, timeout_from_environment(), parent_from_environment()) as nurse:
+        nurse = Nurse(folder, timeout_from_environment(), parent_from_environment())
+        with _in_environment(folder), nurse:
             try:
                 run(arguments)
             except ChildFailedError as error:
