@@ -11,8 +11,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -36,7 +35,8 @@ def main() -> None:
         folder = Path(name)
         arguments.log_dir = str(folder / "agent")  # it would leave one behind
         nurse = Nurse(folder, timeout_from_environment(), parent_from_environment())
-        with _in_environment(folder), nurse:
+        os.environ |= {RANKS_FOLDER: str(folder), PARENT: str(os.getpid())}  # the ranks inherit it
+        with nurse:
             try:
                 run(arguments)
             except ChildFailedError as error:
@@ -46,20 +46,6 @@ def main() -> None:
                 sys.exit(128 + error.sigval)
             except Exception as error:
                 raise RunError(f"the processes cannot be started, or kept together: {error}") from None
-
-
-@contextmanager
-def _in_environment(folder: Path) -> Iterator[None]:
-    """Tells the ranks, which inherit it, whose they are and where to say how they do."""
-    launcher = os.environ.get(PARENT)
-    os.environ |= {RANKS_FOLDER: str(folder), PARENT: str(os.getpid())}
-    try:
-        yield
-    finally:
-        os.environ.pop(PARENT)
-        os.environ.pop(RANKS_FOLDER)
-        if launcher:
-            os.environ[PARENT] = launcher
 
 
 def _ending(folder: Path, rank: int, pid: int, exit_code: int) -> Ending:
