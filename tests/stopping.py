@@ -28,16 +28,19 @@ def resumable(workshop: Workshop) -> dict[str, object]:
 
 
 class Launched:
-    """A training run under way. Its processes are known by a mark in their environment, whoever their parent is.
+    """A run under way, of a training if nothing else is said.
+
+    Its processes are known by a mark in their environment, whoever their parent is.
 
     Args:
+        words: for the launcher.
         prefix: a command that runs the launcher's.
     """
 
-    def __init__(self, prefix: tuple[str, ...] = (), **settings: object):
+    def __init__(self, *words: str, launcher: str = KD, prefix: tuple[str, ...] = (), **settings: object):
         self.output = ""
         self._mark = uuid.uuid4().hex
-        self.process = start(KD, prefix=prefix, MARK=self._mark, **settings)
+        self.process = start(launcher, *words, prefix=prefix, MARK=self._mark, **settings)
 
     def wait_for(self, text: str) -> bool:
         """Reads on until a line has `text`; False when the run ends without it."""
@@ -70,6 +73,13 @@ class Launched:
         return [process for process in psutil.process_iter(["environ"])
                 if (process.info["environ"] or {}).get("MARK") == self._mark
                 and process.status() != psutil.STATUS_ZOMBIE]
+
+    def orphans(self, seconds: float) -> list[psutil.Process]:
+        """The processes of the run that live on after so many seconds."""
+        end = time.monotonic() + seconds
+        while (left := self.survivors()) and time.monotonic() < end:
+            time.sleep(0.2)
+        return left
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -35,6 +35,7 @@ from todi.python_files import load_plugins
 from todi.runtime.allocator import settle_allocator
 from todi.runtime.device import choose_device, choose_precision, dtype_of, name_of
 from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.heartbeat import start_heart
 from todi.runtime.logs import set_up_logging
 from todi.settings import CacheConfig
 from todi.teacher.cache_files import CacheStore
@@ -53,6 +54,7 @@ def main() -> None:
     """Parse, check, do."""
     config = parse(CacheConfig, prog="python -m todi.cache")
     world = world_from_environment()
+    start_heart(world)
     set_up_logging(world.is_main)
     check(config)
     device = choose_device(world.local_rank)

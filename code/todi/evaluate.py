@@ -41,8 +41,10 @@ from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.heartbeat import start_heart
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
+from todi.runtime.whereabouts import at
 from todi.settings import EvalConfig
 
 logger = logging.getLogger("todi.evaluate")
@@ -52,6 +54,7 @@ def main() -> None:
     """Parse, check, build, run."""
     config = parse(EvalConfig, prog="python -m todi.evaluate")
     world = world_from_environment()
+    start_heart(world)
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
     settle_allocator(config.allocator, device)
@@ -128,7 +131,8 @@ def write_sets(config: EvalConfig, inputs: EvalInputs, left: Mapping[str, Sequen
     written = sum(seed in seeds for name, seeds in left.items() for seed, _ in done[name].rows)
     with progress_bar(total, written, world) as bar:
         for name, seeds in left.items():
-            write_set(writer, inputs, name, seeds, done[name], stores.get(name), bar.update)
+            with at(f"the set {name}"):
+                write_set(writer, inputs, name, seeds, done[name], stores.get(name), bar.update)
 
 
 def write_set(writer: Writer, inputs: EvalInputs, name: str, seeds: Sequence[int], done: Done, store: SetStore | None,

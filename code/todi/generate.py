@@ -26,6 +26,7 @@ from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import bytes_checksum, value_checksum
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.heartbeat import start_heart
 from todi.runtime.locks import check_unclaimed, claimed
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
@@ -38,6 +39,7 @@ def main() -> None:
     """Parse, check, build, run."""
     config = parse(GenerateConfig, prog="python -m todi.generate")
     world = world_from_environment()
+    start_heart(world)
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
     settle_allocator(config.allocator, device)

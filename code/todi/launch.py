@@ -151,6 +151,7 @@ def check_processes(variables: Mapping[str, str]) -> None:
         return int(text)
 
     whole("NPROC", "1", 1)
+    whole("HANG_TIMEOUT", "1800", 0)
     nodes = whole("NNODES", "1", 1)
     rank = whole("NODE_RANK", "" if nodes > 1 else "0", 0)
     if rank >= nodes:

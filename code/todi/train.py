@@ -29,6 +29,7 @@ from todi.options import parse
 from todi.runtime.allocator import settle_allocator, who_allocates
 from todi.runtime.device import choose_device, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
+from todi.runtime.heartbeat import start_heart
 from todi.runtime.locks import check_unclaimed
 from todi.runtime.logs import set_up_logging
 from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
@@ -74,6 +75,7 @@ def main() -> None:
     """Parse, check, build, run."""
     config = parse(TrainConfig, prog="python -m todi.train")
     world = world_from_environment()
+    start_heart(world)
     set_up_logging(world.is_main)
     device = choose_device(world.local_rank)
     settle_allocator(config.run.allocator, device)

@@ -70,21 +70,21 @@ choose_allocator() {
 several_processes() { ((NPROC * NNODES > 1)); }
 
 # launch RUNNER MODULE OPTION...: runs it, one process by itself, several under torchrun, by RUNNER, which takes a
-# command (env just runs it); with DRY_RUN, prints it. Before torchrun one process looks at all input: torchrun would
-# wrap a clear line in a page of its own and lose the exit code.
+# command; with DRY_RUN, prints it. Before torchrun one process looks at all input, so that each problem is said once.
 launch() {
   local runner=$1 module=("${@:2}") nodes=(--standalone) torchrun=()
   if ((NNODES > 1)); then
     nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
     [[ -z ${RENDEZVOUS_ID:-} ]] || nodes+=(--rdzv-id "$RENDEZVOUS_ID")
   fi
-  if several_processes; then torchrun=(torch.distributed.run "${nodes[@]}" --nproc-per-node "$NPROC" -m); fi
+  if several_processes; then torchrun=(todi.runtime.ranks "${nodes[@]}" --nproc-per-node "$NPROC" -m); fi
   set -- "$PYTHON" -m ${torchrun[@]+"${torchrun[@]}"} "${module[@]}"
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "$@"
     echo
     return
   fi
+  export TODI_PARENT=$$  # what we start ends when we are killed (todi/runtime/parent.py)
   if several_processes; then WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m "${module[@]}" --check-only || return; fi
   "$runner" "$@"
 }
@@ -113,7 +113,7 @@ evaluate() {
   shift 2
   [[ ! ${1:-} =~ ^[0-9]+$ ]] || set -- --batch-size "$@"
   read_settings evaluate "${model[@]}" "$@"
-  launch env todi.evaluate "${options[@]}"
+  launch run_to_its_end todi.evaluate "${options[@]}"
 }
 
 # seqkd WORD...: has the teacher answer the prompts of DATA_DIR, once, then trains the student on its text by SFT. The
@@ -176,14 +176,19 @@ run_to_its_end() {
   "$@" &
   child=$!
   set +m
-  for name in TERM INT USR1; do
+  for name in TERM INT USR1 HUP; do
     # shellcheck disable=SC2064
     trap "received=$(kill -l $name); hand_on $name $child" $name
   done
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap cuts the waiting short
   wait "$child" || status=$?
-  trap - TERM INT USR1
+  trap - TERM INT USR1 HUP
   ((received == 0 || status == 0)) || status=$((128 + received))
+  # of several processes their parent has said it
+  if ((received == 0 && status > 128)) && ! several_processes; then
+    name=$(kill -l $((status - 128)) 2>/dev/null || true)
+    echo "error: the process (pid $child) was ended by signal $((status - 128))${name:+, SIG$name}" >&2
+  fi
   return "$status"
 }
 

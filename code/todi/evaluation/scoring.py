@@ -15,6 +15,7 @@ from todi.generation.decoding import Response, to_texts
 from todi.generation.writer import Row, Writer
 from todi.models.backbone import backbone_and_head, labelled_rows
 from todi.models.packing import packing
+from todi.runtime.whereabouts import HERE
 
 _LOSS_BATCH = 8  # whole samples at a time; more of them bring more padding, and work enough is in these
 
@@ -33,6 +34,7 @@ def mean_loss(writer: Writer, examples: Sequence[Example]) -> float:
             hidden = labelled_rows(backbone, batch.inputs, batch.rows)
             found = DistillationCriterion()(hidden, head, batch.row_labels, None)
             sums += torch.stack([found["ce"], found["tokens"]]).cpu()
+            HERE.tick()
     parts = writer.world.gather(sums.tolist())
     ce, tokens = (sum(values) for values in zip(*parts, strict=True))
     return ce / max(tokens, 1)

@@ -8,6 +8,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig
 
+from todi.runtime.whereabouts import HERE
+
 
 def beam_search(model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], *, num_beams: int,
                 no_repeat_ngram_size: int, eos_ids: Collection[int], pad_id: int, batch_size: int,
@@ -40,6 +42,7 @@ def beam_search(model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequ
                 written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
                 found |= dict(zip(batch, written[:, length:].tolist(), strict=True))
                 progress(len(batch))
+                HERE.tick()
     finally:
         base.generation_config = theirs
     return [found[place] for place in range(len(prompts))]

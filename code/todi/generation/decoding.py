@@ -24,6 +24,7 @@ from todi.generation.continuation import base_model
 from todi.generation.padding import WITHOUT_PADDING
 from todi.generation.sampling import RepetitionBan, Streams, next_token_probabilities
 from todi.models.probe import evaluating
+from todi.runtime.whereabouts import HERE, at
 
 # Finished rows are dropped once no more than this share is live: dropping copies the cache, keeping computes in vain.
 _WORTH_DROPPING = 0.9
@@ -125,7 +126,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], stream_keys: Se
     # By length for little padding; the longest first, so that memory runs out now or never; equal ones together.
     order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt), reverse=True)
     progress = progress or (lambda finished: None)
-    with evaluating(model):
+    with at("generation"), evaluating(model):
         if decoding.num_beams > 1:
             _search(model, order, decoding, eos_ids, pad_id, batch_size, progress)
         else:
@@ -185,6 +186,7 @@ def _write_together(model: nn.Module, waiting: deque[_Row], decoding: Decoding, 
     while True:
         tokens = live.choose()
         progress(live.take(tokens.tolist(), eos_ids))
+        HERE.tick()
         going = [place for place, row in enumerate(live.rows) if not row.finished]
         if not going:
             return

@@ -3,6 +3,7 @@
 import itertools
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from todi.runtime.lost import PeersLost, peers_are_lost
 from todi.runtime.sole_process import check_sole_process
 from todi.runtime.waiting import MeetingPlace
+from todi.runtime.whereabouts import HERE
 
 TIMEOUT = 7200  # seconds that ranks wait for one another, where no setting says otherwise
+# Seconds that a rank which has lost the others leaves them to say why: its own end has torchrun's agent end them.
+_LAST_WORDS = 5.0
 
 _place: MeetingPlace | None = None  # of the process group, as torch has one for all
 
@@ -95,6 +100,7 @@ def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) 
 
     Raises:
         RunError: a rank did not come in time, here or in `World.gather` or `World.barrier`.
+        PeersLost: another rank has ended, whatever error of the block says so.
     """
     global _place
     import deepspeed  # takes seconds, which an evaluation in one process need not wait for
@@ -112,13 +118,32 @@ def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) 
                 dist.destroy_process_group(groups._WORLD_GROUP)
                 groups._WORLD_GROUP = None
         return
-    with _environment(world):
+    with _environment(world), _lost_peers_named(world):
         _start_process_group(world, device, timeout)
         try:
             yield
         finally:
             deepspeed.comm.destroy_process_group()  # torch's, and all that DeepSpeed keeps of it
             _place = None
+
+
+@contextmanager
+def _lost_peers_named(world: World) -> Iterator[None]:
+    """What follows from the end of another rank becomes one line; any other error is noted as this rank's own."""
+    try:
+        yield
+    except Exception as error:
+        HERE.note(error)
+        if world.size == 1 or not peers_are_lost(error):
+            raise
+        if _agent_keeps_store():
+            time.sleep(_LAST_WORDS)
+        raise PeersLost(f"rank {world.rank} lost the others in {HERE.record.place}") from None
+
+
+def _agent_keeps_store() -> bool:
+    """Whether torchrun's agent started this rank; it keeps a store of all ranks, else the first of them does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 _groups_started = itertools.count()
@@ -148,7 +173,7 @@ def _store(world: World, timeout: float) -> dist.Store:
     """
     if world.size == 1:
         return dist.HashStore()
-    keeps = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    keeps = world.is_main and not _agent_keeps_store()
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=keeps,
                           wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=timeout))
     return dist.PrefixStore(f"todi/{next(_groups_started)}", store)

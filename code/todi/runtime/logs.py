@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from todi.errors import RunError
+from todi.runtime.lost import peers_are_lost
 from todi.runtime.signals import Interrupted
 from todi.runtime.storage import writing
+from todi.runtime.whereabouts import HERE
 
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
@@ -44,6 +46,7 @@ def log_file(path: Path) -> Iterator[None]:
     """
     with writing(path):
         file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    HERE.note_log(path)
     file.setFormatter(_FORMAT)
     ours = logging.getLogger("todi")
     for backlog in [handler for handler in ours.handlers if isinstance(handler, Backlog)]:
@@ -90,6 +93,8 @@ def _account_of(error: Exception) -> str:
     """What is worth keeping of what ended a run: for an expected end a line for each problem, else the traceback."""
     if isinstance(error, RunError):
         return "".join(f"error: {problem}\n" for problem in error.problems)
+    if peers_are_lost(error):
+        return f"error: the other ranks were lost in {HERE.record.place}\n"
     return "".join(traceback.format_exception(error))
 
 

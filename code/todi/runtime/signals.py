@@ -6,7 +6,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: what schedulers send before they preempt
+# SIGUSR1: what schedulers send before they preempt; SIGHUP: what comes when a terminal goes
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST = 1.0  # seconds; a scheduler may signal a process, and its parent may pass the signal on
 
 
@@ -21,7 +22,7 @@ class Interrupted(Exception):
 class StopSignals:
     """Within its block, takes note of the first signal; a second one does what it would have done without us.
 
-    Only in the main thread, where Python allows it; in another one signals are not seen.
+    Only in the main thread, where Python allows it; in another one signals are not seen. Under nohup SIGHUP is none.
 
     Attributes:
         received: the signal's number, or 0.
@@ -34,7 +35,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+            self._before = {number: signal.signal(number, self._note) for number in STOPPING
+                            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:

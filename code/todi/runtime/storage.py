@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from todi.errors import StorageError
+from todi.runtime.lost import peers_are_lost
 
 # Hidden, so that no pattern of finished folders finds them; swept away when the run goes on.
 _UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
@@ -18,11 +19,14 @@ _UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
 def writing(path: Path) -> Iterator[None]:
     """Names `path` in whatever a full disk, a read-only folder or a vanished mount makes the libraries raise.
 
-    What was written so far as `unfinished(path)` is removed: a full disk needs the room.
+    What was written so far as `unfinished(path)` is removed: a full disk needs the room. That another rank has ended is
+    no matter of the path, and is raised as it is.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError for a full disk
+        if peers_are_lost(error):
+            raise
         with suppress(OSError):
             _remove(unfinished(path))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

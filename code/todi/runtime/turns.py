@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from todi.runtime.distributed import World
+from todi.runtime.whereabouts import HERE
 
 
 @contextmanager
@@ -36,3 +37,4 @@ def in_turns(module: nn.Module, idle: Callable[[], object], world: World) -> Ite
         hook.remove()
     while world.size > 1 and world.sum(torch.zeros((), device=device)).item():
         idle()
+        HERE.tick()

@@ -12,6 +12,8 @@ from datetime import timedelta
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from todi.errors import RunError
+from todi.runtime.lost import PeersLost
+from todi.runtime.whereabouts import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,18 @@ class MeetingPlace:
     meetings: int = 0
 
     def meet(self) -> None:
-        """Returns when every rank has called it as often as this one. Raises RunError when one does not in time."""
+        """Returns when every rank has called it as often as this one.
+
+        Raises:
+            PeersLost: whoever keeps the store has ended: rank 0, or the first node's torchrun.
+            RunError: a rank does not come in time.
+        """
         try:
-            self._meet()
+            with waiting():
+                self._meet()
         except DistNetworkError:
-            raise RunError(f"rank {self.rank} cannot reach the process that keeps the ranks together: rank 0, or the "
-                           "first node's torchrun, has ended") from None
+            raise PeersLost(f"rank {self.rank} cannot reach the process that keeps the ranks together: rank 0, or the "
+                            "first node's torchrun, has ended") from None
 
     def _meet(self) -> None:
         self.meetings += 1

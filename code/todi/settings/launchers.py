@@ -18,6 +18,8 @@ LAUNCHER_VARIABLES = {
     "MASTER_PORT": "a free port there; 29500 when not given",
     "SSH": "the command by which scripts/hostfile.sh reaches a host; ssh, which asks for no password, when not given",
     "MAX_RESTARTS": "how often a training that breaks off goes on from its last state by itself; 0 when not given",
+    "HANG_TIMEOUT": "seconds without progress after which a process is taken to hang: its stacks are logged and the "
+                    "job ends; 1800 when not given, 0 for never",
     "DRY_RUN": "1: print the command and stop",
     "DOCTOR": "1: check all input, estimate memory and disk space, and stop",
 }

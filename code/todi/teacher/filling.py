@@ -14,6 +14,7 @@ from todi.data.tokenize import Example
 from todi.runtime.distributed import World
 from todi.runtime.locks import Lock
 from todi.runtime.storage import writing
+from todi.runtime.whereabouts import HERE, at
 from todi.teacher.cache_files import CacheStore
 from todi.teacher.live import LiveTeacher
 
@@ -63,12 +64,13 @@ def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], c
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     started, missing = time.perf_counter(), world.gather(store.missing())[0]
     for start in range(0, len(missing), world.size):
-        with teacher.at_own_pace(world):
+        with at("the cache pass"), teacher.at_own_pace(world):
             for number in missing[start:start + world.size][world.rank::world.size]:
                 samples = store.shards[number]
                 hidden = hidden_states(teacher, examples, samples, collate, device, batch_tokens)
                 store.write(number, hidden, [examples[sample].response_tokens for sample in samples])
-        world.barrier()
+        with at("the cache pass"):
+            world.barrier()
         done, seconds = min(start + world.size, len(missing)), time.perf_counter() - started
         logger.log(level, "teacher cache: %d of %d shards, %.1f min, about %.1f min left", done, len(missing),
                    seconds / 60, seconds / 60 / done * (len(missing) - done))
@@ -80,6 +82,7 @@ def hidden_states(teacher: LiveTeacher, examples: Sequence[Example], samples: Se
     rows: dict[int, Tensor] = {}
     for batch in batches(examples, samples, batch_tokens):
         rows |= batch_rows(teacher, examples, batch, collate, device)
+        HERE.tick()
     return torch.cat([rows[sample] for sample in samples])
 
 

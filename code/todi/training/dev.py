@@ -23,6 +23,7 @@ from todi.generation.sampling import stream_key
 from todi.generation.together import cache_bytes
 from todi.runtime.distributed import World
 from todi.runtime.signals import Interrupted
+from todi.runtime.whereabouts import HERE
 from todi.settings import AUTO_TOKENIZER
 from todi.training.own_pace import OwnPace
 from todi.training.scores import Score
@@ -90,6 +91,7 @@ class DevSet:
             mine = order[start:start + size][rank::ranks]
             batch = self.collate(mine).to(engine.device)
             sums = add(sums, engine(batch, cross_entropy)[0])
+            HERE.tick()
         return means(sums, self.world)
 
     def rouge_l(self, model: nn.Module, pace: OwnPace | None = None, asked: Callable[[], int] = lambda: 0) -> float:

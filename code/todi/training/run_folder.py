@@ -12,6 +12,7 @@ import deepspeed
 
 from todi.errors import InputError, collecting
 from todi.runtime.distributed import World
+from todi.runtime.heartbeat import clear_heartbeats, heartbeat_in
 from todi.runtime.locks import claimed
 from todi.runtime.logs import log_file
 from todi.runtime.storage import discard, write_text
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """args.json, train.log, metrics.jsonl, state/ and the checkpoints of one run. Making one touches no file.
+    """args.json, train.log, metrics.jsonl, heartbeat/, state/ and the checkpoints of one run.
+
+    Making one touches no file.
 
     Every rank has one, and calls its methods in step with the others.
 
@@ -44,7 +47,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Makes the folder, and until the block ends keeps other runs out of it and writes train.log.
+        """Makes the folder, and until the block ends keeps other runs out of it and writes train.log and heartbeat/.
 
         Raises:
             InputError: another run is writing there.
@@ -54,6 +57,7 @@ class RunFolder:
             self._claim(stack)
             if self.path.is_dir():  # on another node it need not be there
                 stack.enter_context(log_file(self.path / "train.log"))
+                stack.enter_context(heartbeat_in(self.path, self.world.rank))
             if self.world.is_main:
                 self.metrics = stack.enter_context(closing(JsonLines(self.path / "metrics.jsonl")))
             yield
@@ -64,6 +68,7 @@ class RunFolder:
         if self.world.is_main:
             with collecting(problems):
                 stack.enter_context(claimed(self.path))
+                clear_heartbeats(self.path)
         if problems := self.world.gather(problems)[0]:
             raise InputError(problems)
 

@@ -15,6 +15,7 @@ from todi.data.batches import Batch, Collate
 from todi.data.plans import StepPlan
 from todi.data.tokenize import Example
 from todi.runtime.distributed import World
+from todi.runtime.whereabouts import HERE
 from todi.teacher.source import TeacherSource
 from todi.training.speed import Meter
 
@@ -105,6 +106,7 @@ class TrainStep:
                 self.engine.step()
             parts.append(torch.stack(tuple(sums.values())).detach())
             report.update(more)  # adds them up
+            HERE.tick()
         diagnostics = self._diagnosis(report) if with_diagnostics else {}
         by_part, names = torch.stack(parts), tuple(sums)
         if self.engine.was_step_applied():

@@ -17,6 +17,7 @@ from todi.runtime.distributed import World
 from todi.runtime.logs import peak_memory_gib
 from todi.runtime.progress import Progress
 from todi.runtime.signals import Interrupted, StopSignals
+from todi.runtime.whereabouts import at
 from todi.training.dev import Judge
 from todi.training.monitors import Monitors
 from todi.training.optimizer import lowers_loss_scale
@@ -124,7 +125,7 @@ class Trainer:
             self.at.step += 1
             logs = self.at.step == self.pace.max_steps or self.at.step % self.pace.log_interval == 0
             lr = self.step.lr  # the schedule moves on within the step
-            with self.meter.step():
+            with at(f"step {self.at.step}"), self.meter.step():
                 result = self.step(plan, with_diagnostics=logs)
             self.window = add(self.window, result.sums)
             if result.finite is None:
@@ -174,7 +175,7 @@ class Trainer:
             raise Interrupted(signal)
 
     def _save_state(self) -> None:
-        with self.progress.paused():
+        with at("a save"), self.progress.paused():
             schedule = self.step.schedule.state_dict() if self.step.schedule else {}
             seconds = self.folder.save_state(self.step.engine, self._position(), self.window,
                                              self.source.state_dict(), schedule)
@@ -204,7 +205,7 @@ class Trainer:
     def _evaluate_and_save_unless_asked_to_stop(self, epoch: int) -> None:
         """Raises Interrupted where a signal has asked to stop meanwhile: the run goes on with this evaluation."""
         try:
-            with self.progress.paused():
+            with at("the evaluation on dev"), self.progress.paused():
                 self._evaluate_and_save(epoch)
         except Interrupted:
             self._save_state()
@@ -220,7 +221,8 @@ class Trainer:
         rouge = "" if score.rouge_l is None else f" rouge-l {score.rouge_l:.2f}"
         logger.info("dev after epoch %d: loss %.4f acc %.3f%s (%.0f s)",
                     epoch, score.loss, score.accuracy, rouge, seconds)
-        self.folder.checkpoints.offer(score, epoch, self.at.step, partial(self.export, score))
+        with at("the save of a checkpoint"):
+            self.folder.checkpoints.offer(score, epoch, self.at.step, partial(self.export, score))
 
     def _tell(self, kind: str, epoch: int, values: Mapping[str, Any]) -> None:
         """Tells the monitors, and the source of samples, which may adapt to it."""
