@@ -78,7 +78,7 @@ def gradients(engine, stage: int) -> int:
     if stage == 3:
         return bytes_of([*own, optimizer.grad_partitions_flat_buffer])
     if stage == 2:
-        own += [one for group in optimizer.averaged_gradients.values() if group for one in group]
+        own += [one for group in optimizer.all_grad_tensors.values() if group for one in group]
     return bytes_of(own)
 
 
@@ -112,6 +112,7 @@ def train(folder: str, name: str, world) -> dict[str, object]:
                                                      lr_min=0.0), config)
     student.share_head()
     batch, criterion = collate([Example(tuple(range(1, 9)), 2, 0)], 0), DistillationCriterion()
+    between = 0
     for _ in range(2):  # in the first, ZeRO-3 finds out what comes after what
         sent.clear()
         for number in range(MICRO_BATCHES):
