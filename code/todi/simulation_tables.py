@@ -29,6 +29,10 @@ def facts(simulation: Simulation) -> list[str]:
               f"billion trained, {student.precision.name} ({student.precision.reason})"]
     models += [f"teacher {one.path}: {size / _GIB:.1f} GiB of weights in {one.precision.name}"
                for one, size in zip(simulation.teachers, simulation.teacher_bytes, strict=True)]
+    if simulation.config.teacher.teacher_callable:
+        models.append("teacher: a function, whose memory and time are not known here")
+    if simulation.config.source.on_policy:
+        models.append("what the student writes itself takes time besides, which is not counted")
     return [
         f"nothing was run: {links.nodes} x {links.gpus} = {links.ranks} {board.name}, by data sheet "
         f"{board.memory / _GIB:.0f} GiB, {speed} in {student.precision.name}, {links.link / _GB:.0f} GB/s to another "

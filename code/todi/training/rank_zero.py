@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from todi.training.memory import Shape
+from todi.training.memory import Shape, training_state
 
 _ENTRY = 100  # bytes of state.json for each file of a state, and of what ranks gather of one another: estimated
 _READING = 1.5e9  # bytes a second that checksums take, as training/train_inputs.py says
@@ -39,10 +39,10 @@ def duties(shape: Shape, teachers: Sequence[int], *, stage: int, ranks: int, dev
     """
     weights = shape.parameters * shape.width
     saved = (shape.parameters if shape.trained == shape.parameters else shape.trained) * shape.width
-    own = (shape.trained * (4 + 8) // (ranks if stage else 1)
-           + (shape.trained * shape.width // ranks if stage == 3 else shape.trained * shape.width))
+    # under stage 3 DeepSpeed writes no weights besides the optimizer's fp32 masters
+    own = training_state(shape, stage, ranks).optimizer + (0 if stage == 3 else shape.trained * shape.width)
     read = weights + sum(teachers)
-    files = (2 if stage else 1) * ranks + ranks
+    files = ranks * (1 + (stage > 0) + (stage == 3)) + (stage < 3)
     return [
         Duty("start", "checksums of the models", read, read / _READING),
         Duty("state", "its own part; at stages 0 to 2 also the trained weights", own, own / disk),
