@@ -41,9 +41,9 @@ def facts(simulation: Simulation) -> list[str]:
         f"others (--network), {cluster.disk:g} GB/s of a process to a disk (--disk)",
         *models,
         f"data: {simulation.text.source}",
-        f"a step: {simulation.step_samples} samples over all GPUs, on each {simulation.micro_batches} micro-batches of "
-        f"at most {simulation.positions[0]} x {simulation.positions[1]} tokens; {simulation.steps:,} steps "
-        f"({simulation.config.optim.num_epochs} epochs)"]
+        f"a step: {simulation.step_samples} samples over all GPUs, micro-batches of at most "
+        f"{simulation.positions[0]} x {simulation.positions[1]} tokens, of which each has {simulation.micro_batches}; "
+        f"{simulation.steps:,} steps ({simulation.config.optim.num_epochs} epochs)"]
 
 
 def memory_table(simulation: Simulation) -> str:
