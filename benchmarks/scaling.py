@@ -105,9 +105,9 @@ and so are 50 GB/s between machines. The page is written by `benchmarks/scaling.
   `MAX_TOKENS`; packed samples take as much), from a forward without numbers on a CPU.
 - *DeepSpeed's buffers*: the gradient bucket (`reduce_bucket_size`, 5e8 numbers: 0.93 GiB in 16 bits, 1.86 in fp32,
   twice with `overlap_comm` at stages 1 and 2) is allocated in full however small the model is; besides a flat copy of
-  what is sent, and at stage 3 the weights that are gathered at a time: half of `stage3_max_reuse_distance`,
-  `stage3_prefetch_bucket_size`, the embedding, and tensors below `stage3_param_persistence_threshold`. Read off
-  DeepSpeed's code.
+  what is sent, at stage 2 of gradients that are kept whole (about the largest), and at stage 3 of weights that are
+  gathered at a time: half of `stage3_max_reuse_distance`, `stage3_prefetch_bucket_size`, the embedding, and tensors
+  below `stage3_param_persistence_threshold`. Read off DeepSpeed's code.
 - *NCCL* 0.5 GiB within a machine and 1 GiB between several, *CUDA* 1.5 GiB, *holes* 5 % of what the allocator holds:
   assumed.
 - *Sent*: a ring of n ranks sends 2 (n − 1)/n of a tensor's bytes for an all-reduce, (n − 1)/n for an all-gather or a

@@ -28,7 +28,7 @@ WAYS = {
     "3": (3, "fp32", False, _SMALL),
     "3 bf16": (3, "bf16", False, _SMALL),
     "3 lora": (3, "fp32", True, _SMALL),
-    "3 again": (3, "fp32", False, _SMALL | {"stage3_max_reuse_distance": 0}),
+    "3 again": (3, "fp32", False, _SMALL | {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}),
     "3 small": (3, "fp32", False, _SMALL | {"stage3_param_persistence_threshold": 1000}),
 }
 # What of torch.distributed sends, and which of its arguments is the whole tensor.

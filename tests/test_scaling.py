@@ -17,7 +17,14 @@ from todi.settings import DoctorConfig
 from todi.simulation_inputs import read_simulation
 from todi.simulation_tables import memory_table, report
 from todi.training.forecast import Pace, forecast
-from todi.training.gpu_memory import CONTEXT, HOLES, NCCL_BETWEEN_NODES, communication_buffers, with_what_a_gpu_adds
+from todi.training.gpu_memory import (
+    CONTEXT,
+    HOLES,
+    NCCL_BETWEEN_NODES,
+    communication_buffers,
+    reaching_over,
+    with_what_a_gpu_adds,
+)
 from todi.training.memory import Memory, Shape
 from todi.training.rank_zero import duties
 from todi.training.traffic import Collective, Links, host_bytes, step_traffic
@@ -25,6 +32,8 @@ from todi.training.traffic import Collective, Links, host_bytes, step_traffic
 GIB = 2**30
 WAYS = ("0", "1", "1 bf16", "1 lora", "2", "3", "3 bf16", "3 lora", "3 again", "3 small")
 TOLERANCE = 0.02  # padding: each rank has as many numbers as the others
+SENT = ("all-reduce", "all-gather", "reduce-scatter")
+LARGEST = 300 * 64 * 4  # bytes of the largest tensor in fp32: at stage 2 a rank keeps those whole that it has a part of
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,12 @@ def test_what_deepspeed_sends_and_holds(counted, ranks):
         assert found["ranks"] == ranks
         for name, said in found["said"].items():
             real = found["counted"].get(name, 0)
-            assert real == pytest.approx(said, rel=TOLERANCE, abs=1000), (way, name)
+            if name in SENT and ranks == 1:  # ZeRO-3 and the weights of the others need nobody to gather from
+                assert real <= said * (1 + TOLERANCE) + 100, (way, name)
+            elif (way, name) == ("2", "gradients"):
+                assert said <= real + 1000 and real <= said + 2 * LARGEST, (way, name, real, said)
+            else:
+                assert real == pytest.approx(said, rel=TOLERANCE, abs=1000), (way, name)
 
 
 def test_the_first_rank_holds_less_with_more_ranks(counted):
@@ -130,6 +144,13 @@ class TestGpuMemory:
         assert (found.base, found.nccl, found.holes) == (CONTEXT, NCCL_BETWEEN_NODES, round(held * HOLES))
         assert found.total == held + CONTEXT + NCCL_BETWEEN_NODES + found.holes
         assert with_what_a_gpu_adds(memory, self.SHAPE, zero, World(0, 1, 0, 1)).nccl == 0
+
+    def test_stage_2_keeps_whole_gradients(self):
+        shape = Shape(100, 100, 2, 0, 10, 10, True, sizes=(60, 40))
+        assert reaching_over(shape, {"stage": 2}, 4) == 2 * 60
+        assert reaching_over(shape, {"stage": 2}, 2) == 2 * 50
+        assert reaching_over(shape, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 4) == 0
+        assert reaching_over(shape, {"stage": 1}, 4) == 0
 
 
 class TestTraffic:
@@ -220,7 +241,8 @@ class TestCommand:
         file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true, "reduce_bucket_size": 1000}}')
         found = self.simulate([*words, "--deepspeed_config", str(file)])
         assert {one.stage for one in found.variants} == {2}
-        assert found.memory(found.variants[0]).buffers == 3 * 1000 * 2
+        over = max(found.shape.sizes) * 2
+        assert found.memory(found.variants[0]).buffers == 3 * 1000 * 2 + over
         assert found.traffic(found.variants[0])[0].overlapped
 
     def test_each_part_shrinks_as_it_should(self, words):
@@ -250,6 +272,7 @@ class TestCommand:
         with pytest.raises(InputError, match="give all three, or none and a --data-dir"):
             self.simulate([*words[:at], *words[at + 2:]])
 
+    @pytest.mark.slow
     def test_by_its_name(self, words):
         done = subprocess.run([sys.executable, "-m", "todi.doctor", *words], text=True, capture_output=True,
                               env=environment({"PYTHONPATH": ROOT / "code"}), cwd=ROOT)
