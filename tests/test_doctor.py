@@ -186,7 +186,8 @@ class TestReport:
 
     def test_offloading(self, settings, tmp_path, monkeypatch):
         """Of a GPU, whose shapes are measured here without one."""
-        monkeypatch.setattr("todi.doctor.measure_shape", lambda model, samples, length, device, checkpointing:
+        monkeypatch.setattr("todi.training.estimate.measure_shape",
+                            lambda model, samples, length, device, checkpointing:
                             measure_shape(model, samples, length, CPU, checkpointing))
         monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: 0)
         file = tmp_path / "ds.json"

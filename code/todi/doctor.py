@@ -2,46 +2,32 @@
 
     python -m todi.doctor --model-path STUDENT --teacher-model-path TEACHER ...     # the options of todi.train
     DOCTOR=1 bash scripts/gpt2/vanilla_kd_gpt2_base.sh                              # a launcher's
+    python -m todi.doctor --nodes 4 --gpus 8 ...          # the same run on other machines, by arithmetic
 
 WORLD_SIZE says for how many devices. Exit code 2 when something is wrong. Every training run begins with this report.
 """
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
-from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example, encode_examples
 from todi.errors import run_main
-from todi.generation.together import cache_bytes, rows_written_together
-from todi.models.adapters import adapter_outline, add_lora
-from todi.models.inputs import ModelInputs
-from todi.models.loading import empty_model
 from todi.options import parse
 from todi.runtime.device import choose_device
 from todi.runtime.distributed import World, world_from_environment
 from todi.runtime.logs import set_up_logging
-from todi.settings import OptimConfig, StudentConfig, TrainConfig
-from todi.teacher.spread import held_numbers
-from todi.training.memory import (
-    Memory,
-    Shape,
-    available_bytes,
-    measure_shape,
-    offload,
-    peak,
-    peak_on_cpu,
-    resident_bytes,
-    training_state,
-)
+from todi.settings import DoctorConfig, TrainConfig
+from todi.simulation_inputs import read_simulation
+from todi.simulation_tables import report
+from todi.training.estimate import estimate_memory, samples_of, student_shape, teacher_bytes
+from todi.training.memory import Memory, Shape, available_bytes
 from todi.training.state import KEPT_STATES
-from todi.training.train_inputs import TrainInputs, build_loss_terms, longest_sample, read_inputs
+from todi.training.train_inputs import TrainInputs, longest_sample, read_inputs
 
 logger = logging.getLogger("todi.doctor")
 
@@ -69,18 +55,21 @@ class Report:
 
 def main() -> None:
     """Parse, check, report."""
-    config = parse(TrainConfig, prog="python -m todi.doctor")
-    world = world_from_environment()
+    settings = parse(DoctorConfig, prog="python -m todi.doctor")
+    config, world = settings.train, world_from_environment()
     set_up_logging(world.is_main)
+    if settings.cluster.wanted:
+        print(report(read_simulation(settings)))
+        return
     device = choose_device(world.local_rank)
     inputs = read_inputs(config, device)
     data, student = config.data, inputs.student
     examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,
                                data.max_prompt_length)
     cached = config.cache.teacher_cache not in ("auto", "off") and not config.source.on_policy
-    report = examine(config, inputs, examples, world, device, [cached] * len(inputs.teachers))
-    report.log()
-    if not report.warnings:
+    found = examine(config, inputs, examples, world, device, [cached] * len(inputs.teachers))
+    found.log()
+    if not found.warnings:
         logger.info("nothing is wrong")
 
 
@@ -92,7 +81,7 @@ def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example
         cached: of each teacher, whether its hidden states come from a cache; without it, none does.
     """
     length = longest_sample(config, examples)[0] - 1
-    student = _student_shape(config, inputs, length, device)
+    student = student_shape(config, inputs, length, device)
     estimates = {ranks: estimate_memory(config, inputs, student, examples, world, device, cached, ranks)
                  for ranks in {1, world.size}}
     available = available_bytes(device, world.local_size)
@@ -106,81 +95,12 @@ def examine(config: TrainConfig, inputs: TrainInputs, examples: Sequence[Example
                   warnings + [warning for _, more in others for warning in more], spread)
 
 
-def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, examples: Sequence[Example], world: World,
-                    device: torch.device, cached: Sequence[bool] = (), teacher_ranks: int = 1) -> Memory:
-    """Bytes of the fullest moment of the training on one device: on a CPU, of a process.
-
-    Args:
-        teacher_ranks: over which the teachers' weights are spread.
-    """
-    optim = config.optim
-    longest, longest_response = longest_sample(config, examples)
-    samples = _samples(optim, longest - 1)
-    rows = samples * longest_response
-    trust = config.student.trust_remote_code
-    teacher = sum(_teacher_bytes(model, rows, from_cache, trust, teacher_ranks)
-                  for model, from_cache in zip_longest(inputs.teachers, cached, fillvalue=False))
-    if inputs.teacher_function:
-        teacher = rows * student.vocabulary * 4  # its logits; what it computes them with is its own affair
-    vocabulary = min([student.vocabulary, *(model.config.vocab_size for model in inputs.teachers)])
-    loss = peak_bytes(rows, vocabulary, student.hidden, width=student.width, head_trained=student.head_trained,
-                      teachers=max(len(inputs.teachers), int(config.objective.distils)),
-                      chunk_size=config.objective.loss_chunk_size, device=device)
-    zero = inputs.deepspeed_config["zero_optimization"]
-    state = training_state(student, zero["stage"], world.size)
-    written, length = [0], config.data.max_length  # texts at a time
-    if config.run.eval_gen:
-        written.append(min(rows_written_together(config.run.eval_batch_size, inputs.student, length),
-                           len(inputs.dev) * config.run.eval_gen_repeat_times))
-    if config.source.on_policy:
-        written.append(rows_written_together(config.source.sample_batch_size, inputs.student, length))
-    forward = max(student.activations + loss, cache_bytes(inputs.student.config, max(written), length, student.width))
-    if device.type == "cpu":
-        return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
-    state, offloaded = offload(state, zero)
-    memory = peak(state, forward=forward, accumulates=optim.accumulation(world.size) > 1, teacher=teacher, base=0)
-    return dataclasses.replace(memory, offloaded=offloaded)
-
-
-def _samples(optim: OptimConfig, longest: int) -> int:
-    """Of `longest` tokens, so many as a micro-batch may have; a packed one has more, shorter ones in their place."""
-    return -(-optim.tokens(longest) // longest)
-
-
-def _teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_code: bool, ranks: int) -> int:
-    """Of a teacher's weights, or its head where the rest is cached, and of its hidden states of a micro-batch."""
-    model = empty_model(inputs.config, trust_remote_code)
-    if cached:
-        weights = model.get_output_embeddings().weight.numel()
-    else:
-        weights = held_numbers(model, ranks) if ranks > 1 else model.num_parameters()
-    return (weights + rows * inputs.config.hidden_size) * inputs.precision.dtype.itemsize
-
-
-def _student_shape(config: TrainConfig, inputs: TrainInputs, length: int, device: torch.device) -> Shape:
-    shape = _model_shape(config.student, inputs.student, _samples(config.optim, length), length, device)
-    with torch.device("meta"):
-        terms = build_loss_terms(config.objective, inputs.student, inputs.teachers).values()
-    weights = sum(parameter.numel() for term in terms for parameter in term.parameters())
-    return dataclasses.replace(shape, parameters=shape.parameters + weights, trained=shape.trained + weights)
-
-
-def _model_shape(config: StudentConfig, inputs: ModelInputs, samples: int, length: int,
-                 device: torch.device) -> Shape:
-    model = empty_model(inputs.config, config.trust_remote_code, inputs.precision.dtype)
-    if config.peft:
-        model = (adapter_outline(config.peft_path, model) if config.peft_path else
-                 add_lora(model, inputs.family, config.peft_lora_r, config.peft_lora_alpha, config.peft_lora_dropout,
-                          config.peft_lora_targets))
-    return measure_shape(model, samples, length, device, config.gradient_checkpointing)
-
-
 def _about_memory(memory: Memory, config: TrainConfig, stage: int, available: int,
                   length: int) -> tuple[list[str], list[str]]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.2f}" for name, size in vars(memory).items()
                       if size and name != "offloaded")
     facts = [f"memory: about {memory.total / _GIB:.2f} GiB on each device when fullest ({parts}) at "
-             f"{_samples(config.optim, length)} x {length} tokens; {available / _GIB:.2f} GiB are free"]
+             f"{samples_of(config.optim, length)} x {length} tokens; {available / _GIB:.2f} GiB are free"]
     if memory.total <= available:
         return facts, []
     fitting = int(config.optim.tokens(length) * (1 - (memory.total - available) / max(memory.working, 1)))
@@ -210,7 +130,7 @@ def _about_spreading(config: TrainConfig, inputs: TrainInputs, estimates: Mappin
         return wanted == "on", []
     trust = config.student.trust_remote_code
     # a pass that fills a cache has the teacher alone on the device
-    alone = {over: max(_teacher_bytes(model, 0, False, trust, over) for model in inputs.teachers) for over in estimates}
+    alone = {over: max(teacher_bytes(model, 0, False, trust, over) for model in inputs.teachers) for over in estimates}
     whole, spread = (max(estimates[over].total - estimates[over].base, alone[over]) for over in (1, ranks))
     if whole <= available or spread >= whole:
         return False, []

@@ -1,7 +1,8 @@
-"""How many floating-point operations a second a device can do at most: known for GPUs, probed on a CPU."""
+"""What a device can do at most: operations a second, known for GPUs and probed on a CPU; memory and links of GPUs."""
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,34 @@ _GPUS: dict[str, tuple[float, float, float]] = {
 }
 _WITHOUT_BF16 = r"V100|T4\b"
 
+# GiB of memory, and GB a second that leave a GPU for others of its node (NVLink, half of what data sheets say of both
+# directions; PCIe where there is none) and for the computer's memory (PCIe). The first name that fits counts.
+_BOARDS: dict[str, tuple[float, float, float]] = {
+    r"GB200": (186, 900, 225),
+    r"B200": (180, 900, 64),
+    r"H100 NVL": (94, 300, 64),
+    r"H200 NVL": (141, 450, 64),
+    r"H100 PCIe": (80, 300, 64),
+    r"GH200": (96, 450, 450),
+    r"H200": (141, 450, 64),
+    r"H100": (80, 450, 64),
+    r"H800": (80, 200, 64),
+    r"H20\b": (96, 450, 64),
+    r"A100.*40GB": (40, 300, 32),
+    r"A100": (80, 300, 32),
+    r"A800": (80, 200, 32),
+    r"A40\b": (48, 32, 32),
+    r"A30\b": (24, 32, 32),
+    r"A10\b": (24, 32, 32),
+    r"L40S|L40\b": (48, 32, 32),
+    r"L4\b": (24, 32, 32),
+    r"RTX 6000 Ada|RTX A6000": (48, 32, 32),
+    r"V100.*16GB": (16, 150, 16),
+    r"V100": (32, 150, 16),
+    r"T4\b": (16, 16, 16),
+}
+GPU_NAMES = ("B200", "H200", "H100", "H100 PCIe", "A100", "A100 40GB", "L40S", "L4", "A10", "V100", "T4")  # some
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -42,6 +71,32 @@ class Peak:
 
     flops: float
     source: str
+
+
+@dataclass(frozen=True)
+class Board:
+    """A GPU as its data sheet has it, for arithmetic where there is none.
+
+    Attributes:
+        memory: bytes.
+        link: bytes a second to the other GPUs of a node, one way.
+        host: bytes a second to the computer's memory, one way.
+    """
+
+    name: str
+    memory: int
+    link: float
+    host: float
+
+    def peak(self, dtype: torch.dtype) -> Peak | None:
+        """Of matrix products, as `known_peak`, fp32 ones rounded to TF32."""
+        return known_peak(self.name, dtype, tf32=True)
+
+
+def known_board(name: str) -> Board | None:
+    """The GPU that is called so; None of one that is not in the table."""
+    found = _found(_BOARDS, name)
+    return found and Board(name, int(found[0] * 2**30), found[1] * 1e9, found[2] * 1e9)
 
 
 def peak_of(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Peak | None:
@@ -58,12 +113,16 @@ def peak_of(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Pea
 def known_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> Peak | None:
     """Of the GPU that CUDA calls `name`; None of one that is not in the table, is but a part (MIG), or has no such
     products."""
-    found = next((values for pattern, values in _GPUS.items() if re.search(rf"\b(?:{pattern})", name)), None)
+    found = _found(_GPUS, name)
     if found is None or "MIG" in name or (dtype == torch.bfloat16 and re.search(_WITHOUT_BF16, name)):
         return None
     half, tensor_fp32, plain_fp32 = found
     tera = half if dtype != torch.float32 else tensor_fp32 if tf32 and tensor_fp32 else plain_fp32
     return Peak(tera * _TERA, f"data sheet of {name}")
+
+
+def _found(table: Mapping[str, tuple[float, float, float]], name: str) -> tuple[float, float, float] | None:
+    return next((values for pattern, values in table.items() if re.search(rf"\b(?:{pattern})", name)), None)
 
 
 def _probe(dtype: torch.dtype) -> Peak:

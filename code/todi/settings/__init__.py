@@ -23,6 +23,7 @@ from todi.settings.shared import (
     named_numbers,
     recorded,
 )
+from todi.settings.simulation import ClusterConfig, DoctorConfig
 from todi.settings.training import (
     DataConfig,
     ObjectiveConfig,
@@ -35,8 +36,8 @@ from todi.settings.training import (
 )
 
 __all__ = [
-    "AUTO_TOKENIZER", "CACHE_MODES", "CROSS_ENTROPY", "CacheConfig", "DataConfig", "DecodingConfig", "EvalConfig",
-    "GenerateConfig", "KERNELS", "LAUNCHER_VARIABLES", "NO_ADAPTER", "ObjectiveConfig", "OptimConfig", "PUBLISHED",
-    "ROUGE_TOKENIZERS", "RunConfig", "SET_NAME", "SamplesConfig", "StudentConfig", "TODAY", "TeacherCacheConfig",
-    "TeacherConfig", "TrainConfig", "named_numbers", "recorded",
+    "AUTO_TOKENIZER", "CACHE_MODES", "CROSS_ENTROPY", "CacheConfig", "ClusterConfig", "DataConfig", "DecodingConfig",
+    "DoctorConfig", "EvalConfig", "GenerateConfig", "KERNELS", "LAUNCHER_VARIABLES", "NO_ADAPTER", "ObjectiveConfig",
+    "OptimConfig", "PUBLISHED", "ROUGE_TOKENIZERS", "RunConfig", "SET_NAME", "SamplesConfig", "StudentConfig", "TODAY",
+    "TeacherCacheConfig", "TeacherConfig", "TrainConfig", "named_numbers", "recorded",
 ]

@@ -6,6 +6,7 @@ from todi.settings.decoding import DecodingConfig
 from todi.settings.evaluation import EvalConfig
 from todi.settings.generation import GenerateConfig
 from todi.settings.launchers import LAUNCHER_VARIABLES
+from todi.settings.simulation import ClusterConfig
 from todi.settings.training import DataConfig, TeacherConfig, TrainConfig
 
 
@@ -29,6 +30,12 @@ samples of a step (over all devices) and of an epoch are fixed. [deepspeed.md](d
 file.
 
 {markdown_tables(TrainConfig, ("variable", "option", "default", "allowed", "at resume", "meaning"))}
+
+## Simulation: `python -m todi.doctor`
+
+With the settings above it says what a run will need on other machines, by arithmetic: [scaling.md](scaling.md).
+
+{markdown_tables(ClusterConfig, ("option", "default", "allowed", "meaning"))}
 
 ## What launchers understand besides
 

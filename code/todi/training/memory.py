@@ -34,6 +34,7 @@ class Shape:
         activations: bytes that a forward of the wanted batch keeps for the backward.
         vocabulary, hidden: of the head's weight.
         head_trained: whether the head's weight has a gradient.
+        sizes: numbers of each tensor of parameters.
     """
 
     parameters: int
@@ -43,6 +44,7 @@ class Shape:
     vocabulary: int
     hidden: int
     head_trained: bool
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Memory:
         base: libraries; on a CPU, what the process holds already.
         working: activations and the loss in the forward, or the copies that the optimizer's step makes; both on a CPU.
         offloaded: in the computer's memory, and not on the device.
+        buffers: of DeepSpeed, for gradients and weights on their way; on a GPU, as the two below.
+        nccl: of NCCL.
+        holes: between the blocks of the allocator.
     """
 
     base: int
@@ -72,10 +77,14 @@ class Memory:
     optimizer: int
     working: int
     offloaded: int = 0
+    buffers: int = 0
+    nccl: int = 0
+    holes: int = 0
 
     @property
     def total(self) -> int:
-        return self.base + self.teacher + self.weights + self.gradients + self.optimizer + self.working
+        return (self.base + self.teacher + self.weights + self.gradients + self.optimizer + self.working
+                + self.buffers + self.nccl + self.holes)
 
 
 def measure_shape(model: nn.Module, samples: int, length: int, device: torch.device,
@@ -100,7 +109,7 @@ def measure_shape(model: nn.Module, samples: int, length: int, device: torch.dev
         activations = activations // layers + layers * hidden * width
     parameters = list(model.parameters())
     return Shape(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), width,
-                 activations, *head.weight.shape, head.weight.requires_grad)
+                 activations, *head.weight.shape, head.weight.requires_grad, tuple(p.numel() for p in parameters))
 
 
 def _kept_bytes(backbone: nn.Module, samples: int, length: int, device: torch.device) -> int:

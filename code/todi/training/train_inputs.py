@@ -68,7 +68,7 @@ def read_inputs(config: TrainConfig, device: torch.device) -> TrainInputs:
     """
     load_plugins(config.run.plugins)
     problems = config.problems()
-    train_files, dev_files = _data_files(config.data.data_dir)
+    train_files, dev_files = data_files(config.data.data_dir)
     train = dev = function = None
     with collecting(problems):
         check_objective(config.objective.kd_objective, config.objective.kd_params, "--kd")
@@ -219,7 +219,7 @@ def _check_loss_terms(config: TrainConfig, student: ModelInputs, teachers: Seque
                          "--teacher-cache off")
 
 
-def _data_files(folders: Sequence[str]) -> tuple[list[Path], list[Path]]:
+def data_files(folders: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """Files of the training and of the dev records; several folders need one file of dev records among them."""
     train, dev = ([Path(folder) / f"{split}.jsonl" for folder in folders] for split in ("train", "dev"))
     return train, [file for file in dev if file.is_file()] or dev
