@@ -114,8 +114,8 @@ class TestGpuMemory:
 
     SHAPE = Shape(10**10, 10**10, 2, 0, 1000, 1000, True)
 
-    def buffers(self, shape=SHAPE, **zero) -> float:
-        return communication_buffers(shape, zero) / GIB
+    def buffers(self, shape=SHAPE, ranks=32, **zero) -> float:
+        return communication_buffers(shape, zero, ranks) / GIB
 
     def test_buckets(self):
         bucket = 10**9 / GIB
@@ -127,6 +127,9 @@ class TestGpuMemory:
         assert self.buffers(stage=0) == pytest.approx(bucket)
         small = Shape(1000, 1000, 4, 0, 10, 10, True)
         assert self.buffers(small, stage=1) == pytest.approx(2 * bucket, rel=1e-3)  # allocated in full, in fp32
+
+    def test_a_rank_by_itself_sends_nothing(self):
+        assert self.buffers(stage=1, ranks=1) == 0 < self.buffers(stage=1, ranks=1, contiguous_gradients=True)
 
     def test_gathered_weights(self):
         """Half of max_reuse_distance, what is fetched ahead, the embedding; of a small model all of it at most."""
@@ -140,7 +143,7 @@ class TestGpuMemory:
         zero = {"stage": 1}
         memory = Memory(base=0, teacher=GIB, weights=GIB, gradients=0, optimizer=0, working=GIB)
         found = with_what_a_gpu_adds(memory, self.SHAPE, zero, World(0, 32, 0, 8))
-        held = 3 * GIB + communication_buffers(self.SHAPE, zero)
+        held = 3 * GIB + communication_buffers(self.SHAPE, zero, 32)
         assert (found.base, found.nccl, found.holes) == (CONTEXT, NCCL_BETWEEN_NODES, round(held * HOLES))
         assert found.total == held + CONTEXT + NCCL_BETWEEN_NODES + found.holes
         assert with_what_a_gpu_adds(memory, self.SHAPE, zero, World(0, 1, 0, 1)).nccl == 0

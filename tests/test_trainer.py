@@ -19,7 +19,8 @@ from todi.training.trainer import Pace, Trainer, TrainingError
 
 ALONE = World(0, 1, 0, 1)
 ENGINE = SimpleNamespace(device=torch.device("cpu"), train=lambda: None, eval=lambda: None,
-                         get_global_grad_norm=lambda: 1.0, optimizer=None,
+                         get_global_grad_norm=lambda: 1.0, optimizer=SimpleNamespace(param_groups=[]),
+                         module=torch.nn.Identity(), zero_optimization_stage=lambda: 0,
                          save_checkpoint=lambda *words, **options: None)
 
 

@@ -26,19 +26,21 @@ def with_what_a_gpu_adds(memory: Memory, shape: Shape, zero: Mapping[str, Any], 
     Args:
         zero: the section zero_optimization.
     """
-    buffers = communication_buffers(shape, zero) + reaching_over(shape, zero, world.size)
+    buffers = communication_buffers(shape, zero, world.size) + reaching_over(shape, zero, world.size)
     held = memory.total - memory.base + buffers
     nccl = 0 if world.size == 1 else NCCL_IN_A_NODE if world.size == world.local_size else NCCL_BETWEEN_NODES
     return replace(memory, base=CONTEXT, nccl=nccl, buffers=buffers, holes=round(held * HOLES))
 
 
-def communication_buffers(shape: Shape, zero: Mapping[str, Any]) -> int:
+def communication_buffers(shape: Shape, zero: Mapping[str, Any], ranks: int) -> int:
     """Bytes that DeepSpeed takes for gradients on their way, and under stage 3 for weights that are gathered.
 
     Args:
         zero: the section zero_optimization; what it does not say is as DeepSpeed has it.
     """
     said = DeepSpeedZeroConfig(**zero)
+    if ranks == 1 and said.stage in (1, 2) and not said.offload_optimizer and "contiguous_gradients" not in zero:
+        return 0  # nothing is sent (training/optimizer.py)
     if said.stage == 0:
         return min(shape.trained, ENGINE_BUCKET) * shape.width  # the flat copy that is sent
     flat = min(shape.trained, said.reduce_bucket_size) * shape.width
