@@ -19,6 +19,7 @@ except ModuleNotFoundError:
     sys.path.insert(0, str(Path(__file__).parents[1] / "code"))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on standard output what it has found
 
 from todi.options import parse
 from todi.settings import DoctorConfig
