@@ -187,7 +187,7 @@ class TestEvaluation:
         (("40", "--limit", "3"), " --batch-size 40 --limit 3")])
     def test_the_batch_size_may_be_left_out(self, words, options):
         done = run("eval/run_eval", "a model", *words, DRY_RUN=1)
-        assert done.stdout.rstrip().endswith(f" todi.evaluate --model-path a\\ model{options}"), done.stdout
+        assert done.stdout.rstrip().endswith(f" --model-path a\\ model{options}"), done.stdout
 
 
 class TestBadInput:
