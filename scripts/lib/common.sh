@@ -67,7 +67,7 @@ choose_allocator() {
   [[ -z $library ]] || export LD_PRELOAD=$library
 }
 
-several_processes() { ((NPROC * NNODES > 1)); }
+several_processes() { ((${NPROC:-1} * ${NNODES:-1} > 1)); }
 
 # launch RUNNER MODULE OPTION...: runs it, one process by itself, several under torchrun, by RUNNER, which takes a
 # command; with DRY_RUN, prints it. Before torchrun one process looks at all input, so that each problem is said once.
