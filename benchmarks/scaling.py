@@ -106,9 +106,9 @@ and so are 50 GB/s between machines. The page is written by `benchmarks/scaling.
   `MAX_TOKENS`; packed samples take as much), from a forward without numbers on a CPU.
 - *DeepSpeed's buffers*: the gradient bucket (`reduce_bucket_size`, 5e8 numbers: 0.93 GiB in 16 bits, 1.86 in fp32,
   twice with `overlap_comm` at stages 1 and 2) is allocated in full however small the model is; besides a flat copy of
-  what is sent, and at stage 3 the weights that are gathered at a time: half of `stage3_max_reuse_distance`,
-  `stage3_prefetch_bucket_size`, the embedding, and tensors below `stage3_param_persistence_threshold`. Read off
-  DeepSpeed's code.
+  what is sent, at stage 2 of gradients that are kept whole (about the largest), and at stage 3 of weights that are
+  gathered at a time: half of `stage3_max_reuse_distance`, `stage3_prefetch_bucket_size`, the embedding, and tensors
+  below `stage3_param_persistence_threshold`. Read off DeepSpeed's code.
 - *NCCL* 0.5 GiB within a machine and 1 GiB between several, *CUDA* 1.5 GiB, *holes* 5 % of what the allocator holds:
   assumed.
 - *Sent*: a ring of n ranks sends 2 (n − 1)/n of a tensor's bytes for an all-reduce, (n − 1)/n for an all-gather or a
@@ -121,13 +121,12 @@ and so are 50 GB/s between machines. The page is written by `benchmarks/scaling.
 
 ## What was checked
 
-Against DeepSpeed's engine in one process on a CPU (a model of 137,280 parameters, fp32 and bf16, full and LoRA, three
-micro-batches a step, stages 0 to 3): the bytes of weights, gradients (but at stage 2) and optimizer, and those handed
-to all-reduce and reduce-scatter, were what the simulation says of that model, to 16 bytes of norms; with one process
-nothing is gathered. `tests/test_scaling.py` compares the same with 2 and 4 processes (gloo) and with the first of 32
-ranks whose others are not there. Seconds, the buffers of a GPU and what NCCL sends for an operation were compared with
-nothing. By its code DeepSpeed's stage 2 keeps, between micro-batches, the gradients whole that a rank has a part of:
-about the largest tensor more than the tables have.
+Against DeepSpeed's engine on a CPU (gloo, a model of 137,280 parameters, fp32 and bf16, full and LoRA, three
+micro-batches a step; `tests/test_scaling.py`): with 1, 2 and 4 processes, and for the first of 32 ranks whose others
+are not there (a process group that sends nothing), the bytes handed to each kind of collective operation and the
+bytes of weights, gradients and optimizer that the first rank holds are within 2 % of what the simulation says of that
+model; what is left over is padding. The files of a state are compared with what the simulation says of the first
+rank. Seconds, the buffers of a GPU and what NCCL sends for an operation were compared with nothing.
 """
 
 

@@ -22,6 +22,7 @@ from todi.training.gpu_memory import (
     HOLES,
     NCCL_BETWEEN_NODES,
     communication_buffers,
+    reaching_over,
     with_what_a_gpu_adds,
 )
 from todi.training.memory import Memory, Shape
@@ -147,6 +148,13 @@ class TestGpuMemory:
         assert found.total == held + CONTEXT + NCCL_BETWEEN_NODES + found.holes
         assert with_what_a_gpu_adds(memory, self.SHAPE, zero, World(0, 1, 0, 1)).nccl == 0
 
+    def test_stage_2_keeps_whole_gradients(self):
+        shape = Shape(100, 100, 2, 0, 10, 10, True, sizes=(60, 40))
+        assert reaching_over(shape, {"stage": 2}, 4) == 2 * 60
+        assert reaching_over(shape, {"stage": 2}, 2) == 2 * 50
+        assert reaching_over(shape, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 4) == 0
+        assert reaching_over(shape, {"stage": 1}, 4) == 0
+
 
 class TestTraffic:
     def test_a_ring(self):
@@ -236,7 +244,8 @@ class TestCommand:
         file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true, "reduce_bucket_size": 1000}}')
         found = self.simulate([*words, "--deepspeed_config", str(file)])
         assert {one.stage for one in found.variants} == {2}
-        assert found.memory(found.variants[0]).buffers == 3 * 1000 * 2
+        over = max(found.shape.sizes) * 2
+        assert found.memory(found.variants[0]).buffers == 3 * 1000 * 2 + over
         assert found.traffic(found.variants[0])[0].overlapped
 
     def test_each_part_shrinks_as_it_should(self, words):

@@ -26,7 +26,7 @@ def with_what_a_gpu_adds(memory: Memory, shape: Shape, zero: Mapping[str, Any], 
     Args:
         zero: the section zero_optimization.
     """
-    buffers = communication_buffers(shape, zero, world.size)
+    buffers = communication_buffers(shape, zero, world.size) + reaching_over(shape, zero, world.size)
     held = memory.total - memory.base + buffers
     nccl = 0 if world.size == 1 else NCCL_IN_A_NODE if world.size == world.local_size else NCCL_BETWEEN_NODES
     return replace(memory, base=CONTEXT, nccl=nccl, buffers=buffers, holes=round(held * HOLES))
@@ -49,6 +49,15 @@ def communication_buffers(shape: Shape, zero: Mapping[str, Any], ranks: int) -> 
         # allocated in full, however small the model is; the second one is filled while the first is sent
         buckets = said.reduce_bucket_size * shape.width * (2 if said.overlap_comm and said.stage < 3 else 1)
     return flat + buckets + (gathered_bytes(shape, said) if said.stage == 3 else 0)
+
+
+def reaching_over(shape: Shape, zero: Mapping[str, Any], ranks: int) -> int:
+    """Bytes of gradients that are none of a rank's part under stage 2: until the last micro-batch it keeps the gradient
+    of every tensor that its part reaches into, whole. About the largest tensor, and at most all that is not its own."""
+    said = DeepSpeedZeroConfig(**zero)
+    if said.stage != 2 or said.offload_optimizer:
+        return 0
+    return min(max(shape.sizes, default=0), shape.trained - shape.trained // ranks) * shape.width
 
 
 def gathered_bytes(shape: Shape, zero: DeepSpeedZeroConfig) -> int:
