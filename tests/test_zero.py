@@ -52,12 +52,6 @@ def engines_are_freed(monkeypatch):
     gc.collect()
 
 
-@pytest.fixture(autouse=True)
-def fp16_runs_on_any_cpu(monkeypatch):
-    """DeepSpeed refuses it where the processor has no products in fp16, which PyTorch does without."""
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda accelerator: True)
-
-
 @pytest.fixture
 def states(tmp_path) -> StateStore:
     return StateStore(tmp_path, world_from_environment())
