@@ -23,7 +23,7 @@ class TestBadInput:
         (["--sets", "dolly", "dolly"], "--sets: dolly given more than once"),
         (["--seeds", 10, 20, 10], "--seeds: 10 given more than once"),
         (["--seeds", "ten"], "invalid int value: 'ten'"),
-        (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", -1], "--batch-size must be at least 0, got -1"),
         (["--limit", 0], "--limit must be at least 1, got 0"),
         (["--max-prompt-length", 40], "--max-prompt-length (40) must be below --max-length (40)"),
         (["--max-length", 513], "has 512 positions"),
