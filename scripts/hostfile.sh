@@ -88,12 +88,12 @@ default RENDEZVOUS_ID "$(uname -n)-$$-$(date +%s)"
 read_variables
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-for name in TERM INT USR1; do
+for name in TERM INT USR1 HUP; do
   # shellcheck disable=SC2064
   trap "received=$(kill -l $name); tell_all $name" $name
 done
 launcher=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
-for ((number = 0; number < ${#hosts[@]}; number++)); do start "$number" "$launcher" "${@:3}"; done
+for ((number = 0; number < ${#hosts[@]} && received == 0; number++)); do start "$number" "$launcher" "${@:3}"; done
 trap '' PIPE  # to one that has ended there is nothing to tell
 status=0
 wait_for_all || status=$?

@@ -113,6 +113,12 @@ def looks():
     return look
 
 
+def test_a_process_without_fellows_has_its_pulse():
+    here = Whereabouts()
+    here.pulse(3)
+    assert here.record.pulse == 3
+
+
 def test_who_hangs(looks):
     def found(**ranks):
         clock = Clock()

@@ -366,7 +366,7 @@ class TestNames:
 
     def test_an_evaluation_is_told_by_words(self):
         config = evaluate("--model-path", "here", MODEL_PATH="there", PEFT_PATH="a", SAVE_DIR="b", BATCH_SIZE="3")
-        assert (config.model_path, config.peft_path, config.save_dir, config.batch_size) == ("here", None, None, 32)
+        assert (config.model_path, config.peft_path, config.save_dir, config.batch_size) == ("here", None, None, 0)
 
 
 class TestUnknownVariables:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,4 +65,6 @@ def _wrote(folder: Path) -> float:
     """When a run wrote its newest state; 0 where it has none, or has finished."""
     if (folder / "state" / "finished.json").exists():
         return 0
-    return max((state.stat().st_mtime for state in (folder / "state").glob("epoch*_step*")), default=0)
+    with suppress(FileNotFoundError):  # a run that is going on has removed an older one
+        return max((state.stat().st_mtime for state in (folder / "state").glob("epoch*_step*")), default=0)
+    return 0

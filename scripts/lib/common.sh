@@ -111,6 +111,7 @@ distil() { train vanilla_kd "$@"; }
 evaluate() {
   local model=("$1" "$2")
   shift 2
+  if (($# > 0)) && [[ -z $1 ]]; then shift; fi
   [[ ! ${1:-} =~ ^[0-9]+$ ]] || set -- --batch-size "$@"
   read_settings evaluate "${model[@]}" "$@"
   launch run_to_its_end todi.evaluate "${options[@]}"
@@ -183,7 +184,8 @@ run_to_its_end() {
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a trap cuts the waiting short
   wait "$child" || status=$?
   trap - TERM INT USR1 HUP
-  ((received == 0 || status == 0)) || status=$((128 + received))
+  # what failed after the signal, or was killed, has failed
+  ((received == 0 || status == 137 || (status < 128 && status != 75))) || status=$((128 + received))
   # of several processes their parent has said it
   if ((received == 0 && status > 128)) && ! several_processes; then
     name=$(kill -l $((status - 128)) 2>/dev/null || true)
@@ -198,7 +200,7 @@ hand_on() {
   # pgrep is not everywhere, nor is /proc
   if several_processes; then processes=$(pgrep -P "$2" 2>/dev/null || cat "/proc/$2/task/$2/children" 2>/dev/null || true); fi
   # shellcheck disable=SC2086
-  kill "-$1" $processes 2>/dev/null || true
+  kill "-$1" ${processes:-$2} 2>/dev/null || true  # it may have started none yet
 }
 
 set -a  # what a launcher assigns is a setting, also without `default`

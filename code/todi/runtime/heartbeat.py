@@ -21,7 +21,7 @@ from pathlib import Path
 
 from todi.runtime.distributed import World
 from todi.runtime.hangs import Hang, HangWatch, timeout_from_environment
-from todi.runtime.parent import Parent, parent_from_environment
+from todi.runtime.parent import GRACE, Parent, parent_from_environment
 from todi.runtime.signals import Interrupted
 from todi.runtime.whereabouts import HERE
 
@@ -31,7 +31,6 @@ RANKS_FOLDER = "TODI_RANKS"  # variable: where the parent of the ranks of this n
 DUMP_SIGNAL = signal.SIGUSR2  # has a rank write its stacks
 _SECOND = 1.0
 _FILE_EVERY = 15  # seconds
-_GRACE = 60  # seconds that a process without a launcher has to end by itself
 
 _file: Path | None = None  # of the heartbeat
 _started = False
@@ -71,6 +70,9 @@ def heartbeat_in(folder: Path, rank: int) -> Iterator[None]:
     It is left where an error ends the block: its time says when, and its text where.
     """
     global _file
+    if not _started:  # by the library, whose caller looks after the process
+        yield
+        return
     path = _file = folder / "heartbeat" / f"rank{rank}"
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
@@ -127,7 +129,7 @@ def _end_without(parent: Parent) -> None:
     with suppress(Exception):  # its output may have gone with the launcher
         logger.warning("the process that started this one (pid %d) has gone; stopping", parent.pid)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_GRACE)
+    time.sleep(GRACE)
     os._exit(128 + signal.SIGTERM)
 
 

@@ -123,16 +123,22 @@ class Lock:
         self._ended.set()
         self._heart.join()
         self._heart = None
-        if self._is_ours():
-            self.file.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that is gone or cannot be written; what ends the run says so
+            if self._is_ours():
+                self.file.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         try:
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-            opened.write(self._text)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+                opened.write(self._text)
+        except OSError:  # a full disk: nobody could tell whose it is
+            with suppress(OSError):
+                self.file.unlink()
+            raise
         return True
 
     def _put_aside(self, seen: _Seen) -> None:
@@ -236,8 +242,8 @@ def _now(folder: Path) -> float:
 
 
 def _processes() -> str:
-    with suppress(OSError):
-        return os.readlink(_PROC / "self" / "ns" / "pid")
+    with suppress(OSError):  # of two machines of one name only the number that each gives itself as it starts differs
+        return f"{os.readlink(_PROC / 'self/ns/pid')} {(_PROC / 'sys/kernel/random/boot_id').read_text().strip()}"
     return ""
 
 

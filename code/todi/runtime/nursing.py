@@ -11,7 +11,7 @@ from pathlib import Path
 
 from todi.runtime.hangs import Hang, HangWatch
 from todi.runtime.heartbeat import DUMP_SIGNAL, stacks_path
-from todi.runtime.parent import Parent
+from todi.runtime.parent import GRACE, Parent
 from todi.runtime.whereabouts import Record, read_record
 
 _SECOND = 1.0
@@ -54,7 +54,9 @@ class Nurse:
     def _look_after(self) -> None:
         while not self._over.wait(_SECOND):
             if self.launcher and self.launcher.is_gone():
-                os.kill(os.getpid(), signal.SIGTERM)  # the agent ends the ranks, then itself
+                _send(signal.SIGTERM, self._records().values())
+                if not self._over.wait(GRACE):
+                    os.kill(os.getpid(), signal.SIGTERM)  # the agent ends the ranks, then itself
                 return
             records = self._records()
             if hangs := self.watch.look(records):

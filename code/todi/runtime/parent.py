@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 PARENT = "TODI_PARENT"  # variable: process id of the launcher, or of the parent of all ranks of this node
 
+GRACE = 60  # seconds that a process without one has to end by itself; torchrun's agent would give its ranks 30
+
 
 @dataclass(frozen=True)
 class Parent:

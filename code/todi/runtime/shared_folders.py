@@ -64,6 +64,7 @@ def _problems(folder: Path, party: Party, kind: str, marks: bool) -> list[str]:
     finally:
         trace.remove_mark()
         trace.remove_folders()
+    party.gather(None)  # nobody makes the folder anew while another one still removes it
     failures = [f"{kind} {number} ({host}) cannot write to {folder}: {failure}"
                 for number, (host, failure, _) in enumerate(left) if failure]
     apart = sorted({number for number, unseen in enumerate(missed) if 0 in unseen} | set(missed[0]))

@@ -85,7 +85,8 @@ class Whereabouts:
         self.tick()
 
     def pulse(self, count: int) -> None:
-        """Writes a sign of life, from another thread than the one that works: into a part of the file of its own."""
+        """Gives a sign of life, from another thread than the one that works: into a part of the file of its own."""
+        self.record.pulse = count
         if self._descriptor is not None:
             os.pwrite(self._descriptor, str(count).ljust(_PULSE_BYTES).encode(), _RECORD_BYTES)
 

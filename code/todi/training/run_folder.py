@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ class RunFolder:
         """
         with ExitStack() as stack:
             self._claim(stack)
-            if self.path.is_dir():  # on another node it need not be there
+            with suppress(OSError):
+                self.path.mkdir(exist_ok=True)  # it is there, but NFS may remember that it was not
+            if self.path.is_dir():
                 stack.enter_context(log_file(self.path / "train.log"))
                 stack.enter_context(heartbeat_in(self.path, self.world.rank))
             if self.world.is_main:

@@ -96,7 +96,8 @@ class Trainer:
             last_epoch = -(-self.pace.max_steps // self.source.steps_per_epoch)
             for epoch in range(self.at.epochs + 1, last_epoch + 1):
                 self.step.engine.train()
-                self._train_epoch(epoch)
+                with at(f"epoch {epoch}, between two steps"):
+                    self._train_epoch(epoch)
                 if epoch % self.pace.eval_interval == 0 or epoch == last_epoch:
                     self._evaluate_and_save_unless_asked_to_stop(epoch)
                 self.at.epochs = epoch
