@@ -128,9 +128,9 @@ def one_way(student: str, stage: int, lora: bool, world: World) -> dict[str, obj
     tokenizer, engine = load_tokenizer(student), build(student, stage, lora)
     said: dict[str, object] = {"fetches": 0}
     said["losses"] = [train(engine, world.rank) for _ in range(3)]
+    said |= judged(engine, tokenizer, world)
+    said["stopped"] = stopped(engine, tokenizer, world)
     with fetches(said):
-        said |= judged(engine, tokenizer, world)
-        said["stopped"] = stopped(engine, tokenizer, world)
         said["answers"] = [answered(engine.module.model, tokenizer, world, PROMPTS[:count]) for count in (3, 1)]
     said["losses"] += [train(engine, world.rank) for _ in range(2)]
     said["losses"] = world.gather(said["losses"])

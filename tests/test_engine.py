@@ -96,7 +96,7 @@ def test_dev_scores_are_means_over_several_samples_of_a_prompt(tmp_path, monkeyp
 
 def test_a_rouge_l_that_is_0_everywhere_is_warned_of(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(DevSet, "loss", lambda self, engine: {"ce": 1.5, "correct": 0.5})
-    monkeypatch.setattr(DevSet, "rouge_l", lambda self, model, pace, asked: found)
+    monkeypatch.setattr(DevSet, "rouge_l", lambda self, model, asked: found)
     judge = DevSet((), (), (), None, Decoding(16), 2, seed=1, world=World(0, 1, 0, 1), collate=None)
     student = Student(load_model(str(tiny_model(tmp_path)), torch.float32, CPU))
     for found, warned in ((2.0, False), (0.0, True)):

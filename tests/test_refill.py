@@ -16,7 +16,7 @@ from todi.generation.continuation import Continuation, plain_attention
 from todi.generation.decoding import Decoding, generate
 from todi.generation.static import StaticContinuation
 from todi.generation.together import cache_bytes, rows_written_together
-from todi.generation.writer import Writer
+from todi.generation.writer import dealt
 from todi.models.loading import load_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -143,19 +143,12 @@ class TestTexts:
                 alone = torch.cat([model(input_ids=torch.tensor([text])).logits[:, -1] for text in texts])
                 torch.testing.assert_close(live.logits, alone, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_of_ranks_that_write_in_step(self, model_of, added, kind):
-        """As where ZeRO-3 has spread the weights: every rank runs the same forwards."""
-        model, prompts = model_of("qwen2", kind), some_prompts(13)
-        found, steps = [], []
-        for rank in range(2):
-            world = SimpleNamespace(rank=rank, size=2, gather=lambda part: [part, part])
-            writer = Writer(model, SimpleNamespace(pad_token_id=0), SAMPLED, 4, world, in_step=True)
-            steps.append(steps_of(model, lambda writer=writer: found.append(
-                writer.write(prompts, range(len(prompts)), STOPS))))
-        assert added
-        assert steps[0] == steps[1]
-        assert found == 2 * [write(model, prompts, 1)]
+
+def test_ranks_have_equal_prompts_together_and_as_long_ones():
+    prompts = [[1, 2, 3], [1, 2, 3], [4, 5], [6, 7], [6, 7], [8]]
+    assert dealt(prompts, 2) == [[0, 1, 3, 4], [2, 5]]
+    assert dealt(prompts, 1) == [[*range(6)]]
+    assert dealt(prompts[:2], 3) == [[0, 1], [], []]
 
 
 class TestPlaces:

@@ -26,6 +26,7 @@ from todi.simulation_inputs import read_simulation
 from todi.simulation_tables import report
 from todi.training.estimate import estimate_memory, samples_of, student_shape, teacher_bytes
 from todi.training.memory import Memory, Shape, available_bytes
+from todi.training.record import with_steps_as_before
 from todi.training.state import KEPT_STATES
 from todi.training.train_inputs import TrainInputs, longest_sample, read_inputs
 
@@ -56,12 +57,13 @@ class Report:
 def main() -> None:
     """Parse, check, report."""
     settings = parse(DoctorConfig, prog="python -m todi.doctor")
-    config, world = settings.train, world_from_environment()
+    world = world_from_environment()
     set_up_logging(world.is_main)
     if settings.cluster.wanted:
         print(report(read_simulation(settings)))
         return
     device = choose_device(world.local_rank)
+    config = with_steps_as_before(settings.train, world.size)
     inputs = read_inputs(config, device)
     data, student = config.data, inputs.student
     examples = encode_examples(inputs.train, student.tokenizer, student.family, data.max_length,

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from todi.data.plans import Cost
 from todi.data.tokenize import Example
@@ -158,14 +159,28 @@ class Simulation:
 
     def memory(self, variant: Variant) -> Memory:
         """Of the fullest moment of a GPU."""
-        spread = self.config.teacher.teacher_zero == "on"
+        return self._memory(variant, self.teacher_ranks(variant))
+
+    def teacher_ranks(self, variant: Variant) -> int:
+        """Over how many the weights of live teachers are spread: all, where they are to be, or do not fit whole."""
+        wanted = self.config.teacher.teacher_zero
+        if variant.cached or not self.teachers or wanted == "off":
+            return 1
+        fits = wanted == "auto" and self._memory(variant, 1).total <= self.board.memory
+        return 1 if fits else self.world.size
+
+    def _memory(self, variant: Variant, teacher_ranks: int) -> Memory:
         return estimate_memory(self.config, self._inputs(variant.deepspeed_config), self.shape, self.text.extreme,
-                               self.world, _CUDA, [variant.cached] * len(self.teachers),
-                               self.world.size if spread else 1)
+                               self.world, _CUDA, [variant.cached] * len(self.teachers), teacher_ranks)
 
     def traffic(self, variant: Variant) -> list[Collective]:
         """Of a step."""
-        return step_traffic(self.shape, variant.zero, self.micro_batches)
+        found = step_traffic(self.shape, variant.zero, self.micro_batches)
+        if self.teacher_ranks(variant) > 1:
+            weights = sum(number_of(backbone) * one.precision.dtype.itemsize
+                          for one, (backbone, _) in zip(self.teachers, self._teacher_parts, strict=True))
+            found.append(Collective("all-gather", "weights of teachers", weights * self.micro_batches, overlapped=True))
+        return found
 
     def to_host(self, variant: Variant) -> int:
         """Bytes between a GPU and the computer's memory in a step."""
@@ -201,11 +216,16 @@ class Simulation:
     @cached_property
     def teacher_bytes(self) -> list[int]:
         """Of the weights of each teacher."""
-        return [empty_model(one.config).num_parameters() * one.precision.dtype.itemsize for one in self.teachers]
+        return [number_of(model) * one.precision.dtype.itemsize
+                for one, model in zip(self.teachers, self._teacher_models, strict=True)]
+
+    @cached_property
+    def _teacher_models(self) -> list[nn.Module]:
+        return [empty_model(one.config, self.config.student.trust_remote_code) for one in self.teachers]
 
     @cached_property
     def _teacher_parts(self) -> list[tuple]:
-        return [backbone_and_head(empty_model(one.config)) for one in self.teachers]
+        return [backbone_and_head(model) for model in self._teacher_models]
 
     @cached_property
     def _student_cost(self) -> Cost:
@@ -218,3 +238,8 @@ class Simulation:
 
     def _operations(self, cost: Cost, samples: int) -> float:
         return cost.of(self.text.typical) * samples / len(self.text.typical)
+
+
+def number_of(module: nn.Module) -> int:
+    """Of its parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -62,7 +62,7 @@ def traffic_table(simulation: Simulation) -> str:
     links = simulation.links
     rows = [["ZeRO stage, offloaded", "operation", "of", "tensors", "sent", "within the machine", "to others",
              "seconds", "beside the computing"]]
-    live = [one for one in simulation.variants if not one.cached]  # a teacher sends nothing
+    live = [one for one in simulation.variants if not one.cached]  # from a cache nothing is sent
     stages = {one.stage: one for one in reversed(live)}  # offloading changes nothing but the copies
     for one in sorted(stages.values(), key=lambda one: one.stage):
         for part in simulation.traffic(one):
@@ -120,7 +120,9 @@ def duties_table(simulation: Simulation) -> str:
 
 
 def _teacher(simulation: Simulation, variant: Variant) -> str:
-    return "none" if not simulation.teachers else "cached" if variant.cached else "live"
+    if not simulation.teachers or variant.cached:
+        return "cached" if simulation.teachers else "none"
+    return "live, spread" if simulation.teacher_ranks(variant) > 1 else "live"
 
 
 def _gib(size: int) -> str:

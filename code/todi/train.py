@@ -55,7 +55,7 @@ from todi.training.building import (
     choose_layout,
 )
 from todi.training.dev import DevSet
-from todi.training.record import check_same_run, describe_run, read_record, step_to_go_on_with
+from todi.training.record import check_same_run, describe_run, read_record, with_steps_as_before
 from todi.training.run_folder import RunFolder
 from todi.training.step import TrainStep
 from todi.training.train_inputs import (
@@ -149,7 +149,7 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
 
 def _prepare(config: TrainConfig, world: World, device: torch.device) -> Job:
     """Reads and checks what the settings name. Raises InputError with every problem."""
-    config = _with_steps_as_before(config, world)
+    config = with_steps_as_before(config, world.size)
     inputs = read_inputs(config, device)
     data, optim = dataclasses.replace(config.data, template_date=inputs.template_date), config.optim
     config = dataclasses.replace(config, data=data)
@@ -162,17 +162,6 @@ def _prepare(config: TrainConfig, world: World, device: torch.device) -> Job:
     torch.manual_seed(config.run.seed)
     terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
     return Job(config, inputs, examples, shape, max_steps, specs, terms, world, device)
-
-
-def _with_steps_as_before(config: TrainConfig, world: World) -> TrainConfig:
-    """With the samples of a step of the run that goes on, where there are other devices now."""
-    run, optim = config.run, config.optim
-    samples = None if run.resume == "never" else step_to_go_on_with(Path(run.save_dir), optim, world.size)
-    if samples is None:
-        return config
-    logger.info("steps of %d samples, as of the run that goes on, not of %d: the number of devices is %d now", samples,
-                optim.step_samples(world.size), world.size)
-    return dataclasses.replace(config, optim=dataclasses.replace(optim, global_batch_size=samples))
 
 
 def _decide(job: Job) -> tuple[dict[str, Any], list[Path | None]]:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from todi.generation.continuation import Forward, plain_attention, read_prompts, windows_of
 
+_READ = 32  # prompts at a time
 _COLUMNS = 64  # attended to are as many columns as the longest row has tokens, rounded up to a multiple of this
 
 
@@ -39,7 +40,11 @@ class StaticContinuation:
         self.add(prompts)
 
     def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Reads `prompts` into free places, or new ones where these are too few."""
+        """Reads `prompts` into free places, or new ones where these are too few; some at a time, for memory's sake."""
+        for start in range(0, len(prompts), _READ):
+            self._read(prompts[start:start + _READ])
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> None:
         cache = DynamicCache()
         mask, index, logits = read_prompts(self._forward, prompts, self._pad_id, cache)
         free = sorted({*range(len(self._positions))} - {*self._places})

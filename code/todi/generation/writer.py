@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
@@ -15,7 +16,9 @@ from todi.generation.sampling import stream_key
 from todi.runtime.distributed import World
 
 Row = tuple[int, int]  # seed, index of the record
-_BATCHES = 4  # of a round on each rank: so that rows are there to take the places of those that end; its end has none
+# Batches of a round on each rank, and most rows of several: there are to be some to take the places of those that end,
+# and an interruption is to cost little.
+_BATCHES, _ROWS = 4, 512
 
 
 class Layout(NamedTuple):
@@ -51,20 +54,22 @@ class Writer:
         Args:
             progress: called with the number of responses that have been finished since the last call.
         """
-        rank, ranks = self.world.rank, self.world.size
-        mine = slice(len(prompts) * rank // ranks, len(prompts) * (rank + 1) // ranks)
+        shares = dealt(prompts, self.world.size)
+        mine = shares[self.world.rank]
         with self.pace(self.model):
-            responses = generate(self.model, prompts[mine], keys[mine], decoding=self.decoding, eos_ids=eos_ids,
-                                 pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size, progress=progress)
+            responses = generate(self.model, [prompts[place] for place in mine], [keys[place] for place in mine],
+                                 decoding=self.decoding, eos_ids=eos_ids, pad_id=self.tokenizer.pad_token_id,
+                                 batch_size=self.batch_size, progress=progress)
         progress(len(prompts) - len(responses))
-        return [response for part in self.world.gather(responses) for response in part]
+        written = dict(zip(chain(*shares), chain(*self.world.gather(responses)), strict=True))
+        return [written[place] for place in range(len(prompts))]
 
     def rounds(self, set_name: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], written: Container[Row],
                eos_ids: Collection[int], progress: Callable[[int], object]) -> Iterator[dict[Row, Response]]:
         """Writes a response to each prompt with each seed, but for those that are `written`.
 
-        In a round each rank has the rows of a few batches, of prompts of about the same length, so that the ranks
-        finish together. What a round is follows from batch size and ranks alone: one that goes on has the same.
+        In a round each rank has the rows of a few batches. What a round is follows from batch size and ranks alone: one
+        that goes on has the same.
 
         Args:
             set_name: part of the name of each random stream.
@@ -76,13 +81,20 @@ class Writer:
         # The longest first, so that memory runs out now or never; the seeds of a prompt together, for one prefill.
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]), reverse=True)
         rows = [(seed, index) for index in order for seed in seeds]
-        size = _BATCHES * self.batch_size * self.world.size
+        size = max(self.batch_size, min(_BATCHES * self.batch_size, _ROWS)) * self.world.size
         for start in range(0, len(rows), size):
             rest = [row for row in rows[start:start + size] if row not in written]
             if rest:
                 responses = self.write([prompts[index] for _, index in rest],
                                        [stream_key(set_name, seed, index) for seed, index in rest], eos_ids, progress)
                 yield dict(zip(rest, responses, strict=True))
+
+
+def dealt(prompts: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
+    """Places of `prompts` for each rank: equal ones that follow one another go to one, which reads them once, and the
+    groups of them go around, so that ranks have as long ones."""
+    groups = [list(group) for _, group in groupby(range(len(prompts)), key=lambda place: prompts[place])]
+    return [[place for group in groups[rank::ranks] for place in group] for rank in range(ranks)]
 
 
 def progress_bar(total: int, written: int, world: World) -> tqdm:

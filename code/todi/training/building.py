@@ -224,15 +224,17 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
 def build_dev_set(config: TrainConfig, inputs: TrainInputs, world: World) -> DevSet:
     """The dev records, encoded for the loss and for generation."""
     data, tokenizer, family = config.data, inputs.student.tokenizer, inputs.student.family
+    rows = rows_written_together(config.run.eval_batch_size, inputs.student, data.max_length)
     return DevSet(
         inputs.dev,
         encode_examples(inputs.dev, tokenizer, family, data.max_length, data.max_prompt_length),
         encode_prompts(inputs.dev, tokenizer, family, data.max_prompt_length),
         tokenizer,
         Decoding(data.max_length) if config.run.eval_gen else None,
-        rows_written_together(config.run.eval_batch_size, inputs.student, data.max_length),
+        rows,
         config.run.seed, world, partial(collate, pad_id=tokenizer.pad_token_id),
-        config.run.rouge_tokenizer, config.run.eval_gen_repeat_times)
+        config.run.rouge_tokenizer, config.run.eval_gen_repeat_times,
+        cache_bytes(inputs.student.config, rows, data.max_length, inputs.student.precision.dtype.itemsize))
 
 
 def build_card(config: TrainConfig, inputs: TrainInputs, run: Mapping[str, Any]) -> Card:

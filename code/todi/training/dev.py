@@ -20,7 +20,6 @@ from todi.evaluation.rouge import rouge_l
 from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.generation.decoding import Decoding, Response, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
-from todi.generation.together import cache_bytes
 from todi.runtime.distributed import World
 from todi.runtime.signals import Interrupted
 from todi.runtime.whereabouts import HERE
@@ -54,6 +53,7 @@ class DevSet:
         seed: of the sampling.
         rouge_tokenizer: one of `ROUGE_TOKENIZERS`; auto chooses by the references of all records.
         samples: responses to each prompt.
+        room: bytes of keys and values while a batch of responses is written.
     """
 
     records: Sequence[Record]
@@ -67,13 +67,12 @@ class DevSet:
     collate: Collate
     rouge_tokenizer: str = AUTO_TOKENIZER
     samples: int = 1
+    room: int = 0
 
     def __call__(self, engine: deepspeed.DeepSpeedEngine, asked: Callable[[], int] = lambda: 0) -> Score:
         model = engine.module.model
-        pace = OwnPace(self.world, self._keys_and_values(model))
-        with pace.whole(engine.module):
-            mean = self.loss(engine)
-            rouge = self.rouge_l(model, pace, asked) if self.decoding else None
+        mean = self.loss(engine)
+        rouge = self.rouge_l(model, asked) if self.decoding else None
         if rouge == 0 and self.world.is_main:
             logger.warning("warning: ROUGE-L is 0 for every dev response; while it is, the loss ranks the checkpoints")
         return Score(mean["ce"], rouge, mean["correct"])
@@ -94,23 +93,21 @@ class DevSet:
             HERE.tick()
         return means(sums, self.world)
 
-    def rouge_l(self, model: nn.Module, pace: OwnPace | None = None, asked: Callable[[], int] = lambda: 0) -> float:
+    def rouge_l(self, model: nn.Module, asked: Callable[[], int] = lambda: 0) -> float:
         """Mean ROUGE-L, 0 to 100, of `samples` responses to each dev prompt.
 
         Each rank takes its share of the prompts.
 
         Args:
-            pace: for a model whose weights ZeRO-3 has spread.
             asked: after each token; the number of a signal to stop for, else 0.
 
         Raises:
             Interrupted: on every rank, where one of them has stopped.
         """
-        pace = pace or OwnPace(self.world)
         share = range(self.world.rank, len(self.prompts), self.world.size)
         streams = {stream_key("dev", self.seed, i, *([sample] if sample else [])): i
                    for i in share for sample in range(self.samples)}
-        responses, stop = self._write(model, streams, pace, asked)
+        responses, stop = self._write(model, streams, asked)
         references = [] if stop else [self.records[i].references for i in streams.values()]
         scores = rouge_l(to_texts(responses, self.tokenizer), references, self._rouge_tokens)
         everywhere = self.world.gather((scores, stop))
@@ -119,7 +116,7 @@ class DevSet:
         everyone = [score for part, _ in everywhere for score in part]
         return sum(everyone) / len(everyone)
 
-    def _write(self, model: nn.Module, streams: Mapping[int, int], pace: OwnPace,
+    def _write(self, model: nn.Module, streams: Mapping[int, int],
                asked: Callable[[], int]) -> tuple[list[Response], int]:
         """This rank's responses, and 0; or none, and the signal that it has stopped for.
 
@@ -135,16 +132,16 @@ class DevSet:
                 raise Interrupted(stop)
 
         # within the pace, which waits for the other ranks: they may not have been asked
-        with pace(model), suppress(Interrupted):
+        with self._pace(model), suppress(Interrupted):
             return generate(model, [self.prompts[i] for i in streams.values()], list(streams), decoding=self.decoding,
                             eos_ids=stop_ids(model, self.tokenizer, self.records), pad_id=self.tokenizer.pad_token_id,
                             batch_size=self.batch_size, progress=heed), 0
         return [], stop
 
-    def _keys_and_values(self, model: nn.Module) -> int:
-        """Bytes of them while a batch of responses is written."""
-        length = self.decoding.max_length if self.decoding else 0
-        return cache_bytes(model.config, self.batch_size, length, model.dtype.itemsize)
+    @cached_property
+    def _pace(self) -> OwnPace:
+        """For a model whose weights ZeRO-3 has spread."""
+        return OwnPace(self.world, self.room)
 
     @cached_property
     def _rouge_tokens(self) -> str:

@@ -85,6 +85,17 @@ def step_to_go_on_with(folder: Path, optim: OptimConfig, devices: int) -> int | 
     return samples if all(then.get(name) == getattr(optim, name) for name in shape) else None
 
 
+def with_steps_as_before(config: TrainConfig, devices: int) -> TrainConfig:
+    """With the samples of a step of the run that goes on, where there are other devices now; says so."""
+    run, optim = config.run, config.optim
+    samples = None if run.resume == "never" else step_to_go_on_with(Path(run.save_dir), optim, devices)
+    if samples is None:
+        return config
+    logger.info("steps of %d samples, as of the run that goes on, not of %d: the number of devices is %d now", samples,
+                optim.step_samples(devices), devices)
+    return dataclasses.replace(config, optim=dataclasses.replace(optim, global_batch_size=samples))
+
+
 def check_same_run(folder: Path, run: Mapping[str, Any], force: bool = False) -> None:
     """Whether what lies in `folder`, if anything, is of the same run.
 

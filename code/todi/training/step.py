@@ -78,9 +78,8 @@ class TrainStep:
             self.teacher.expect([example.sample_id for examples in plan.micro_batches for example in examples])
 
     def close(self) -> None:
-        """Gives back the thread that makes batches ahead, and what DeepSpeed hung on the model."""
+        """Gives back the thread that makes batches ahead."""
         self._pool.shutdown(cancel_futures=True)
-        self.engine.destroy()
 
     def __call__(self, plan: StepPlan, with_diagnostics: bool = False) -> StepResult:
         """Runs all micro-batches of `plan` and the optimizer."""
