@@ -51,7 +51,9 @@ def build(student: str, stage: int, lora: bool) -> deepspeed.DeepSpeedEngine:
     model = Student(model)
     config = build_deepspeed_config(precision=Precision("fp32", "test"), zero_stage=stage, batch_size=2,
                                     accumulation=1, clip_grad=1.0)
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}  # tiny ones are cut too
+    # tiny ones are cut too, and given back as soon as they have been used
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
+                                    "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip_grad=1.0,
                                 stage=stage)
     engine = wrap(model, optimizer, build_schedule(optimizer, "constant", total_steps=9, warmup_steps=0, lr=1e-2,
