@@ -149,7 +149,7 @@ def test_every_door_gives_the_same_losses(workshop, tmp_path, ranks):
             for line, expected in zip(ours, train, strict=True):
                 assert {"loss", "ce", "accuracy"} <= line.keys()
                 assert line.keys() & {"kd", "kd_share"} == expected.keys() & {"kd", "kd_share"}
-                expected = pytest.approx({part: expected[part] for part in line}, rel=1e-6, abs=1e-6)
+                expected = pytest.approx({part: expected[part] for part in line}, rel=5e-6, abs=1e-6)
                 assert line == expected, f"{name} {door}"
 
 
