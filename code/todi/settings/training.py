@@ -56,12 +56,16 @@ class StudentConfig:
                                                 env="LORA_TARGETS", fixed=True)
     peft_path: str | None = option(None, "go on from this LoRA adapter", fixed=True)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", may_change=True)
+    compile: bool = option(False, "train through torch.compile (docs/performance.md); not under ZeRO stage 3",
+                           may_change=True)
     trust_remote_code: bool = trust_remote_code_option()
 
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
         if not self.model_path:
             yield "--model-path is required"
+        if self.compile and self.gradient_checkpointing:
+            yield "--compile and --gradient-checkpointing: give one of them; PyTorch compiles nothing in a checkpoint"
         if self.peft_path and not self.peft:
             yield "--peft-path needs --peft lora"
         if self.peft_lora_targets and (not self.peft or self.peft_path):

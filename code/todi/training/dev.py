@@ -21,6 +21,7 @@ from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.generation.decoding import Decoding, Response, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
 from todi.generation.together import cache_bytes
+from todi.models.compiling import uncompiled
 from todi.runtime.distributed import World
 from todi.runtime.signals import Interrupted
 from todi.runtime.whereabouts import HERE
@@ -71,7 +72,7 @@ class DevSet:
     def __call__(self, engine: deepspeed.DeepSpeedEngine, asked: Callable[[], int] = lambda: 0) -> Score:
         model = engine.module.model
         pace = OwnPace(self.world, self._keys_and_values(model))
-        with pace.whole(engine.module):
+        with pace.whole(engine.module), uncompiled(model):
             mean = self.loss(engine)
             rouge = self.rouge_l(model, pace, asked) if self.decoding else None
         if rouge == 0 and self.world.is_main:
