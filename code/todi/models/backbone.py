@@ -39,6 +39,16 @@ def _first(config: PretrainedConfig, names: Sequence[str]) -> float | None:
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
+def layers_name(model: nn.Module) -> str:
+    """The dotted name of the list of transformer layers, such as `model.layers` or `transformer.h`."""
+    count = model.config.num_hidden_layers
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not names:
+        raise InputError(f"{type(model).__name__} has no list of {count} layers")
+    return min(names, key=len)
+
+
 def labelled_rows(backbone: nn.Module, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     """Last hidden states of some positions of a batch.
 

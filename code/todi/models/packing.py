@@ -124,10 +124,17 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         raise NotImplementedError(f"attention over packed samples has no {', '.join(missing)}")
     if query.device.type != "cpu" and _has_kernel(query.dtype) and not dropout and kwargs.get("softcap") is None:
         return _by_kernel(query, key, value, attention_mask, scaling, sliding_window), None
-    lengths = attention_mask[0, 0, 0].diff().tolist()
+    attended = _sample_by_sample(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
+    return attended, None
+
+
+@torch.compiler.disable  # it would be compiled anew for every number of samples
+def _sample_by_sample(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, dropout: float,
+                      scaling: float | None, sliding_window: int | None, **kwargs) -> Tensor:
+    lengths = bounds[0, 0, 0].diff().tolist()
     parts = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
     return torch.cat([_attend(module, *part, _window_mask(part[0], sliding_window), dropout, scaling, **kwargs
-                              ).to(query.dtype) for part in map(_fastest, parts)], 1), None
+                              ).to(query.dtype) for part in map(_fastest, parts)], 1)
 
 
 def _fastest(part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

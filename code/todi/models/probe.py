@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from todi.errors import InputError
 from todi.models.backbone import backbone_and_head
+from todi.models.compiling import uncompiled
 from todi.models.loading import refusing
 from todi.runtime.device import name_of
 
@@ -58,11 +59,12 @@ def check_model(model: nn.Module, name: str, trained: bool = False) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, which is undone at the end."""
+    """In evaluation mode and without compiled layers, which is undone at the end."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with uncompiled(model):
+            yield
     finally:
         model.train(was_training)
 

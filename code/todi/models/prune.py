@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from todi.errors import InputError, run_main
+from todi.models.backbone import layers_name
 from todi.models.loading import check_weights, empty_model, load_config, load_model, load_tokenizer, refusing
 from todi.options import option, parse
 from todi.runtime.logs import set_up_logging
@@ -73,7 +74,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         InputError: a configuration cannot say what such a model is. Of a model without numbers (on the meta device)
             only its form is known.
     """
-    prefix = _layers_name(model, model.config.num_hidden_layers)
+    prefix = layers_name(model)
     renumbered = {str(old): str(new) for new, old in enumerate(layers)}
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     weights = {}
@@ -143,15 +144,6 @@ def _check_logits(model: PreTrainedModel, stack: nn.ModuleList, student: PreTrai
 def _hand_on(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-def _layers_name(model: PreTrainedModel, count: int) -> str:
-    """The dotted name of the list of transformer layers, such as `model.layers` or `transformer.h`."""
-    names = [name for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not names:
-        raise InputError(f"{type(model).__name__} has no list of {count} layers to prune")
-    return min(names, key=len)
 
 
 if __name__ == "__main__":

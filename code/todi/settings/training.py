@@ -56,12 +56,15 @@ class StudentConfig:
                                                 env="LORA_TARGETS", fixed=True)
     peft_path: str | None = option(None, "go on from this LoRA adapter", fixed=True)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", may_change=True)
+    compile: bool = option(False, "train through torch.compile (docs/performance.md); not under ZeRO stage 3")
     trust_remote_code: bool = trust_remote_code_option()
 
     def rules(self) -> Iterator[str]:
         """What is wrong between these settings, a sentence each."""
         if not self.model_path:
             yield "--model-path is required"
+        if self.compile and self.gradient_checkpointing:
+            yield "--compile and --gradient-checkpointing: give one of them; PyTorch compiles nothing in a checkpoint"
         if self.peft_path and not self.peft:
             yield "--peft-path needs --peft lora"
         if self.peft_lora_targets and (not self.peft or self.peft_path):
@@ -331,6 +334,8 @@ class TrainConfig:
         """What is wrong between the groups, a sentence each."""
         if self.objective.distils and not (self.teacher.teacher_model_path or self.teacher.teacher_callable):
             yield f"--criterion {self.objective.criterion} needs --teacher-model-path or --teacher-callable"
+        if self.student.compile and self.objective.loss_terms:
+            yield "--compile and --loss-terms: give one of them; terms read what lies between the compiled layers"
         if self.source.on_policy:
             yield from self._on_policy_rules()
 

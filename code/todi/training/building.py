@@ -24,6 +24,7 @@ from todi.models.adapters import add_lora, load_adapter
 from todi.models.backbone import backbone_and_head
 from todi.models.card import Base, Card, model_card
 from todi.models.checks import reachable_tokens
+from todi.models.compiling import compile_layers
 from todi.models.inputs import ModelInputs
 from todi.models.loading import load_model
 from todi.models.packing import use_packing
@@ -218,6 +219,8 @@ def build_engine(config: TrainConfig, inputs: TrainInputs, terms: Mapping[str, L
                               lr=optim.lr, lr_min=optim.lr_min)
     engine = wrap(student, optimizer, schedule, inputs.deepspeed_config)
     student.share_head()
+    if config.student.compile:
+        compile_layers(student.model, "student")
     return engine
 
 

@@ -121,6 +121,9 @@ def _computation(config: TrainConfig, device: torch.device,
             accumulation=config.optim.accumulation(ranks), clip_grad=config.optim.clip_grad,
             offload=config.run.offload, ranks=ranks, override_file=config.run.deepspeed_config)
     with collecting(problems):
+        if config.student.compile and deepspeed_config and deepspeed_config["zero_optimization"]["stage"] == 3:
+            raise InputError("--compile needs ZeRO stage 0, 1 or 2; 3 gathers a layer's weights at each call of it")
+    with collecting(problems):
         if not problems:
             objective = config.objective
             divergence = build_divergence(objective.kd_objective, **named_numbers(objective.kd_params))
