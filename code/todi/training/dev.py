@@ -20,11 +20,7 @@ from todi.evaluation.rouge import rouge_l
 from todi.evaluation.rouge_tokens import choose_tokenizer
 from todi.generation.decoding import Decoding, Response, generate, stop_ids, to_texts
 from todi.generation.sampling import stream_key
-<<<<<<< HEAD
-=======
-from todi.generation.together import cache_bytes
 from todi.models.compiling import uncompiled
->>>>>>> w-compile
 from todi.runtime.distributed import World
 from todi.runtime.signals import Interrupted
 from todi.runtime.whereabouts import HERE
@@ -76,15 +72,9 @@ class DevSet:
 
     def __call__(self, engine: deepspeed.DeepSpeedEngine, asked: Callable[[], int] = lambda: 0) -> Score:
         model = engine.module.model
-<<<<<<< HEAD
-        mean = self.loss(engine)
-        rouge = self.rouge_l(model, asked) if self.decoding else None
-=======
-        pace = OwnPace(self.world, self._keys_and_values(model))
-        with pace.whole(engine.module), uncompiled(model):
+        with uncompiled(model):
             mean = self.loss(engine)
-            rouge = self.rouge_l(model, pace, asked) if self.decoding else None
->>>>>>> w-compile
+        rouge = self.rouge_l(model, asked) if self.decoding else None
         if rouge == 0 and self.world.is_main:
             logger.warning("warning: ROUGE-L is 0 for every dev response; while it is, the loss ranks the checkpoints")
         return Score(mean["ce"], rouge, mean["correct"])
