@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from launching import exhaustive, in_tiers, slow
 from tiny import ARCHITECTURES, tiny_model
 from todi.data.batches import collate
 from todi.data.tokenize import Example
@@ -67,19 +68,17 @@ def check(model: torch.nn.Module, backend: str) -> None:
     assert 0 < graphs() < 16  # not one for each shape and layer
 
 
-@pytest.mark.parametrize("family", [family if family == "llama" else pytest.param(family, marks=pytest.mark.slow)
-                                    for family in ARCHITECTURES])
+@pytest.mark.parametrize("family", in_tiers(ARCHITECTURES, always=["llama"], slowly=["gemma3_text"]))
 def test_trains_as_without(family, tmp_path):
     check(built(tmp_path, family), "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_with_lora(tmp_path):
     check(built(tmp_path, "llama", lora=True), "aot_eager")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", [slow("llama"), exhaustive("gpt2")])
 def test_by_the_compiler_itself(family, tmp_path):
     check(built(tmp_path, family), "inductor")
 

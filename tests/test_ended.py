@@ -33,9 +33,10 @@ def test_a_killed_rank_is_named(settings, tmp_path):
     assert left["rank"] == 1 and left["pid"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("where", "rank", "said"), [("save", 0, "a save"), ("generation", 1, "generation"),
-                                                     ("cache pass", 0, "the cache pass")])
+@pytest.mark.parametrize(("where", "rank", "said"), [
+    pytest.param("save", 0, "a save", marks=pytest.mark.slow),
+    pytest.param("generation", 1, "generation", marks=pytest.mark.exhaustive),
+    pytest.param("cache pass", 0, "the cache pass", marks=pytest.mark.exhaustive)])
 def test_where_it_was_killed(where, rank, said, settings, tmp_path):
     caching = {"TEACHER_CACHE": tmp_path / "cache"} if where == "cache pass" else {}
     lines, _ = hit(settings, tmp_path, where, rank, **caching)
@@ -47,7 +48,7 @@ def test_where_it_was_killed(where, rank, said, settings, tmp_path):
         assert gone_on_with(tmp_path / "run", again) == finished(tmp_path / "whole", **settings)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_error_of_one_rank(settings, tmp_path):
     plugin = killer(tmp_path / "killer.py", "step", 1, "raise ValueError('the device is on fire')")
     launched = Launched(**settings | TWO_RANKS | {"PLUGINS": plugin, "SAVE_DIR": tmp_path / "run"})
@@ -57,7 +58,7 @@ def test_an_error_of_one_rank(settings, tmp_path):
     assert not launched.survivors()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_rank_and_its_run_goes_on_by_itself(settings, tmp_path):
     lines, code = hit(settings, tmp_path, "save", 1, MAX_RESTARTS=1)
     assert code == 0 and "going on from its last state (restart 1 of 1)" in "".join(lines)
@@ -75,7 +76,7 @@ def test_a_rank_that_hangs(settings, tmp_path):
     assert not [line for line in lines if " step 6/" in line]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_process_that_hangs(settings, tmp_path):
     plugin = killer(tmp_path / "killer.py", "step", 0, "__import__('time').sleep(600)")
     done = run(KD, **settings | {"PLUGINS": plugin, "SAVE_DIR": tmp_path / "run"}, HANG_TIMEOUT=4)
@@ -84,9 +85,10 @@ def test_one_process_that_hangs(settings, tmp_path):
     assert "in tick_or_die" in (tmp_path / "run" / "train.log").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "shape"), [(signal.SIGKILL, TWO_RANKS), (signal.SIGKILL, {}),
-                                               (signal.SIGHUP, TWO_RANKS)])
+@pytest.mark.parametrize(("number", "shape"), [
+    pytest.param(signal.SIGKILL, TWO_RANKS, marks=pytest.mark.slow),
+    pytest.param(signal.SIGKILL, {}, marks=pytest.mark.exhaustive),
+    pytest.param(signal.SIGHUP, TWO_RANKS, marks=pytest.mark.exhaustive)])
 def test_the_launcher_goes(number, shape, settings, tmp_path):
     launched = Launched(**settings | shape | {"EPOCH": 2000, "SAVE_DIR": tmp_path})
     assert launched.wait_for("step 5/"), launched.output
@@ -98,7 +100,7 @@ def test_the_launcher_goes(number, shape, settings, tmp_path):
         assert launched.process.returncode == 128 + number and "stopped by SIGHUP" in launched.process.stdout.read()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_parent_of_the_ranks_goes(settings, tmp_path):
     launched = Launched(**settings | TWO_RANKS | {"EPOCH": 2000, "SAVE_DIR": tmp_path})
     assert launched.wait_for("step 5/"), launched.output
