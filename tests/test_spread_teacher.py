@@ -47,8 +47,8 @@ def test_a_student_learns_the_same_of_it(found, model, stage):
         assert len(set(cut)) == 3
 
 
-@pytest.mark.parametrize("more", [slow({"ZERO_STAGE": 3}), exhaustive(ON_POLICY), exhaustive({"TEACHER_CACHE": "cache"})],
-                         ids=str)
+@pytest.mark.parametrize("more", [slow({"ZERO_STAGE": 3}), exhaustive(ON_POLICY),
+                                  exhaustive({"TEACHER_CACHE": "cache"})], ids=str)
 def test_a_run_with_it_is_as_one_without(settings, tmp_path, more):
     settings = settings | TWO_RANKS | {"EPOCH": 1} | more
     found = []
