@@ -16,7 +16,7 @@ class TestReport:
         screen = capsys.readouterr().out
         assert "the rows do not compare: they were made with different temperature" in screen
         header, _, first, second, _, made = screen.splitlines()[-6:]
-        assert made == "fp32, batches of 32 on 1 process"
+        assert made == "fp32, batches of 256 on 1 process"
         assert header.split() == ["|", "ROUGE-L", "|", "dolly", "|", "sinst/11_", "|", "average", "|"]
         assert first.startswith("| ToDi ") and first.split("|")[3].strip() == "–"
         mean = json.loads((tmp_path / "b/eval/results.json").read_text())["average"]["rouge_l"]
