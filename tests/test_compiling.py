@@ -55,7 +55,7 @@ def trained(model: torch.nn.Module) -> list[torch.Tensor]:
                     for i, length in enumerate(lengths)]
         model.zero_grad()
         hidden = backbone(**collate(examples, 0, packed=True).inputs, use_cache=False).last_hidden_state
-        (hidden ** 2).mean().backward()
+        (hidden * torch.randn(hidden.shape, generator=numbers)).sum().backward()
         found += [hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     return found
 
@@ -68,7 +68,7 @@ def check(model: torch.nn.Module, backend: str) -> None:
     assert 0 < graphs() < 16  # not one for each shape and layer
 
 
-@pytest.mark.parametrize("family", in_tiers(ARCHITECTURES, always=["llama"], slowly=["gemma3_text"]))
+@pytest.mark.parametrize("family", in_tiers(ARCHITECTURES, slowly=["llama"]))
 def test_trains_as_without(family, tmp_path):
     check(built(tmp_path, family), "aot_eager")
 
