@@ -19,7 +19,7 @@ SHAPES = {"ZeRO-1": {}, "ZeRO-0, LoRA": {"ZERO_STAGE": 0} | LORA,
 
 
 @pytest.mark.parametrize("shape", in_tiers(SHAPES, always={"ZeRO-1"}, slowly={
-    "ZeRO-0, LoRA", "2 ranks, ZeRO-1", "2 ranks, ZeRO-3", "2 ranks, ZeRO-2, bf16"}))
+    "ZeRO-0, LoRA", "2 ranks, ZeRO-3", "2 ranks, ZeRO-2, bf16"}))
 def test_a_stopped_run_goes_on_bit_by_bit(shape, settings, tmp_path):
     settings = settings | SHAPES[shape]
     stopped(tmp_path / "stopped", settings)
@@ -114,8 +114,7 @@ def killed(settings, tmp_path):
     return settings | {"PLUGINS": tmp_path / "killer.py", "SAVE_DIR": tmp_path / "run", "RESUME": "never"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [{}, TWO_RANKS])
+@pytest.mark.parametrize("shape", [exhaustive({}), slow(TWO_RANKS)])
 def test_a_run_that_breaks_off_goes_on_by_itself(shape, killed, settings, tmp_path):
     twice = run(KD, **killed | shape, MAX_RESTARTS=2)
     assert twice.returncode == 0, twice.stdout
