@@ -35,31 +35,20 @@ class OwnPace:
     def __init__(self, world: World, room: int = 0):
         self.world = world
         self.room = room
-        self._is_whole = False
         self._told: bool | None = None
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[None]:
-        """Within the block a rank may call the causal language model `model`, and do nothing else that takes all."""
-        with self.whole(model):
-            if self._is_whole or not is_partitioned(model):
-                yield
-            else:
-                with in_turns(model, lambda: _read_a_token(model), self.world):
-                    yield
-
-    @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Within the block all weights of `module` lie on every rank, if they fit; they must not be changed there."""
-        if self._is_whole or not is_partitioned(module) or not self._fit(module):
+        """Within the block a rank may call the causal language model `model`, and do nothing else that takes all, nor
+        change its weights."""
+        if not is_partitioned(model):
             yield
-            return
-        with gathered(module):
-            self._is_whole = True
-            try:
+        elif self._fit(model):
+            with gathered(model):
                 yield
-            finally:
-                self._is_whole = False
+        else:
+            with in_turns(model, lambda: _read_a_token(model), self.world):
+                yield
 
     def _fit(self, module: nn.Module) -> bool:
         """Whether the weights fit on every rank; says so where it has not said the same before."""
