@@ -4,7 +4,8 @@ from pathlib import Path
 
 # What a rank says of where it stands is a good place to be hit.
 _KILLER = """
-import os, pathlib, signal
+import os, signal
+from pathlib import Path
 from todi.runtime.whereabouts import Whereabouts
 
 tick, count = Whereabouts.tick, 0
@@ -12,8 +13,9 @@ tick, count = Whereabouts.tick, 0
 def tick_or_die(self):
     global count
     tick(self)
-    mark = pathlib.Path({mark!r})
-    if self.record.place.startswith({place!r}) and os.environ.get("RANK", "0") == "{rank}" and not mark.exists():
+    mark = Path({mark!r})
+    if (self.record.place.startswith({place!r}) and os.environ.get("RANK", "0") == "{rank}" and not mark.exists()
+            and ({when})):
         count += 1
         if count == {ticks}:
             mark.touch()
@@ -29,15 +31,16 @@ PLACES = {"step": ("step 5", 1), "generation": ("generation", 3), "save": ("a sa
 KILLS, STOPS = (f"os.kill(os.getpid(), signal.{name})" for name in ("SIGKILL", "SIGSTOP"))
 
 
-def killer(file: Path, where: str, rank: int, what: str = KILLS) -> Path:
-    """Writes the plugin: PLUGINS for a training.
+def killer(file: Path, where: str, rank: int, what: str = KILLS, when: str = "True") -> Path:
+    """Writes the plugin: PLUGINS for a training or an evaluation.
 
     Args:
         where: of `PLACES`.
         rank: which one.
         what: a statement that the rank is made to run.
+        when: an expression; before it is true nothing counts.
     """
     place, ticks = PLACES[where]
     file.write_text(_KILLER.format(mark=str(file.with_suffix(".hit")), place=place, ticks=ticks, rank=rank,
-                                   what=what))
+                                   what=what, when=when))
     return file

@@ -22,14 +22,14 @@ SFT, KD = "gpt2/sft_gpt2_base", "gpt2/vanilla_kd_gpt2_base"
 RUNS = {"sft-full": (SFT, {}), "sft-lora": (SFT, LORA), "todi-full": (KD, {}), "todi-lora": (KD, LORA)}
 
 
-def start_all(workshop: Workshop) -> "dict[str, Future[Run]]":
-    """Every pinned run, under way."""
+def start(workshop: Workshop, name: str) -> "Future[Run]":
+    """A pinned run, under way."""
     models = {role: workshop.model(f"pinned-{role}", family="gpt2", hidden=hidden, seed=seed, resid_pdrop=0.1)
               for role, hidden, seed in (("teacher", 48, 1), ("student", 32, 2))}
     common = {"MODEL_PATH": models["student"], "TEACHER_MODEL_PATH": models["teacher"], "EPOCH": 7, "MAX_STEPS": 20,
               "LR": 3e-3, "EVAL_GEN": 0, "PACKING": "off"}
-    return {name: workshop.train(launcher, f"pinned-{name}", **common | settings)
-            for name, (launcher, settings) in RUNS.items()}
+    launcher, settings = RUNS[name]
+    return workshop.train(launcher, f"pinned-{name}", **common | settings)
 
 
 def curves(run: Run) -> dict[str, list[float]]:
@@ -47,7 +47,8 @@ def made_with() -> dict[str, str]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for name, run in start_all(Workshop(Path(folder))).items():
+        workshop = Workshop(Path(folder))
+        for name, run in {name: start(workshop, name) for name in RUNS}.items():
             record = {"made_with": made_with(), "curves": curves(run.result())}
             (ASSETS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 

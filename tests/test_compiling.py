@@ -83,6 +83,7 @@ def test_by_the_compiler_itself(family, tmp_path):
     check(built(tmp_path, family), "inductor")
 
 
+@pytest.mark.slow
 def test_text_is_written_without(tmp_path):
     model = built(tmp_path, "llama")
     compile_layers(model, "student", "aot_eager")

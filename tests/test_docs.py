@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 SECTIONS = dict(text.split("\n", 1) for text in (DOCS / "extending.md").read_text().split("\n## ")[1:])
+SOON = ("A divergence", "A model family")  # run with the short tests
 # No more than that: paths, and what they name, are the page's own.
 SMALL = {"EPOCH": 4, "MAX_STEPS": 12, "BATCH_SIZE": 4, "GRAD_ACC": 2, "MAX_LENGTH": 64, "MAX_PROMPT_LENGTH": 48,
          "PRECISION": "fp32", "EVAL_GEN": 0, "LOG_INTERVAL": 1, "LR": 1e-2, "LORA_RANK": 4, "KD_RATE": 1}
@@ -65,8 +67,9 @@ def checkout(workshop, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(workshop, checkout) -> dict[str, Future[Run]]:
-    """Every section of docs/extending.md, done by a reader who types in what it says."""
+def runs(checkout) -> Callable[[str], Run]:
+    """A section of docs/extending.md, done by a reader who types in what it says."""
+    @cache
     def follow(section: str) -> Run:
         for code in blocks(section, "python"):
             (checkout / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
@@ -76,12 +79,12 @@ def runs(workshop, checkout) -> dict[str, Future[Run]]:
         saved = re.findall(r"saved checkpoint (.+)/epoch", done.stdout)
         return Run(checkout / (saved or ["nowhere"])[-1], done.returncode, done.stdout)
 
-    return {section: workshop.pool.submit(follow, section) for section in SECTIONS}
+    return follow
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", in_tiers(SECTIONS, always=SOON, slowly=SECTIONS))
 def test_a_section_is_short_and_its_commands_run(runs, section):
-    assert runs[section].result().checkpoint.is_dir()
+    assert runs(section).checkpoint.is_dir()
     assert all(code.count("\n") <= 16 for code in blocks(section, "python"))
 
 
@@ -90,19 +93,21 @@ def kd(run: Run) -> list[float]:
 
 
 def test_a_divergence(runs):
-    run = runs["A divergence"].result()
+    run = runs("A divergence")
     assert "kd^obj=top_k_kl" in run.folder.name
     assert 0 < kd(run)[-1] < 0.9 * kd(run)[0]
 
 
+@pytest.mark.slow
 def test_an_objective_of_parts(runs):
-    run = runs["An objective of parts"].result()
+    run = runs("An objective of parts")
     shares = [line["kd_t"] for line in run.metrics("train")]
     assert shares[0] == 0.2 and shares == sorted(shares) and 0.9 < shares[-1] < 1
 
 
+@pytest.mark.slow
 def test_a_logger(runs):
-    run = runs["A logger"].result()
+    run = runs("A logger")
     first = run.metrics("train")[0]
     assert "outputs/logged starts at step 0\n" in run.output
     assert re.search(rf"^outputs/logged 1 {{.*'train/loss': {first['loss']!r},", run.output, re.MULTILINE)
@@ -110,42 +115,47 @@ def test_a_logger(runs):
     assert "outputs/logged has ended\n" in run.output
 
 
+@pytest.mark.slow
 def test_a_second_teacher(runs):
-    run, alone = (runs[section].result() for section in ("A second teacher", "A logger"))
+    run, alone = (runs(section) for section in ("A second teacher", "A logger"))
     assert re.findall(r"^.* teacher (\S+): ", run.output, re.MULTILINE) == [
         "model_hub/gpt2/gpt2-xlarge", "outputs/my_other_teacher"]
     assert "the mean of 2, weighted 3 : 1" in run.output
     assert kd(run)[0] != pytest.approx(kd(alone)[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_callable_teacher(runs):
     """It says what the model says that it wraps."""
-    run, live = (runs[section].result() for section in ("A callable teacher", "A logger"))
+    run, live = (runs(section) for section in ("A callable teacher", "A logger"))
     assert kd(run) == pytest.approx(kd(live), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_mixed_data(runs):
-    run = runs["Mixed data"].result()
+    run = runs("Mixed data")
     assert "an epoch has 36 samples: 27 of data/dolly (which has 24), 9 of data/mine (which has 12)" in run.output
     assert [line["step"] for line in run.metrics("dev")] == [5, 10, 12]
 
 
+@pytest.mark.slow
 def test_a_hidden_state_term(runs):
-    lines = runs["A hidden-state term"].result().metrics("train")
+    lines = runs("A hidden-state term").metrics("train")
     assert all(lines[-1][name] < lines[0][name] for name in ("hidden_states", "cosine"))
     assert lines[0]["loss"] == pytest.approx(lines[0]["kd"] + 0.1 * lines[0]["hidden_states"] + lines[0]["cosine"])
 
 
 def test_a_model_family(runs):
-    run = runs["A model family"].result()
+    run = runs("A model family")
     assert run.folder.parents[1].name == "qwen3-0.6b"
     adapter = json.loads((run.checkpoint / "adapter_config.json").read_text())
     assert sorted(adapter["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert "license: apache-2.0" in (run.checkpoint / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_data_set(runs, checkout):
-    run = runs["A data set"].result()
+    run = runs("A data set")
     sizes = {file.stem: len(file.read_text().splitlines()) for file in (checkout / "data" / "sums").glob("*.jsonl")}
     assert sizes == {"train": 700, "dev": 100, "valid": 100}
     line = json.loads((checkout / "data" / "sums" / "train.jsonl").read_text().splitlines()[0])

@@ -1,18 +1,17 @@
 """The command line of todi.evaluate: what it writes, over ranks, killed and started again."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import launching
 import pytest
 import torch
 from evaluating import SETTINGS, add_adapter, generations, responses, run, run_evaluate
+from killing import killer
 from tiny import tiny_tokenizer
 from todi import evaluate
 from todi.evaluation.results import Generation, Layout, annotated_table
@@ -87,27 +86,33 @@ class TestEvaluate:
         results = json.loads((tmp_path / "out/eval/results.json").read_text())
         assert results["sets"]["dolly"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
-    def test_a_killed_run_goes_on_where_it_was(self, monkeypatch, checkpoint, data, tmp_path):
-        words = ["--save-dir", str(tmp_path / "killed"), "--max-length", "200"]
-        settings = {"DATA_DIR": data, "SETS": "dolly sinst/11_", "SEEDS": "1 2 3 4", **SETTINGS}
-        half = launching.start("eval/run_eval", str(checkpoint), "1", *words, **settings)
-        unfinished = tmp_path / "killed/eval/sinst/11_/.unfinished.jsonl"
-        while half.poll() is None and not (unfinished.is_file() and len(unfinished.read_text().splitlines()) > 2):
-            time.sleep(0.002)
-        os.killpg(half.pid, signal.SIGKILL)
-        said = half.communicate()[0]
-        assert unfinished.is_file(), said
+    @pytest.mark.parametrize("processes", [1, launching.slow(2), launching.exhaustive(4)])
+    def test_a_killed_run_goes_on_where_it_was(self, monkeypatch, checkpoint, data, tmp_path, processes):
+        killed = tmp_path / "killed"
+        unfinished = killed / "eval/sinst/11_/.unfinished.jsonl"
+        plugin = killer(tmp_path / "killer.py", "generation", processes - 1,
+                        when=f"(file := Path({str(unfinished)!r})).is_file() and len(file.open().readlines()) > 2")
+        words = ["--save-dir", str(killed), "--max-length", "200"]
+        seeds = range(1, 1 + 4 * processes)  # so that the second set takes two rounds
+        settings = {"DATA_DIR": data, "SETS": "dolly sinst/11_", "SEEDS": " ".join(map(str, seeds)),
+                    "NPROC": processes, **SETTINGS}
+        half = launching.run("eval/run_eval", str(checkpoint), "1", *words, **settings, PLUGINS=plugin)
+        assert half.returncode == 128 + signal.SIGKILL, half.stdout
         unfinished.write_text(unfinished.read_text() + "\n[[1, 0, [3")  # as a kill in the middle of a line leaves it
-        assert not (tmp_path / "killed/eval/results.json").exists()
+        assert not (killed / "eval/results.json").exists()
 
         done = launching.run("eval/run_eval", str(checkpoint), "1", *words, **settings)
         assert done.returncode == 0, done.stdout
         assert re.search(r"\d+%.*<", done.stdout), "progress with the time left"
         assert " dolly: rouge-l" not in done.stdout, "the set that was finished"
         assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "whole", "--sets", "dolly", "sinst/11_",
-                            "--seeds", 1, 2, 3, 4, "--batch-size", 1, "--max-length", 200) == 0
-        for name in ("results.json", "dolly/seed4.jsonl", "sinst/11_/seed1.jsonl", "sinst/11_/made_with.json"):
-            assert (tmp_path / "killed/eval" / name).read_bytes() == (tmp_path / "whole/eval" / name).read_bytes()
+                            "--seeds", *seeds, "--batch-size", 1, "--max-length", 200) == 0
+        assert responses(killed) == responses(tmp_path / "whole")
+        then, now = (json.loads((folder / "eval/results.json").read_text()) for folder in (tmp_path / "whole", killed))
+        assert then["sets"] == now["sets"]
+        if processes == 1:  # what was written in which batches is the same too
+            for name in ("results.json", "dolly/seed4.jsonl", "sinst/11_/seed1.jsonl", "sinst/11_/made_with.json"):
+                assert (killed / "eval" / name).read_bytes() == (tmp_path / "whole/eval" / name).read_bytes()
         assert not unfinished.exists()
 
     def test_what_is_there_is_not_done_again_unless_made_otherwise(self, monkeypatch, checkpoint, data, tmp_path,

@@ -59,6 +59,7 @@ def test_trainer_script(models, records, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_notebook(tmp_path):
     """Every cell, with fewer steps; its tables and curves are there."""
     (tmp_path / "data").symlink_to(ROOT / "data")

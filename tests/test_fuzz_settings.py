@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -163,6 +164,7 @@ def try_settings(workshop: Workshop, folder: Path, examples: int, first: int = 0
     return shop.counts
 
 
+@pytest.mark.slow
 def test_settings_that_pass_the_check_train_and_score(workshop, tmp_path, monkeypatch, process_group):
     monkeypatch.chdir(tmp_path)
     counts = try_settings(workshop, tmp_path, 60)

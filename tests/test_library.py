@@ -45,6 +45,7 @@ def host_plan(workshop: Workshop, folder: Path, own_group: bool = False) -> dict
             "sets_dir": workshop.data.parent, "folder": folder / "runs", "settings": SETTINGS, "own_group": own_group}
 
 
+@pytest.mark.slow
 class TestAGuest:
     @pytest.fixture(scope="class")
     def found(self, workshop, tmp_path_factory) -> dict:
@@ -274,6 +275,7 @@ class TestWhatIsGiven:
 def test_importing_it_is_light():
     """What is named in todi is imported when it is used."""
     code = ("import sys, todi; assert not {'torch', 'transformers'} & set(sys.modules); assert 'distil' in dir(todi); "
-            "import todi.evaluate; assert callable(todi.evaluate)")
+            "import todi.evaluate; assert callable(todi.evaluate); "
+            "import todi.train, todi.doctor; assert 'scipy.stats' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

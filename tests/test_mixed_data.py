@@ -46,6 +46,7 @@ def losses(found: dict[str, object]) -> list[float]:
     return [line["loss"] for line in found["metrics"] if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_bit_by_bit_and_a_teacher_cache_fits(words, tmp_path):
     whole = finished(tmp_path / "whole", *words)
     assert f"an epoch has 32 samples: 24 of {tmp_path}/one (which has 18), 8 of {tmp_path}/two" in whole["output"]

@@ -1,14 +1,14 @@
 """A student whose weights ZeRO-3 has spread: each rank writes what it has to, the same texts as under ZeRO-1."""
 
 import pytest
-from launching import exhaustive
+from launching import exhaustive, slow
 from test_library import run_program
 from tiny import tiny_model, tiny_tokenizer
 
 SPREAD = pytest.mark.parametrize("way", ["whole", "in turns"])
 
 
-@pytest.fixture(scope="module", params=[False, exhaustive(True)], ids=["full", "LoRA"])
+@pytest.fixture(scope="module", params=[slow(False), exhaustive(True)], ids=["full", "LoRA"])
 def found(request, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("paces")
     # with dropout, for which an idle forward must draw no numbers

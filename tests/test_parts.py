@@ -194,7 +194,8 @@ def test_what_does_not_know_a_part_is_eager_and_says_why(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "moved", "params"), [
-    ("TAID", "kd_t", "t_rate=0.5"), pytest.param("Veto", "kd_beta", "beta_start=0.5", marks=pytest.mark.exhaustive)])
+    pytest.param("TAID", "kd_t", "t_rate=0.5", marks=pytest.mark.slow),
+    pytest.param("Veto", "kd_beta", "beta_start=0.5", marks=pytest.mark.exhaustive)])
 def test_a_schedule_is_kept_at_resume(settings, tmp_path, name, moved, params):
     settings = settings | {"KD_OBJ": name, "KD_PARAMS": params}
     stopped(tmp_path / "run", settings)
@@ -204,7 +205,8 @@ def test_a_schedule_is_kept_at_resume(settings, tmp_path, name, moved, params):
 
 
 @pytest.mark.parametrize(("name", "params"), [
-    ("TAID", "t_rate=0.5"), pytest.param("SE_KD", "share=0.3", marks=pytest.mark.exhaustive),
+    pytest.param("TAID", "t_rate=0.5", marks=pytest.mark.exhaustive),
+    pytest.param("SE_KD", "share=0.3", marks=pytest.mark.exhaustive),
     pytest.param("AdaKD", "share_momentum=0.5 share_rate=0.2 share_tolerance=0.01", marks=pytest.mark.slow)])
 def test_nothing_depends_on_how_a_step_is_cut(workshop, name, params):
     models = {f"{role}_PATH": workshop.model(role, family="gpt2", hidden=hidden, seed=seed)

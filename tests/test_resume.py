@@ -54,6 +54,7 @@ def test_another_number_of_ranks_without_zero(settings, tmp_path):
     assert "was written by 1 ranks, there are 2 now" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_changed_run_is_refused_and_a_finished_one_left_alone(settings, tmp_path):
     settings = settings | {"SAVE_DIR": tmp_path, "EPOCH": 1, "EVAL_GEN": 0}
     assert run(KD, **settings).returncode == 0

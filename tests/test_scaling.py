@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, exhaustive
+from launching import ROOT, environment, exhaustive, slow
 from reading import unread
 from todi.errors import InputError
 from todi.options import parse
@@ -65,7 +65,7 @@ def counted(tiny, tmp_path_factory):
     return count
 
 
-@pytest.mark.parametrize("ranks", [exhaustive(1), 2, exhaustive(4), 32])
+@pytest.mark.parametrize("ranks", [exhaustive(1), slow(2), exhaustive(4), 32])
 def test_what_deepspeed_sends_and_holds(counted, ranks):
     for way, found in counted(ranks).items():
         assert found["ranks"] == ranks

@@ -23,6 +23,7 @@ def found(workshop, tmp_path_factory) -> dict:
     return run_program("spread_ranks", plan, folder, ranks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_its_logits_are_those_of_a_whole_one(found, model, precision):

@@ -54,6 +54,7 @@ def test_the_first_rank_works_while_the_others_wait():
     assert "waits for" not in others[1]  # one says it for all of them
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes():
     started = time.monotonic()
     stuck, waiting = start(6, 0, 0)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 _RESAMPLES = 10_000
 _SEED = 0
@@ -65,6 +64,8 @@ def paired_difference(samples: Sequence[np.ndarray], baseline: Sequence[np.ndarr
 def _bootstrap(samples: Sequence[np.ndarray]) -> object | None:
     if min(map(len, samples)) < 2:
         return None
+    from scipy import stats  # takes a second to import, which every start of a training would pay
+
     return stats.bootstrap(tuple(samples), _mean_of_means, vectorized=True, method="percentile", batch=_AT_ONCE,
                            n_resamples=_RESAMPLES, rng=np.random.default_rng(_SEED))
 
