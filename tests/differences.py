@@ -36,8 +36,10 @@ def differences(folder: Path, expected: Path) -> Differences:
         if ours != theirs or not ours:
             raise ValueError(f"{folder} has {kind} lines of the steps {ours}, {expected} of {theirs}")
     ours, theirs = (load_file(_last_weights(one)) for one in (folder, expected))
-    if {name: one.shape for name, one in ours.items()} != {name: one.shape for name, one in theirs.items()}:
-        raise ValueError(f"{folder} has the weights {sorted(ours)}, {expected} {sorted(theirs)}, or other shapes")
+    shapes, others = ({(name, weight.shape) for name, weight in one.items()} for one in (ours, theirs))
+    if shapes != others:
+        names = ", ".join(sorted({name for name, _ in shapes ^ others}))
+        raise ValueError(f"only one of {folder} and {expected} has {names}, or each in another shape")
     apart = _largest({name: ours[name].double() - one for name, one in theirs.items()})
     return Differences(loss=_relative(folder, expected, "train", "loss"),
                        norm=_relative(folder, expected, "train", "gradient_norm"),
