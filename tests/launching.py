@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -47,6 +48,27 @@ def run(launcher: str, *words: str, prefix: tuple[str, ...] = (), **settings: ob
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def free_port() -> int:
+    """That nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_on_nodes(launcher: str, settings: Mapping[str, object],
+                 *changes: Mapping[str, object]) -> list[subprocess.CompletedProcess]:
+    """Starts a launcher on as many nodes of this machine as there are changes to its settings; waits for their end."""
+    common = {**settings, "NNODES": len(changes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [start(launcher, **common | {"NODE_RANK": rank} | change) for rank, change in enumerate(changes)]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [subprocess.CompletedProcess(process.args, process.returncode, output)
+            for process, output in zip(processes, outputs, strict=True)]
 
 
 def cores_of_this_process() -> int:

@@ -27,6 +27,41 @@ def resumable(workshop: Workshop) -> dict[str, object]:
                                 "SAVE_STATE_EVERY": 2, "LR": 1e-2}
 
 
+def steady(workshop: Workshop) -> dict[str, object]:
+    """Settings of two epochs of 18 samples without dropout, a checkpoint after each.
+
+    Without a large epsilon Adam would blow up the rounding errors of gradients that are zero in truth.
+    """
+    models = {role: workshop.model(f"steady-{role}", family="gpt2", hidden=hidden, seed=seed, resid_pdrop=0.0,
+                                   embd_pdrop=0.0, attn_pdrop=0.0)
+              for role, hidden, seed in (("teacher", 48, 1), ("student", 32, 2))}
+    return workshop.settings | {"MODEL_PATH": models["student"], "TEACHER_MODEL_PATH": models["teacher"], "EPOCH": 2,
+                                "EVAL_GEN": 0, "SAVE_BEST_N_CKPTS": 2, "LR": 1e-2, "ADAM_EPS": 1e-3}
+
+
+_STOPPER = """
+import os, pathlib, signal
+from todi.training.trainer import Trainer
+
+heed = Trainer._heed_signals_and_clock
+
+def stop_and_heed(self):
+    mark = pathlib.Path(self.folder.path, f"stopped after step {self.at.step}")
+    if self.at.step in STEPS and self.world.rank == self.world.size - 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    heed(self)
+
+Trainer._heed_signals_and_clock = stop_and_heed
+"""
+
+
+def stopper(file: Path, *steps: int) -> Path:
+    """Writes a plugin by which the last rank asks for an end after each of these steps, once in a run's folder."""
+    file.write_text(_STOPPER.replace("STEPS", repr(steps)))
+    return file
+
+
 class Launched:
     """A run under way, of a training if nothing else is said.
 

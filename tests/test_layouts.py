@@ -1,53 +1,25 @@
 """A run goes on with other ranks, at another ZeRO stage, with or without offload, as if nothing had changed."""
 
-import json
 from pathlib import Path
 
 import pytest
+from differences import differences, told
 from launching import in_tiers, run
-from safetensors.torch import load_file
-from stopping import KD
+from stopping import KD, steady, stopper
 
 LORA = {"PEFT": "lora", "LORA_ALPHA": 8, "LORA_DROPOUT": 0}
 BOTH = {"OFFLOAD": "optimizer param"}
 STOPPED_AT = 4  # in the second epoch, a step after a line of the log
 
-# Has the last rank ask for an end after a step, once.
-_STOPPER = """
-import os, pathlib, signal
-from todi.training.trainer import Trainer
 
-heed = Trainer._heed_signals_and_clock
-
-def stop_and_heed(self):
-    mark = pathlib.Path(self.folder.path, "stopped")
-    if self.at.step == {step} and self.world.rank == self.world.size - 1 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGTERM)
-    heed(self)
-
-Trainer._heed_signals_and_clock = stop_and_heed
-"""
+@pytest.fixture(scope="module")
+def of_eight(workshop) -> dict[str, object]:
+    """Settings of a run with steps of 8 samples, or what an epoch has left."""
+    return steady(workshop) | {"LOG_INTERVAL": 3, "BATCH_SIZE": 4}
 
 
 @pytest.fixture(scope="module")
-def steady(workshop, tmp_path_factory) -> dict[str, object]:
-    """Settings of two epochs of three steps of 8 samples, without dropout, that stop once.
-
-    Without a large epsilon Adam would blow up the rounding errors of gradients that are zero in truth.
-    """
-    models = {role: workshop.model(f"layouts-{role}", family="gpt2", hidden=hidden, seed=seed, resid_pdrop=0.0,
-                                   embd_pdrop=0.0, attn_pdrop=0.0)
-              for role, hidden, seed in (("teacher", 48, 1), ("student", 32, 2))}
-    plugin = tmp_path_factory.mktemp("stopper") / "stopper.py"
-    plugin.write_text(_STOPPER.format(step=STOPPED_AT))
-    return workshop.settings | {"MODEL_PATH": models["student"], "TEACHER_MODEL_PATH": models["teacher"], "EPOCH": 2,
-                                "EVAL_GEN": 0, "PLUGINS": plugin, "LOG_INTERVAL": 3, "BATCH_SIZE": 4, "LR": 1e-2,
-                                "ADAM_EPS": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(steady, tmp_path_factory):
+def undisturbed(of_eight, tmp_path_factory):
     """The folder of a run of one rank that nothing stopped, by its further settings."""
     folders: dict[str, Path] = {}
 
@@ -55,18 +27,11 @@ def undisturbed(steady, tmp_path_factory):
         name = str(sorted(more.items()))
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp("undisturbed")
-            (folders[name] / "stopped").touch()
-            done = run(KD, **steady | more, SAVE_DIR=folders[name])
+            done = run(KD, **of_eight | more, SAVE_DIR=folders[name])
             assert done.returncode == 0, done.stdout
         return folders[name]
 
     return find
-
-
-def told(folder: Path) -> list[tuple[int, float]]:
-    """Steps and losses of the lines of metrics.jsonl."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"]) for line in lines if line["kind"] in ("train", "dev")]
 
 
 WORLDS = {
@@ -80,10 +45,11 @@ WORLDS = {
 
 
 @pytest.mark.parametrize("name", in_tiers(WORLDS, slowly=[*list(WORLDS)[:1], "stage 1 to 3, offloaded"]))
-def test_the_world_may_change(name, steady, undisturbed, tmp_path):
+def test_the_world_may_change(name, of_eight, undisturbed, tmp_path):
     """The same command with other devices: steps stay of 8 samples, which are those of the first two ranks or one."""
     more, then, now = WORLDS[name]
-    settings = steady | more | {"SAVE_DIR": tmp_path / "run", "GRAD_ACC": 2 // then["NPROC"]}
+    settings = of_eight | more | {"SAVE_DIR": tmp_path / "run", "GRAD_ACC": 2 // then["NPROC"],
+                                  "PLUGINS": stopper(tmp_path / "stopper.py", STOPPED_AT)}
     first = run(KD, **settings | then)
     assert first.returncode and "stopped by SIGTERM" in first.stdout, first.stdout
     again = run(KD, **settings | now)
@@ -93,10 +59,5 @@ def test_the_world_may_change(name, steady, undisturbed, tmp_path):
                      for one in (then, now))
     assert f"the state of {before} goes on with {after}" in again.stdout
 
-    whole = undisturbed(more)
-    ours, theirs = told(tmp_path / "run"), told(whole)
-    assert [step for step, _ in ours] == [step for step, _ in theirs] == [3, 3, 6, 6]
-    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
-    (ours,), (theirs,) = (list(map(load_file, folder.glob("epoch*/*.safetensors")))
-                          for folder in (tmp_path / "run", whole))
-    assert max((ours[name] - weight).abs().max().item() for name, weight in theirs.items()) < 1e-5
+    assert [line["step"] for kind in ("train", "dev") for line in told(tmp_path / "run", kind)] == [3, 6, 3, 6]
+    assert differences(tmp_path / "run", undisturbed(more)).are_within(2e-6)

@@ -9,19 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from launching import in_tiers, start, write_data
+from launching import free_port, in_tiers, run_on_nodes, start, write_data
 from stopping import KD
 from todi.errors import InputError
 from todi.runtime import nodes
 from todi.runtime.distributed import World
 from todi.runtime.locks import claimed
 from todi.runtime.nodes import Nodes, agree, check_ranks, differing, refusals_told, what_must_agree
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def meet(*descriptions: dict[str, str], timeout: float = 30) -> list[str | None]:
@@ -101,10 +95,8 @@ def test_ranks_that_no_launcher_started(other, said):
 
 def launched(settings: dict[str, object], *changes: dict[str, object]) -> list[tuple[int, str]]:
     """Exit code and output of a launcher on each of two nodes of this machine."""
-    common = settings | {"NNODES": 2, "NPROC": 1, "GRAD_ACC": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [start(KD, **common | {"NODE_RANK": rank} | change) for rank, change in enumerate(changes)]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    common = settings | {"NPROC": 1, "GRAD_ACC": 1}
+    return [(done.returncode, done.stdout) for done in run_on_nodes(KD, common, *changes)]
 
 
 OTHERWISE = {"LR": 0.02, "KD_OBJ": "tvd", "KD_TEMP": 3, "SEED": 11, "MAX_LENGTH": 63, "GRAD_ACC": 2, "ZERO_STAGE": 2,

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment
+from launching import ROOT, environment, free_port
 from stopping import KD, finished, outcome
-from test_nodes import free_port
 from todi.errors import InputError
 from todi.runtime.sole_process import check_sole_process
 

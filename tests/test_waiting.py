@@ -6,8 +6,7 @@ import sys
 import time
 
 import pytest
-from launching import ROOT
-from test_nodes import free_port
+from launching import ROOT, free_port
 from todi.runtime.lost import LOST
 
 # The ranks meet three times. The first one works for some seconds before each; one may stay away from the second.

@@ -4,11 +4,13 @@ import gc
 import logging
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file
 from test_adapters import save_adapter
 from tiny import tiny_model
 from todi.criterions import DistillationCriterion
@@ -19,6 +21,7 @@ from todi.models.adapters import load_adapter
 from todi.models.loading import load_model
 from todi.runtime.device import Precision
 from todi.runtime.distributed import world_from_environment
+from todi.training.checkpoints import save_model
 from todi.training.deepspeed_config import build_deepspeed_config
 from todi.training.layouts import MOMENTS, flat_tensors
 from todi.training.optimizer import build_optimizer, build_schedule, lowers_loss_scale, wrap
@@ -286,6 +289,21 @@ def overflow(engine) -> None:
     for _ in range(2):
         engine.backward(engine(torch.arange(4)).float().sum() * float("inf"), scale_wrt_gas=False)
         engine.step()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_has_each_weight_once(stage, tied, tmp_path):
+    """And what a model keeps besides parameters, whatever ZeRO has made of them."""
+    model = load_model(str(tiny_model(tmp_path / "base", "llama", tie_word_embeddings=tied)), torch.float32,
+                       torch.device("cpu"))
+    model.register_buffer("kept", torch.arange(3.0))
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    build("fp32", stage, model=Student(model))
+    save_model(model, SimpleNamespace(save_pretrained=lambda folder: None), tmp_path / "saved", "", writes_files=True)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == before.keys() - ({"lm_head.weight"} if tied else set())
+    assert all(torch.equal(one, before[name]) for name, one in saved.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -88,13 +88,17 @@ def save_model(model: nn.Module, tokenizer: Tokenizer, folder: Path, card: str, 
 def gather_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """The model's state dict; under ZeRO-3 each parameter is gathered on its own, so never all at once on a device.
 
-    Every rank takes part; those without `keep` get an empty dict.
+    One that has two names, as a head that is the embedding, is one tensor in it, so that it is written once. Every
+    rank takes part; those without `keep` get an empty dict.
     """
     if not is_partitioned(model):
         return model.state_dict() if keep else {}
-    weights = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    whole = {}
+    for parameter in model.parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             if keep:
-                weights[name] = parameter.detach().cpu().clone()
-    return weights
+                whole[id(parameter)] = parameter.detach().cpu().clone()
+    if not keep:
+        return {}
+    # what is no parameter is whole on each rank
+    return {name: whole.get(id(one), one.detach()) for name, one in model.state_dict(keep_vars=True).items()}
