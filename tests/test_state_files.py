@@ -4,12 +4,12 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from threads import ThreadWorld, on_ranks
 from todi.errors import StorageError
 from todi.training import state, state_files
 from todi.training.state import Position, SavedState, StateStore
@@ -17,39 +17,12 @@ from todi.training.state import Position, SavedState, StateStore
 RANKS = 3
 
 
-class Party:
-    """What ranks share that are threads of this process."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(RANKS, timeout=20)
-        self.said: list[Any] = [None] * RANKS
-
-
-class Thread:
-    """A `World` of such a rank."""
-
-    size = RANKS
-
-    def __init__(self, rank: int, party: Party):
-        self.rank, self.is_main, self._party = rank, rank == 0, party
-
-    def barrier(self) -> None:
-        self._party.barrier.wait()
-
-    def gather(self, value: Any) -> list[Any]:
-        self._party.said[self.rank] = value
-        self.barrier()
-        said = list(self._party.said)
-        self.barrier()
-        return said
-
-
 class Engine:
     """Writes a file of the rank's own, and the first rank one more, as DeepSpeed does."""
 
     device = torch.device("cpu")
 
-    def __init__(self, world: Thread):
+    def __init__(self, world: ThreadWorld):
         self.world = world
 
     def zero_optimization_stage(self) -> int:
@@ -63,22 +36,6 @@ class Engine:
             Path(folder, "a_script.py").touch()
 
 
-def on_all_ranks(folder: Path, work: Callable[[StateStore, Thread], Any]) -> list[Any]:
-    """What `work` returns on each rank, or the error that it raises there."""
-    party = Party()
-
-    def one(rank: int) -> Any:
-        world = Thread(rank, party)
-        try:
-            return work(StateStore(folder, world), world)
-        except (StorageError, threading.BrokenBarrierError) as error:
-            party.barrier.abort()
-            return error
-
-    with ThreadPoolExecutor(RANKS) as pool:
-        return list(pool.map(one, range(RANKS)))
-
-
 @pytest.fixture
 def write(tmp_path, monkeypatch) -> Callable[[int], list[Any]]:
     """Has all ranks write the state after so many steps."""
@@ -86,8 +43,13 @@ def write(tmp_path, monkeypatch) -> Callable[[int], list[Any]]:
 
     def all_of_them(step: int) -> list[Any]:
         saved = SavedState(Position(step=step), {}, {})
-        return on_all_ranks(tmp_path, lambda states, world: states.save(Engine(world), saved))
+        return on_ranks(RANKS, lambda world: StateStore(tmp_path, world).save(Engine(world), saved))
     return all_of_them
+
+
+def newest(folder: Path) -> list[Path | None]:
+    """Which state each rank takes."""
+    return on_ranks(RANKS, lambda world: StateStore(folder, world).newest())
 
 
 def test_each_rank_sees_to_its_own_files(tmp_path, monkeypatch, write):
@@ -123,7 +85,7 @@ def test_a_disk_that_is_full_on_one_rank(tmp_path, monkeypatch, write):
     assert isinstance(said[1], StorageError)
     assert f"cannot write {tmp_path}/state/epoch0_step2: [Errno 28] No space left on device" in str(said[1])
     assert not (tmp_path / "state/epoch0_step2").exists()
-    on_all_ranks(tmp_path, lambda states, world: states.newest())
+    newest(tmp_path)
     assert sorted((tmp_path / "state").rglob("*")) == before
 
 
@@ -132,9 +94,8 @@ def test_all_ranks_go_back_to_the_newest_whole_state(tmp_path, write, damaged):
     """Each of them looks at a share of the files, and all hear of what is wrong."""
     for step in (1, 2):
         write(step)
-    newest = tmp_path / "state/epoch0_step2"
-    assert on_all_ranks(tmp_path, lambda states, world: states.newest()) == [newest] * RANKS
-    file = newest / damaged.replace("files", state.FOLDER)
+    last = tmp_path / "state/epoch0_step2"
+    assert newest(tmp_path) == [last] * RANKS
+    file = last / damaged.replace("files", state.FOLDER)
     file.write_bytes(file.read_bytes() + b"more")
-    earlier = [newest.with_name("epoch0_step1")] * RANKS
-    assert on_all_ranks(tmp_path, lambda states, world: states.newest()) == earlier
+    assert newest(tmp_path) == [last.with_name("epoch0_step1")] * RANKS

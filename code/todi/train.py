@@ -27,18 +27,17 @@ from todi.errors import run_main
 from todi.models.packing import takes_packed
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator, who_allocates
+from todi.runtime.checksums import weights_listing, weights_place
 from todi.runtime.device import choose_device, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.heartbeat import start_heart
 from todi.runtime.locks import check_unclaimed
 from todi.runtime.logs import set_up_logging
-from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
+from todi.runtime.nodes import Nodes, agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
 from todi.runtime.shared_folders import Party, check_shared
 from todi.runtime.signals import Interrupted
-from todi.settings import (
-    TrainConfig,
-)
-from todi.teacher.opening import LIVE, choose_caches, describe_choices, is_complete
+from todi.settings import CACHE_MODES, TrainConfig
+from todi.teacher.opening import LIVE, choose_caches, describe_choices, is_complete, look_at_choices
 from todi.teacher.spec import TeacherSpec
 from todi.training.building import (
     build_card,
@@ -64,6 +63,7 @@ from todi.training.train_inputs import (
     checksums,
     longest_sample,
     read_inputs,
+    said_of_models,
     teacher_layers,
 )
 from todi.training.trainer import Trainer
@@ -119,13 +119,13 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     with refusals_told(nodes):
         job = _prepare(config, world, device)
         config = job.config
-        run, caches = _decide(job) if world.is_main else (None, None)
         dev = build_dev_set(config, job.inputs, world)
         if config.run.check_only:
-            check_unclaimed(Path(config.run.save_dir))
+            _look(job)
+        run, caches = _decide(job) if world.is_main and not config.run.check_only else (None, None)
     if config.run.check_only:
         if nodes:
-            _check_shared(config, caches, agree(nodes, _what_must_agree(job, run)))
+            _meet(job, nodes)
         return
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, config.run.process_group_timeout))
@@ -170,19 +170,43 @@ def _decide(job: Job) -> tuple[dict[str, Any], list[Path | None]]:
     Raises:
         InputError: the run in the folder, or the cache, is another one.
     """
-    config, inputs, folder = job.config, job.inputs, Path(job.config.run.save_dir)
-    earlier = None if config.run.resume == "never" else read_record(folder)
-    can_cache = config.source.uses_responses and not teacher_layers(job.terms)
-    passes = job.max_steps / job.shape.steps(len(job.examples)) * config.source.data_share
-    caches = choose_caches(job.specs, config.cache.teacher_cache if can_cache else "off", passes=passes,
-                           ranks=job.world.size, device=job.device,
-                           earlier=earlier and earlier["deciding"].get("teacher"))
-    teacher = LIVE if inputs.teacher_function else describe_choices(job.specs, caches)
-    run = describe_run(config, job.world.size, checksums(config, inputs), teacher, sum(inputs.train_sizes),
-                       inputs.deepspeed_config)
+    passes = job.max_steps / job.shape.steps(len(job.examples)) * job.config.source.data_share
+    caches = choose_caches(job.specs, _cache_mode(job), passes=passes, ranks=job.world.size, device=job.device,
+                           earlier=_teacher_before(job))
+    return _check_run(job, describe_choices(job.specs, caches), of_models=True), caches
+
+
+def _look(job: Job) -> None:
+    """`_decide` as far as it needs no weights: the run that follows reads them. Raises InputError like it, and where
+    another run is writing to the folder."""
+    _check_run(job, look_at_choices(job.specs, _cache_mode(job), _teacher_before(job)), of_models=False)
+    check_unclaimed(Path(job.config.run.save_dir))
+
+
+def _check_run(job: Job, teacher: str | list[str] | None, of_models: bool) -> dict[str, Any]:
+    """What args.json will hold. Raises InputError where the folder has another run.
+
+    Args:
+        teacher: where its hidden states come from.
+        of_models: whether the weights are looked at.
+    """
+    config, inputs = job.config, job.inputs
+    run = describe_run(config, job.world.size, checksums(config, inputs, of_models),
+                       LIVE if inputs.teacher_function else teacher, sum(inputs.train_sizes), inputs.deepspeed_config)
     if config.run.resume != "never":
-        check_same_run(folder, run, force=config.run.resume == "force")
-    return run, caches
+        check_same_run(Path(config.run.save_dir), run, force=config.run.resume == "force")
+    return run
+
+
+def _cache_mode(job: Job) -> str:
+    can_cache = job.config.source.uses_responses and not teacher_layers(job.terms)
+    return job.config.cache.teacher_cache if can_cache else "off"
+
+
+def _teacher_before(job: Job) -> str | list[str] | None:
+    """Where the teachers' hidden states came from in the run that goes on, if one does."""
+    earlier = None if job.config.run.resume == "never" else read_record(Path(job.config.run.save_dir))
+    return earlier and earlier["deciding"].get("teacher")
 
 
 def _reads_rounds(job: Job, caches: Sequence[Path | None]) -> bool:
@@ -193,9 +217,25 @@ def _reads_rounds(job: Job, caches: Sequence[Path | None]) -> bool:
     return mode != "off" and (mode != "auto" or config.source.replays or any(caches))
 
 
+def _meet(job: Job, nodes: Nodes) -> None:
+    """Compares what all nodes are about to do, before any of them starts its ranks. Weights are told by their files'
+    names and sizes; the ranks compare them."""
+    files = checksums(job.config, job.inputs, of_models=False)
+    listed = said_of_models(job.config, job.inputs, weights_listing)
+    meeting, mode = agree(nodes, _description(job, files | listed)), _cache_mode(job)
+    _check_shared(job.config, [] if mode in CACHE_MODES else [Path(mode)], meeting)
+
+
 def _what_must_agree(job: Job, run: Mapping[str, Any] | None) -> dict[str, str]:
-    """What this rank is about to do. The weights are read by the first of each node; rank 0 has, for `run`."""
-    files = run["files"] if run else checksums(job.config, job.inputs, of_models=job.world.local_rank == 0)
+    """What this rank is about to do. Rank 0 has read the weights, for `run`; the first of another node reads them where
+    it sees other files than rank 0 does."""
+    places = said_of_models(job.config, job.inputs, weights_place)
+    elsewhere = job.world.gather(places if run else None)[0] != places
+    return _description(job, run["files"] if run else
+                        checksums(job.config, job.inputs, of_models=elsewhere and job.world.local_rank == 0))
+
+
+def _description(job: Job, files: Mapping[str, str]) -> dict[str, str]:
     tokens = {"tokens of the training data": examples_checksum(job.examples)}
     return what_must_agree(job.config.by_name, {**files, **tokens}, job.world)
 

@@ -38,9 +38,25 @@ def weights_checksum(model: Path) -> str:
 
     Pieces of a file are read in parallel: weights are tens of gigabytes.
     """
-    files = [model] if model.is_file() else sorted(
+    return _weights_checksum(tuple((file, file.stat().st_size, file.stat().st_mtime_ns)
+                                   for file in _weight_files(model)))
+
+
+def weights_listing(model: Path) -> str:
+    """The names and sizes of the files that `weights_checksum` reads: what tells most models apart unread."""
+    return ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in _weight_files(model))
+
+
+def weights_place(model: Path) -> str:
+    """Of which files `weights_checksum` would read: the same on two machines where both see the same ones, in a folder
+    that they share, which gives each file a number; copies differ in it."""
+    states = [(file.name, file.stat()) for file in _weight_files(model)]
+    return value_checksum([[name, seen.st_size, seen.st_mtime_ns, seen.st_ino] for name, seen in states])
+
+
+def _weight_files(model: Path) -> list[Path]:
+    return [model] if model.is_file() else sorted(
         file for file in model.iterdir() if file.suffix in _WEIGHTS or file.name in _DESCRIPTIONS)
-    return _weights_checksum(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @cache  # a run asks for a teacher's more than once
