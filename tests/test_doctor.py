@@ -124,7 +124,8 @@ class TestPrefill:
             real, empty = (add_lora(model, FAMILIES[family], 4, 8, 0.1) for model in (real, empty))
         ids = torch.zeros(3, 30, dtype=torch.long)
         with torch.no_grad(), LiveBytes() as count:
-            backbone_and_head(real.eval())[0](input_ids=ids, attention_mask=torch.ones_like(ids).triu(), use_cache=False)
+            mask = torch.ones_like(ids).triu()
+            backbone_and_head(real.eval())[0](input_ids=ids, attention_mask=mask, use_cache=False)
         logits = 3 * 300 * 4
         assert prefill_bytes(empty, 3, 30, CPU) == pytest.approx(count.peak + logits, rel=0.02)
 

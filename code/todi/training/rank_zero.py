@@ -45,8 +45,9 @@ def duties(shape: Shape, teachers: Sequence[int], *, stage: int, ranks: int, dev
     files = ranks * (1 + (stage > 0) + (stage == 3)) + (stage < 3)
     return [
         Duty("start", "checksums of the models", read, read / _READING),
+        Duty("start", "what differs on each rank", ranks * _ENTRY, 0.0, grows=True),
         Duty("state", "its own part; at stages 0 to 2 also the trained weights", own, own / disk),
-        Duty("state", "the list of all files", files * _ENTRY, 0.0, grows=True),
+        Duty("state", "the list of all files, and an older state's removal", files * _ENTRY, 0.0, grows=True),
         Duty("checkpoint", "the trained model, gathered in its memory and written", saved, saved / disk),
         Duty("evaluation", "the responses of all ranks", dev_tokens * 8, 0.0),
         Duty("evaluation", "an envelope of each rank's", ranks * _ENTRY, 0.0, grows=True),
