@@ -127,7 +127,7 @@ class StateStore:
         record = {"position": dataclasses.asdict(state.position), "ranks": self.world.size, "stage": stage,
                   "source": state.source, "schedule": state.schedule, "files": dict(sizes)}
         (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for written in (draft / "state.json", draft / FOLDER):
+        for written in {draft / "state.json", *((draft / name).parent for name in sizes)}:
             make_durable(written)
         publish_durable(path)
         for older in self._newest_first()[KEPT_STATES:]:
