@@ -3,20 +3,20 @@
 import dataclasses
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from threads import ThreadWorld, on_ranks
 from tiny import tiny_model
 from todi.errors import InputError
+from todi.job import _read_weights, prepare
 from todi.options import parse
 from todi.runtime import checksums
-from todi.runtime.checksums import weights_checksum, weights_listing, weights_place
+from todi.runtime.checksums import read_together, weights_checksum, weights_listing, weights_place
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
 from todi.teacher.opening import look_at_choices
-from todi.train import _decide, _prepare, _what_must_agree, train
+from todi.train import train
 
 CPU, ALONE = torch.device("cpu"), World(0, 1, 0, 1)
 
@@ -25,7 +25,7 @@ CPU, ALONE = torch.device("cpu"), World(0, 1, 0, 1)
 def unread(monkeypatch):
     """Reading weights fails the test."""
     monkeypatch.setattr(checksums, "_piece_digest", lambda *_: pytest.fail("weights were read"))
-    checksums._weights_checksum.cache_clear()
+    checksums._found.clear()
 
 
 @pytest.fixture
@@ -67,27 +67,39 @@ def test_what_it_says_of_files(tmp_path):
     assert weights_place(one) != before
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_node_reads_what_the_first_one_does_not_see(words, monkeypatch, shared):
-    config = parse(TrainConfig, words)
-    job, read = _prepare(config, ALONE, CPU), []
-    run, _ = _decide(job)
-    weights = {path: said for path, said in run["files"].items() if not path.endswith(".jsonl")}
-    assert len(weights) == 2
-    monkeypatch.setattr("todi.train.weights_place",
-                        lambda model: "a folder of all" if shared else f"of {threading.get_ident()}")
+def test_several_read_a_part_each(tmp_path, monkeypatch):
+    """The first ranks of two nodes; the second ones hear nothing of it, and need not."""
+    models = [tiny_model(tmp_path / name, layers=layers) for name, layers in (("a", 1), ("b", 2))]
+    monkeypatch.setattr(checksums, "_PIECE", 10_000)
+    expected, given = [weights_checksum(model) for model in models], {}
+    checksums._found.clear()
 
-    def read_by(model: Path) -> str:
-        read.append(threading.get_ident())
-        return weights_checksum(model)
+    def read(world: ThreadWorld) -> None:
+        def gather(digests: list[bytes]) -> list[list[bytes]]:
+            given[world.rank] = digests
+            return world.gather(digests)
+        read_together(models, {0: 0, 2: 1}.get(world.rank), 2, gather)
 
-    monkeypatch.setattr("todi.training.train_inputs.weights_checksum", read_by)
+    assert on_ranks(4, read) == [None] * 4
+    monkeypatch.setattr(checksums, "_piece_digest", None)
+    assert [weights_checksum(model) for model in models] == expected
+    assert given[1] == given[3] == [] and 0 <= len(given[0]) - len(given[2]) <= 1
+    assert len(given[0]) > 10
 
-    def describe(world: ThreadWorld) -> dict[str, str]:
-        world.local_rank = world.rank % 2  # two nodes of two ranks
-        return _what_must_agree(dataclasses.replace(job, world=world), run if world.is_main else None)
 
-    said = on_ranks(4, describe)
-    assert weights.items() <= said[0].items()
-    assert [weights.items() <= one.items() for one in said[1:]] == [False, not shared, False]
-    assert len(set(read)) == (0 if shared else 1)
+@pytest.mark.parametrize(("shared", "expected"), [
+    (True, {0: (0, 2), 1: (None, 2), 2: (1, 2), 3: (None, 2)}),
+    (False, {0: (0, 1), 1: (None, 1), 2: (None, 1), 3: (None, 1)})])
+def test_who_reads(words, monkeypatch, shared, expected):
+    """Two nodes of two ranks."""
+    job, found, here = prepare(parse(TrainConfig, words), ALONE, CPU), {}, threading.local()
+    monkeypatch.setattr("todi.job.weights_place", lambda model: "one folder" if shared else f"of node {here.node}")
+    monkeypatch.setattr("todi.job.read_together",
+                        lambda models, reader, readers, gather: found.update({here.rank: (reader, readers)}))
+
+    def read(world: ThreadWorld) -> None:
+        here.rank, here.node, world.local_rank = world.rank, world.rank // 2, world.rank % 2
+        _read_weights(dataclasses.replace(job, world=world))
+
+    assert on_ranks(4, read) == [None] * 4
+    assert found == expected
