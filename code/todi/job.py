@@ -138,8 +138,8 @@ def _read_weights(job: Job) -> None:
     same = world.gather(places if world.is_main else None)[0] == places
     reads = same and world.local_rank == 0
     readers = [rank for rank, one in enumerate(world.gather(reads)) if one]
-    read_together([Path(path) for path in places if Path(path).exists()], readers.index(world.rank) if reads else None,
-                  len(readers), world.gather)
+    here = [path for path in map(Path, sorted(places)) if path.exists()]  # of one on the Hub the commit is known
+    read_together(here, readers.index(world.rank) if reads else None, len(readers), world.gather)
 
 
 def _check_run(job: Job, teacher: str | list[str] | None, of_models: bool) -> dict[str, Any]:
