@@ -71,6 +71,20 @@ def test_each_rank_sees_to_its_own_files(tmp_path, monkeypatch, write):
     assert json.loads((folder / "state.json").read_text())["files"] == files
 
 
+def test_the_newest_two_stay_and_each_rank_deletes_a_share_of_the_rest(tmp_path, monkeypatch, write):
+    deleted, unlink = {}, Path.unlink
+
+    def note(path: Path, missing_ok: bool = False) -> None:
+        deleted[path.name] = threading.get_ident()
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", note)
+    for step in (1, 2, 3):
+        write(step)
+    assert sorted(os.listdir(tmp_path / "state")) == ["epoch0_step2", "epoch0_step3"]
+    assert len(deleted) == 2 * RANKS + 2 and len(set(deleted.values())) == RANKS
+
+
 def test_a_disk_that_is_full_on_one_rank(tmp_path, monkeypatch, write):
     write(1)
     before, make_durable = sorted((tmp_path / "state").rglob("*")), state_files.make_durable

@@ -82,10 +82,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def discard(folder: Path) -> None:
     """Deletes a folder; halfway through it has no longer its name."""
+    shutil.rmtree(set_aside(folder))
+
+
+def set_aside(folder: Path) -> Path:
+    """Takes a folder's name away; where it lies to be deleted."""
     doomed = folder.with_name(f".{folder.name}{_DISCARDED}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return folder.rename(doomed)
 
 
 def sweep(folder: Path) -> None:

@@ -48,7 +48,7 @@ def duties(shape: Shape, teachers: Sequence[int], *, stage: int, ranks: int, dev
         Duty("start", "checksums of the models", read, read / _READING),
         Duty("start", "what differs on each rank", ranks * _ENTRY, 0.0, grows=True),
         Duty("state", "its own part; at stages 0 to 2 also the trained weights", own, own / disk),
-        Duty("state", "the list of all files, and an older state's removal", files * _ENTRY, 0.0, grows=True),
+        Duty("state", "the list of all files", files * _ENTRY, 0.0, grows=True),
         Duty("checkpoint", "the trained model, gathered in its memory and written", saved, saved / disk),
         Duty("evaluation", "the scores of all responses", dev_responses * _SCORE, 0.0),
         Duty("evaluation", "an envelope of each rank's", ranks * _ENTRY, 0.0, grows=True),

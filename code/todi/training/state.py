@@ -8,6 +8,7 @@ newest two are kept; a finished run leaves state/finished.json alone.
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,16 @@ from torch import Tensor
 from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
-from todi.runtime.storage import discard, make_durable, publish_durable, sweep, unfinished, write_text, writing
+from todi.runtime.storage import (
+    discard,
+    make_durable,
+    publish_durable,
+    set_aside,
+    sweep,
+    unfinished,
+    write_text,
+    writing,
+)
 from todi.training.layouts import FOLDER, SavedOptimizer, Spread, pieces_of, take_over
 from todi.training.optimizer import go_on_at_the_least_loss_scale
 from todi.training.scores import Kept
@@ -110,15 +120,18 @@ class StateStore:
                 for script in draft.glob("*.py"):  # DeepSpeed's, for who has its files without this code
                     files.note(script)
             sizes = {name: size for part in self.world.gather(files.sizes) for name, size in part.items()}
+            doomed: list[Path] = []
             if self.world.is_main:
                 self._complete(path, state, engine.zero_optimization_stage(), sizes)
-        self.world.barrier()
+                doomed = list(map(set_aside, self._newest_first()[KEPT_STATES:]))
+            for older in self.world.gather(doomed)[0]:
+                self._remove(older)
         seconds = time.perf_counter() - started
         logger.info("state at step %d: %.1f MB in %.1f s", position.step, sum(sizes.values()) / 1e6, seconds)
         return seconds
 
     def _complete(self, path: Path, state: SavedState, stage: int, sizes: Mapping[str, int]) -> None:
-        """Gives a state its name, and drops those that are too old; by the first rank, when all have written theirs.
+        """Gives a state its name; by the first rank, when all have written their files.
 
         Args:
             sizes: bytes of each file, by its path in the state.
@@ -130,8 +143,14 @@ class StateStore:
         for written in {draft / "state.json", *((draft / name).parent for name in sizes)}:
             make_durable(written)
         publish_durable(path)
-        for older in self._newest_first()[KEPT_STATES:]:
-            discard(older)
+
+    def _remove(self, doomed: Path) -> None:
+        """Deletes a state that was set aside; of many files each rank deletes a share."""
+        for name, _ in self._share(doomed):
+            (doomed / name).unlink(missing_ok=True)
+        self.world.barrier()
+        if self.world.is_main:
+            shutil.rmtree(doomed)
 
     def newest(self) -> Path | None:
         """The newest state whose files are all there in full."""
@@ -220,12 +239,15 @@ class StateStore:
 
     def _is_whole(self, path: Path) -> bool:
         """Whether all files are there in full; each rank looks at a share of them."""
-        mine = list(_read(path)["files"].items())[self.world.rank::self.world.size]
-        wrong = [name for name, size in mine if not (path / name).is_file() or (path / name).stat().st_size != size]
+        wrong = [name for name, size in self._share(path) if not (path / name).is_file() or (path / name).stat().st_size != size]
         damaged = list(chain(*self.world.gather(wrong)))
         if damaged:
             logger.warning("%s is damaged (%s); going back to the state before it", path, ", ".join(damaged))
         return not damaged
+
+    def _share(self, path: Path) -> list[tuple[str, int]]:
+        """Of the files of a state, those that this rank looks after: their names and sizes."""
+        return list(_read(path)["files"].items())[self.world.rank::self.world.size]
 
 
 class OptimizerSettings:
