@@ -34,14 +34,12 @@ from todi.runtime.storage import (
     writing,
 )
 from todi.training.layouts import FOLDER, SavedOptimizer, Spread, pieces_of, take_over
-from todi.training.optimizer import go_on_at_the_least_loss_scale
+from todi.training.optimizer import OptimizerSettings, go_on_at_the_least_loss_scale
 from todi.training.scores import Kept
 from todi.training.state_files import StateFiles, nothing_executed
 
 logger = logging.getLogger(__name__)
 
-# Of a group of parameters: what a setting decides, and its name.
-_GROUP_SETTINGS = {"initial_lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
 _KINDS = ("whole", "groups cut", "groups cut", "parameters cut")  # how the optimizer is laid out, by the stage
 _STREAMS = 1_000_003  # from one seed of random numbers to that after another step
 KEPT_STATES = 2  # the newest, and one more in case its files are damaged
@@ -239,7 +237,8 @@ class StateStore:
 
     def _is_whole(self, path: Path) -> bool:
         """Whether all files are there in full; each rank looks at a share of them."""
-        wrong = [name for name, size in self._share(path) if not (path / name).is_file() or (path / name).stat().st_size != size]
+        wrong = [name for name, size in self._share(path)
+                 if not (path / name).is_file() or (path / name).stat().st_size != size]
         damaged = list(chain(*self.world.gather(wrong)))
         if damaged:
             logger.warning("%s is damaged (%s); going back to the state before it", path, ", ".join(damaged))
@@ -248,35 +247,6 @@ class StateStore:
     def _share(self, path: Path) -> list[tuple[str, int]]:
         """Of the files of a state, those that this rank looks after: their names and sizes."""
         return list(_read(path)["files"].items())[self.world.rank::self.world.size]
-
-
-class OptimizerSettings:
-    """What the settings say of an engine's optimizer: it is built with that, but a state brings the old ones along."""
-
-    def __init__(self, engine: deepspeed.DeepSpeedEngine):
-        self.engine = engine
-        self.groups = [{name: group[name] for name in _GROUP_SETTINGS} for group in engine.optimizer.param_groups]
-        self.clip_grad = engine.optimizer.clip_grad
-
-    def put_back(self) -> list[str]:
-        """Undoes what loading a state did to them; what differed, as 'lr 0.1 -> 0.01'."""
-        optimizer, schedule, changes = self.engine.optimizer, self.engine.lr_scheduler, []
-        for group, wanted in zip(optimizer.param_groups, self.groups, strict=True):
-            changes += [f"{shown} {group[name]} -> {wanted[name]}" for name, shown in _GROUP_SETTINGS.items()
-                        if group[name] != wanted[name]]
-            group.update(wanted)
-        if optimizer.clip_grad != self.clip_grad:
-            changes.append(f"clip_grad {optimizer.clip_grad} -> {self.clip_grad}")
-            optimizer.clip_grad = self.clip_grad
-        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        rates = [lr * factor(schedule.last_epoch)
-                 for lr, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        if rates != schedule._last_lr:
-            changes.append(f"lr of the next step {schedule._last_lr[0]} -> {rates[0]}")
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        schedule._last_lr = rates
-        return list(dict.fromkeys(changes))
 
 
 def _check_every_rank(path: Path, then: Spread) -> None:
