@@ -1,6 +1,7 @@
 """Ranks that are threads of this process: what they do together, without a process group and its seconds."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from todi.errors import RunError
 
 _PATIENCE = 20  # seconds that they wait for one another
+_LEAVE = 0.5  # seconds for those that have met this rank to go on from there
 
 
 class ThreadWorld:
@@ -38,7 +40,8 @@ def on_ranks(count: int, work: Callable[[ThreadWorld], Any]) -> list[Any]:
         try:
             return work(ThreadWorld(rank, barrier, said))
         except (RunError, threading.BrokenBarrierError) as error:
-            barrier.abort()
+            time.sleep(_LEAVE)
+            barrier.abort()  # whoever waits for this rank now would do so in vain
             return error
 
     with ThreadPoolExecutor(count) as pool:
