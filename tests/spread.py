@@ -133,16 +133,18 @@ def train(folder: str, name: str, world) -> dict[str, object]:
     return {"way": name, "ranks": world.size, "counted": counted, "said": dict(said), "files": files}
 
 
-def save(engine, world, name: str) -> dict[str, int]:
-    """Bytes of what this rank and the others write of a state, and of the list that the first writes."""
+def save(engine, world, name: str) -> list[dict[str, int]]:
+    """Bytes of what this rank and the others write of a state, and of the list that the first writes; that list."""
     from todi.training.state import Position, SavedState, StateStore
 
     if "FAKE" in os.environ:
-        return {}
+        return []
     folder = Path(os.environ["STATES"]) / name.replace(" ", "-")
     folder.mkdir(exist_ok=True)
     StateStore(folder, world).save(engine, SavedState(Position(step=2), {}, {}))
-    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    state = next(folder.glob("state/epoch*"))
+    files = {str(file.relative_to(state)): file.stat().st_size for file in state.rglob("*") if file.is_file()}
+    return [files, json.loads((state / "state.json").read_text())["files"]]
 
 
 def main() -> None:

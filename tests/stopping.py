@@ -43,16 +43,16 @@ _STOPPER = """
 import os, pathlib, signal
 from todi.training.trainer import Trainer
 
-heed = Trainer._heed_signals_and_clock
+wishes = Trainer._wishes
 
-def stop_and_heed(self):
+def stop_and_wish(self):
     mark = pathlib.Path(self.folder.path, f"stopped after step {self.at.step}")
     if self.at.step in STEPS and self.world.rank == self.world.size - 1 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGTERM)
-    heed(self)
+    return wishes(self)
 
-Trainer._heed_signals_and_clock = stop_and_heed
+Trainer._wishes = stop_and_wish
 """
 
 

@@ -1,21 +1,27 @@
 """The check before a run: memory by arithmetic, disk space, and what it says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from launching import run
 from tiny import tiny_model, tiny_tokenizer
-from todi.data.tokenize import encode_examples
+from todi.data.tokenize import Example, encode_examples
 from todi.doctor import _about_memory, examine
 from todi.errors import InputError
+from todi.generation.together import prompts_read_together
 from todi.models.adapters import add_lora
 from todi.models.backbone import backbone_and_head
 from todi.models.families import FAMILIES
+from todi.models.inputs import ModelInputs
 from todi.models.loading import empty_model, load_config, load_model
 from todi.options import parse
+from todi.runtime.device import Precision
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
 from todi.teacher.spread import held_numbers
 from todi.training import memory
+from todi.training.estimate import estimate_memory, student_shape, texts_at_a_time
 from todi.training.memory import (
     Memory,
     Shape,
@@ -26,7 +32,8 @@ from todi.training.memory import (
     peak_on_cpu,
     training_state,
 )
-from todi.training.train_inputs import read_inputs
+from todi.training.prefill import LiveBytes, prefill_bytes
+from todi.training.train_inputs import TrainInputs, read_inputs
 
 CPU = torch.device("cpu")
 
@@ -103,6 +110,73 @@ class TestShape:
         model = empty_model(load_config(str(tiny_model(tmp_path, "mixtral", layers=3))), dtype=torch.float32)
         assert measure_shape(model, 2, 30, CPU).activations == 3 * 17 * 2 * 30 * 32 * 4
         assert caplog.text == ""
+
+
+class TestPrefill:
+    """What reading prompts takes, where the student writes."""
+
+    @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+    @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+    def test_it_is_what_a_real_forward_takes(self, tmp_path, family, lora):
+        path = str(tiny_model(tmp_path, FAMILIES[family].architecture))
+        real, empty = load_model(path, torch.float32, CPU), empty_model(load_config(path), dtype=torch.float32)
+        if lora:
+            real, empty = (add_lora(model, FAMILIES[family], 4, 8, 0.1) for model in (real, empty))
+        ids = torch.zeros(3, 30, dtype=torch.long)
+        with torch.no_grad(), LiveBytes() as count:
+            mask = torch.ones_like(ids).triu()
+            backbone_and_head(real.eval())[0](input_ids=ids, attention_mask=mask, use_cache=False)
+        logits = 3 * 300 * 4
+        assert prefill_bytes(empty, 3, 30, CPU) == pytest.approx(count.peak + logits, rel=0.02)
+
+    def test_only_what_lives_at_a_time_counts(self, tmp_path):
+        """Much less than what a backward needs, whatever the number of layers; twice as much of twice the prompts."""
+        few, many = (empty_model(load_config(str(tiny_model(tmp_path / str(layers), "llama", layers=layers))),
+                                 dtype=torch.float32) for layers in (2, 8))
+        assert prefill_bytes(few, 4, 50, CPU) == prefill_bytes(many, 4, 50, CPU)
+        assert prefill_bytes(many, 4, 50, CPU) < measure_shape(many, 4, 50, CPU).activations / 4
+        assert prefill_bytes(few, 8, 50, CPU) == pytest.approx(2 * prefill_bytes(few, 4, 50, CPU), rel=0.05)
+        assert prefill_bytes(few, 4, 50, CPU) > 4 * 50 * few.config.intermediate_size * 4 * 2  # gate and up
+
+    def test_live_bytes(self):
+        given = torch.ones(1000)
+        with LiveBytes() as count:
+            view = given[:10]  # made before
+            one = given * 2
+            other = one + 1
+            del one
+            another = other * 3
+        assert (count.live, count.peak, view.numel()) == (8000, 8000, 10)
+        del other, another
+        assert count.live == 0
+
+    def test_a_mixture_of_experts_has_a_rule_of_thumb(self, tmp_path):
+        model = empty_model(load_config(str(tiny_model(tmp_path, "mixtral", layers=3))), dtype=torch.float32)
+        assert prefill_bytes(model, 2, 30, CPU) == 17 * 2 * 30 * 32 * 4 + 2 * 300 * 4
+
+    @pytest.mark.parametrize(("words", "read"), [
+        ([], 4), (["--eval-gen-repeat-times", "9"], 32), (["--no-eval-gen"], 0), (["--eval-batch-size", "3"], 3),
+        (["--no-eval-gen", "--samples", "student", "--sample-batch-size", "40"], 32)])
+    def test_how_many_are_read_together(self, tmp_path, words, read):
+        config = parse(TrainConfig, words)
+        student = SimpleNamespace(config=load_config(str(tiny_model(tmp_path, "llama"))),
+                                  precision=Precision("fp32", "test"))
+        inputs = SimpleNamespace(student=student, dev=[None] * 4)
+        assert prompts_read_together(texts_at_a_time(config, inputs), student.config) == read
+
+    def test_it_is_part_of_the_estimate(self, tmp_path, monkeypatch):
+        """Where the student writes, and it takes more than training does."""
+        monkeypatch.setattr("todi.training.estimate.prefill_bytes", lambda *_: 10**12)
+        model = tiny_model(tmp_path, "llama")
+        student = ModelInputs(str(model), load_config(str(model)), FAMILIES["tinyllama"], None,
+                              Precision("fp32", "test"), None)
+        inputs = TrainInputs(student, [], None, {"zero_optimization": {"stage": 1}}, [], [], [], [], [], "")
+        examples = [Example(tuple(range(20)), 5, 0)]
+        for words, much in (([], True), (["--no-eval-gen"], False)):
+            config = parse(TrainConfig, ["--criterion", "cross_entropy", *words])
+            shape = student_shape(config, inputs, 19, CPU)
+            needed = estimate_memory(config, inputs, shape, examples, World(0, 1, 0, 1), CPU)
+            assert (needed.working > 10**12) == much
 
 
 def kept_bytes(model: torch.nn.Module) -> int:
@@ -189,6 +263,7 @@ class TestReport:
         monkeypatch.setattr("todi.training.estimate.measure_shape",
                             lambda model, samples, length, device, checkpointing:
                             measure_shape(model, samples, length, CPU, checkpointing))
+        monkeypatch.setattr("todi.training.estimate.prefill_bytes", lambda *_: 0)
         monkeypatch.setattr("todi.doctor.available_bytes", lambda device, processes: 0)
         file = tmp_path / "ds.json"
         file.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')

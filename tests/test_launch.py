@@ -16,6 +16,7 @@ from todi.errors import InputError
 from todi.finding import best_checkpoint
 from todi.launch import evaluation_options, generation_options, read_values, training_options
 from todi.options import Option, declared, option, parse
+from todi.runtime.holders import Holder
 from todi.settings import EvalConfig, GenerateConfig, TrainConfig
 
 GPT2 = {"FAMILY": "gpt2", "CKPT_NAME": "gpt2-base", "TEACHER_NAME": "gpt2-xlarge", "CRITERION": "vanilla_kd"}
@@ -169,6 +170,20 @@ class TestSweeps:
         assert train(**now).run.save_dir == (before if same else named)
         (tmp_path / before / "state" / "finished.json").touch()
         assert train(**now).run.save_dir == named
+
+    def test_a_run_that_is_going_on_is_passed_over_for_one_at_rest(self, tmp_path, monkeypatch):
+        """Alone it is named, and refused with its process and what begins another."""
+        monkeypatch.chdir(tmp_path)
+        going_on, at_rest = (Path(train(NPROC=devices).run.save_dir) for devices in "24")
+        (going_on / "state/epoch0_step2").mkdir(parents=True)
+        lock = tmp_path / going_on / ".lock"
+        lock.write_text(json.dumps(vars(Holder.this_process())))
+        assert train(NPROC="8").run.save_dir == str(going_on)
+        (at_rest / "state/epoch0_step2").mkdir(parents=True)
+        os.utime(at_rest / "state/epoch0_step2", (0.1, 0.1))  # it wrote long before
+        assert train(NPROC="8").run.save_dir == str(at_rest)
+        lock.unlink()
+        assert train(NPROC="8").run.save_dir == str(going_on)
 
     def test_a_long_name_is_cut_and_stays_its_own(self):
         names = [Path(train(KD_PARAMS=f"{'é' * 100}=1 {'é' * 100}={i}").run.save_dir).name for i in range(2)]

@@ -97,8 +97,8 @@ from todi.training.trainer import Trainer
 
 heed = Trainer._heed_signals_and_clock
 
-def heed_or_die(self):
-    heed(self)
+def heed_or_die(self, *wishes):
+    heed(self, *wishes)
     mark = pathlib.Path({folder!r}, f"killed{{self.at.step}}")
     if self.at.step in {steps} and self.world.rank == self.world.size - 1 and not mark.exists():
         mark.touch()

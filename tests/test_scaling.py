@@ -91,10 +91,11 @@ def test_the_first_rank_holds_less_with_more_ranks(counted):
 def test_the_files_of_a_state(counted):
     """What the first of two ranks writes is what is said of it, but for some 25 kB of names and settings."""
     for way, stage, width in (("1", 1, 4), ("1 bf16", 1, 2), ("3", 3, 4)):
-        files = counted(2)[way]["files"]
+        files, listed = counted(2)[way]["files"]
+        assert listed == {name: size for name, size in files.items() if name != "state.json"}, way
         own = sum(size for name, size in files.items() if "mp_rank_00" in name and "pp_rank_1_" not in name)
         shape = Shape(137_280, 137_280, width, 0, 300, 64, True)
-        said = next(one for one in duties(shape, [], stage=stage, ranks=2, dev_tokens=0, disk=1e9)
+        said = next(one for one in duties(shape, [], stage=stage, ranks=2, dev_responses=0, disk=1e9)
                     if one.what.startswith("its own part"))
         assert said.bytes < own < said.bytes * 1.02 + 40_000, way
 
@@ -102,7 +103,7 @@ def test_the_files_of_a_state(counted):
 def test_of_the_first_ranks_duties_only_those_grow_that_say_so():
     shape = Shape(10**9, 10**9, 2, 0, 32000, 2048, True)
     for stage in (1, 3):
-        small, large = (duties(shape, [10**10], stage=stage, ranks=ranks, dev_tokens=10**5, disk=1e9)
+        small, large = (duties(shape, [10**10], stage=stage, ranks=ranks, dev_responses=10**3, disk=1e9)
                         for ranks in (32, 1024))
         for before, after in zip(small, large, strict=True):
             assert (after.bytes > before.bytes) == before.grows, before

@@ -4,11 +4,10 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from threads import ThreadWorld, on_ranks
 from todi.errors import InputError
 from todi.runtime import shared_folders
 from todi.runtime.shared_folders import check_shared
@@ -16,39 +15,21 @@ from todi.runtime.shared_folders import check_shared
 HOST = socket.gethostname()
 
 
-class Party:
-    """As many as there are folders, one in each thread."""
-
-    def __init__(self, size: int):
-        self.size, self._barrier, self._values = size, threading.Barrier(size, timeout=30), {}
-
-    def member(self, rank: int) -> SimpleNamespace:
-        def gather(value: object) -> list[object]:
-            self._values[rank] = value
-            self._barrier.wait()
-            everyone = [self._values[number] for number in range(self.size)]
-            self._barrier.wait()
-            return everyone
-
-        return SimpleNamespace(rank=rank, gather=gather)
-
-
 def check(*roots: Path, marks: Sequence[bool] = (), kind: str = "node",
           monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What each of the nodes says of "outputs/run", which is in its own root."""
-    here, party = threading.local(), Party(len(roots))
+    here = threading.local()
     monkeypatch.setattr(shared_folders, "Path", lambda name: here.root / name)
 
-    def node(rank: int) -> list[str]:
-        here.root = roots[rank]
+    def node(world: ThreadWorld) -> list[str]:
+        here.root = roots[world.rank]
         try:
-            check_shared(["outputs/run"], party.member(rank), kind, marks[rank] if marks else True)
+            check_shared(["outputs/run"], world, kind, marks[world.rank] if marks else True)
         except InputError as error:
             return error.problems
         return []
 
-    with ThreadPoolExecutor(len(roots)) as pool:
-        return list(pool.map(node, range(len(roots))))
+    return on_ranks(len(roots), node)
 
 
 def left(*roots: Path) -> list[Path]:

@@ -54,6 +54,44 @@ def test_making_one_touches_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_step_waits_for_what_the_ranks_wish(tmp_path, monkeypatch):
+    done = []
+
+    class Noted(Step):
+        def __call__(self, plan, with_diagnostics):
+            done.append("step")
+            return super().__call__(plan, with_diagnostics)
+
+    def later(self, values, device):
+        done.append("sent")
+        return lambda: done.append("read") or list(values())
+
+    monkeypatch.setattr(World, "largest_later", later)
+    folder = RunFolder(tmp_path / "run", ALONE)
+    with folder.claimed():
+        make_trainer(folder, Noted(), steps=3).train()
+    assert done == ["sent", "step", "read"] * 3
+
+
+def test_the_largest_of_all_ranks_comes_later(monkeypatch):
+    """What was asked for when it was sent; a process by itself is asked when it reads."""
+    heard, wishes = [], [0, False]
+
+    def all_reduce(tensor, kind, async_op):
+        def wait():
+            heard.append(tensor.tolist())
+            tensor.copy_(torch.tensor([15, 1]))
+        assert (kind, async_op) == (torch.distributed.ReduceOp.MAX, True)
+        return SimpleNamespace(wait=wait)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    several, one = (World(0, size, 0, size).largest_later(lambda: wishes, torch.device("cpu")) for size in (2, 1))
+    assert heard == []
+    wishes = [10, False]
+    assert (several(), one()) == ([15, 1], [10, False])
+    assert heard == [[0, 0]]
+
+
 def test_every_epoch_is_trained_judged_and_saved(tmp_path):
     folder, step = RunFolder(tmp_path / "run", ALONE), Step()
     with folder.claimed():

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,26 @@ def test_what_was_set_anew_counts_after_a_state_is_loaded(stage, states, caplog)
     assert [group["lr"] for group in engine.optimizer.param_groups] == [1e-3, 1e-3]
     moments = [one["exp_avg"].abs().max() for one in engine.optimizer.state.values()]
     assert moments and min(moments) > 0  # the state was taken up
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_disk_holds_all_files_before_a_state_has_its_name(stage, states, monkeypatch):
+    held, named, fsync, rename = Counter(), [], os.fsync, Path.rename
+
+    def note(descriptor: int) -> None:
+        held[os.fstat(descriptor).st_ino] += 1
+        fsync(descriptor)
+
+    def look(self: Path, target: Path) -> Path:
+        files = [file for file in self.rglob("*") if file.is_file()]
+        assert {held[file.stat().st_ino] for file in files} == {1}
+        assert all(held[folder.stat().st_ino] for folder in (self, *self.rglob("*")))
+        named.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", look)
+    assert [saved(states, build("fp32", stage))] == named
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from todi.runtime.holders import held_here
+
 # Parts of a run's name that say how it is spread, not what it computes.
 SPREAD = ("zero_stage", "offload", "global_batch_size")
 
@@ -38,8 +40,8 @@ def folder_to_go_on_in(named: str) -> str:
     """Of a run that would be in the folder `named`, the one that it goes on in.
 
     It is that one if it is there. Else it may be one beside it, of a run that has states but no end, and whose name
-    differs only in how it is spread: the one that wrote last. A name so long that it was cut off is only found as it
-    is.
+    differs only in how it is spread: the one that wrote last, of those that no process of this machine is writing to
+    where there is such a one. A name so long that it was cut off is only found as it is.
     """
     if Path(named).exists():
         return named
@@ -49,7 +51,9 @@ def folder_to_go_on_in(named: str) -> str:
         there, then = _read(folder.name)
         if shape and then and there == what and shape.goes_on(then) and (wrote := _wrote(folder)):
             found[wrote] = folder
-    return str(found[max(found)]) if found else named
+    newest_first = [found[wrote] for wrote in sorted(found, reverse=True)]
+    at_rest = [folder for folder in newest_first if not held_here(folder)]
+    return str((at_rest or newest_first or [named])[0])
 
 
 def _read(name: str) -> tuple[Mapping[str, str], Shape | None]:

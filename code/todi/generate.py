@@ -20,7 +20,7 @@ from todi.generation.text_files import Selection, TextFolder, describe
 from todi.generation.text_inputs import TextInputs, read_inputs
 from todi.generation.together import rows_written_together
 from todi.generation.writer import Layout, Row, Writer, progress_bar
-from todi.generation.writing_model import build_decoding, load_writing_model, what_writes
+from todi.generation.writing_model import WEIGHTS, build_decoding, load_writing_model, what_writes
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import bytes_checksum, value_checksum
@@ -56,7 +56,8 @@ def generate(config: GenerateConfig, world: World, device: torch.device) -> None
     with refusals_told(nodes):
         inputs = read_inputs(config, device)
         if config.check_only:
-            check_folder(open_folder(config, inputs, device, world).refusal())
+            # another model is found by the run, which reads the weights anyway
+            check_folder(open_folder(config, inputs, device, world, of_weights=False).refusal(unread=WEIGHTS))
             check_unclaimed(folder)
     description = what_must_agree(vars(config), data_checksums(inputs), world)
     if config.check_only:
@@ -83,10 +84,11 @@ def generate(config: GenerateConfig, world: World, device: torch.device) -> None
         world.barrier()  # until the files are there
 
 
-def open_folder(config: GenerateConfig, inputs: TextInputs, device: torch.device, world: World) -> TextFolder:
-    """What there is of the set already."""
+def open_folder(config: GenerateConfig, inputs: TextInputs, device: torch.device, world: World,
+                of_weights: bool = True) -> TextFolder:
+    """What there is of the set already. Args: of_weights: whether the checksums of the model are taken."""
     made_with = {**what_writes(inputs.model, decoding_of(config), device, inputs.template_date,
-                               config.trust_remote_code),
+                               config.trust_remote_code, of_weights),
                  "seeds": list(config.streams), **data_checksums(inputs)}
     selection = Selection(config.drop_cut, config.least_tokens, config.most_tokens)
     return TextFolder(Path(config.save_dir), made_with, selection, inputs.dev, layout_of(config, inputs, world))

@@ -208,10 +208,9 @@ class Simulation:
 
     def duties(self, variant: Variant) -> list[Duty]:
         """Of the first rank."""
-        longest = max(one.response_tokens for one in self.text.typical)
-        dev_tokens = (self.config.data.dev_num or _DEV_SAMPLES) * longest
+        responses = (self.config.data.dev_num or _DEV_SAMPLES) * self.config.run.eval_gen_repeat_times
         return duties(self.shape, self.teacher_bytes, stage=variant.stage, ranks=self.world.size,
-                      dev_tokens=dev_tokens, disk=self.cluster.disk * 1e9)
+                      dev_responses=responses, disk=self.cluster.disk * 1e9)
 
     @cached_property
     def teacher_bytes(self) -> list[int]:

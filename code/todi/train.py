@@ -10,36 +10,26 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from todi.criterions import LossTerm
-from todi.data.plans import StepShape
 from todi.data.sample_sources import build_source
 from todi.data.template_date import check_same_date
-from todi.data.tokenize import Example, encode_examples, examples_checksum
 from todi.doctor import examine
 from todi.errors import run_main
+from todi.job import Job, about_to_do, check_same_folders, decide, decide_together, look, meet, prepare
 from todi.models.packing import takes_packed
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator, who_allocates
 from todi.runtime.device import choose_device, settle_tf32
 from todi.runtime.distributed import World, process_group, world_from_environment
 from todi.runtime.heartbeat import start_heart
-from todi.runtime.locks import check_unclaimed
 from todi.runtime.logs import set_up_logging
-from todi.runtime.nodes import agree, check_ranks, nodes_from_environment, refusals_told, what_must_agree
-from todi.runtime.shared_folders import Party, check_shared
+from todi.runtime.nodes import check_ranks, nodes_from_environment, refusals_told
 from todi.runtime.signals import Interrupted
-from todi.settings import (
-    TrainConfig,
-)
-from todi.teacher.opening import LIVE, choose_caches, describe_choices, is_complete
-from todi.teacher.spec import TeacherSpec
+from todi.settings import TrainConfig
 from todi.training.building import (
     build_card,
     build_criterion,
@@ -51,21 +41,12 @@ from todi.training.building import (
     build_pace,
     build_student_source,
     build_teacher,
-    build_teacher_specs,
     choose_layout,
 )
 from todi.training.dev import DevSet
-from todi.training.record import check_same_run, describe_run, read_record, with_steps_as_before
 from todi.training.run_folder import RunFolder
 from todi.training.step import TrainStep
-from todi.training.train_inputs import (
-    TrainInputs,
-    build_loss_terms,
-    checksums,
-    longest_sample,
-    read_inputs,
-    teacher_layers,
-)
+from todi.training.train_inputs import longest_sample, teacher_layers
 from todi.training.trainer import Trainer
 
 logger = logging.getLogger("todi.train")
@@ -86,28 +67,6 @@ def main() -> None:
         sys.exit(128 + stop.number)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a run is about to do: all that follows from its settings and files, before any weights are loaded.
-
-    Attributes:
-        examples: the training records, encoded.
-        shape: how many samples a step has.
-        specs: what is asked of each teacher.
-        terms: further ones of the loss, by name.
-    """
-
-    config: TrainConfig
-    inputs: TrainInputs
-    examples: Sequence[Example]
-    shape: StepShape
-    max_steps: int
-    specs: Sequence[TeacherSpec]
-    terms: Mapping[str, LossTerm]
-    world: World
-    device: torch.device
-
-
 def train(config: TrainConfig, world: World, device: torch.device) -> None:
     """Checks everything, then trains, unless the run has finished already.
 
@@ -117,23 +76,25 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
     """
     nodes = nodes_from_environment() if config.run.check_only else None
     with refusals_told(nodes):
-        job = _prepare(config, world, device)
+        job = prepare(config, world, device)
         config = job.config
-        run, caches = _decide(job) if world.is_main else (None, None)
         dev = build_dev_set(config, job.inputs, world)
         if config.run.check_only:
-            check_unclaimed(Path(config.run.save_dir))
+            look(job)
+        elif world.size == 1:  # before the seconds that a process group takes
+            run, caches = decide(job)
     if config.run.check_only:
         if nodes:
-            _check_shared(config, caches, agree(nodes, _what_must_agree(job, run)))
+            meet(job, nodes)
         return
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, config.run.process_group_timeout))
-        check_ranks(world, _what_must_agree(job, run))
+        if world.size > 1:
+            run, caches = decide_together(job)
+        check_ranks(world, about_to_do(job, run))
         check_same_date(job.inputs.template_date, world)
-        run, caches = world.gather((run, caches))[0]
         if world.size > world.local_size:
-            _check_shared(config, caches, world, "rank", marks=world.local_rank == 0)
+            check_same_folders(config, caches, world, "rank", marks=world.local_rank == 0)
         folder = RunFolder(Path(config.run.save_dir), world, config.run.keep_best_n_checkpoints)
         stack.enter_context(folder.claimed())
         if not folder.start_run(run, anew=config.run.resume == "never"):
@@ -147,65 +108,12 @@ def train(config: TrainConfig, world: World, device: torch.device) -> None:
             raise
 
 
-def _prepare(config: TrainConfig, world: World, device: torch.device) -> Job:
-    """Reads and checks what the settings name. Raises InputError with every problem."""
-    config = with_steps_as_before(config, world.size)
-    inputs = read_inputs(config, device)
-    data, optim = dataclasses.replace(config.data, template_date=inputs.template_date), config.optim
-    config = dataclasses.replace(config, data=data)
-    examples = encode_examples(inputs.train, inputs.student.tokenizer, inputs.student.family, data.max_length,
-                               data.max_prompt_length)
-    shape = StepShape(optim.batch_size, optim.accumulation(world.size), world.rank, world.size,
-                      optim.step_samples(world.size))
-    max_steps = min(optim.num_epochs * shape.steps(len(examples)), optim.max_steps or 2**62)
-    specs = build_teacher_specs(config, inputs, examples)
-    torch.manual_seed(config.run.seed)
-    terms = build_loss_terms(config.objective, inputs.student, inputs.teachers)
-    return Job(config, inputs, examples, shape, max_steps, specs, terms, world, device)
-
-
-def _decide(job: Job) -> tuple[dict[str, Any], list[Path | None]]:
-    """What args.json will hold, and for each teacher the folder of its cache if there is to be one; for the first rank.
-
-    Raises:
-        InputError: the run in the folder, or the cache, is another one.
-    """
-    config, inputs, folder = job.config, job.inputs, Path(job.config.run.save_dir)
-    earlier = None if config.run.resume == "never" else read_record(folder)
-    can_cache = config.source.uses_responses and not teacher_layers(job.terms)
-    passes = job.max_steps / job.shape.steps(len(job.examples)) * config.source.data_share
-    caches = choose_caches(job.specs, config.cache.teacher_cache if can_cache else "off", passes=passes,
-                           ranks=job.world.size, device=job.device,
-                           earlier=earlier and earlier["deciding"].get("teacher"))
-    teacher = LIVE if inputs.teacher_function else describe_choices(job.specs, caches)
-    run = describe_run(config, job.world.size, checksums(config, inputs), teacher, sum(inputs.train_sizes),
-                       inputs.deepspeed_config)
-    if config.run.resume != "never":
-        check_same_run(folder, run, force=config.run.resume == "force")
-    return run, caches
-
-
 def _reads_rounds(job: Job, caches: Sequence[Path | None]) -> bool:
     """Whether the teachers read the samples of a round when it begins, and keep what they found, not batch by batch."""
     config, mode = job.config, job.config.cache.teacher_cache
     if not config.source.on_policy or not job.specs or teacher_layers(job.terms):
         return False
     return mode != "off" and (mode != "auto" or config.source.replays or any(caches))
-
-
-def _what_must_agree(job: Job, run: Mapping[str, Any] | None) -> dict[str, str]:
-    """What this rank is about to do. The weights are read by the first of each node; rank 0 has, for `run`."""
-    files = run["files"] if run else checksums(job.config, job.inputs, of_models=job.world.local_rank == 0)
-    tokens = {"tokens of the training data": examples_checksum(job.examples)}
-    return what_must_agree(job.config.by_name, {**files, **tokens}, job.world)
-
-
-def _check_shared(config: TrainConfig, caches: Sequence[Path | None], party: Party, kind: str = "node",
-                  marks: bool = True) -> None:
-    """That all nodes see the folder of the run, and each cache of which one of them lacks a part: `check_shared`."""
-    named = party.gather([str(cache) for cache in caches if cache])[0]
-    lacking = chain(*party.gather([cache for cache in named if not is_complete(Path(cache))]))
-    check_shared([Path(config.run.save_dir), *map(Path, sorted(set(lacking)))], party, kind, marks)
 
 
 def _assemble(job: Job, dev: DevSet, run: Mapping[str, Any], caches: Sequence[Path | None], folder: RunFolder,

@@ -17,9 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from todi.generation.continuation import Forward, plain_attention, read_prompts, windows_of
+from todi.generation.together import READ_TOGETHER
 
 _ATTENTION = "todi_blocks"
-_ROWS = 32  # of a block; more have more padding, fewer cost more calls
+_ROWS = READ_TOGETHER  # of a block; more have more padding, fewer cost more calls
 _SPARE = 32  # columns that a block grows by
 _NOT_HERE = ("softcap", "position_bias", "s_aux")  # what some architectures' attention has besides
 

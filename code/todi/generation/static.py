@@ -13,8 +13,8 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from todi.generation.continuation import Forward, plain_attention, read_prompts, windows_of
+from todi.generation.together import READ_TOGETHER
 
-_READ = 32  # prompts at a time
 _COLUMNS = 64  # attended to are as many columns as the longest row has tokens, rounded up to a multiple of this
 
 
@@ -41,8 +41,8 @@ class StaticContinuation:
 
     def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """Reads `prompts` into free places, or new ones where these are too few; some at a time, for memory's sake."""
-        for start in range(0, len(prompts), _READ):
-            self._read(prompts[start:start + _READ])
+        for start in range(0, len(prompts), READ_TOGETHER):
+            self._read(prompts[start:start + READ_TOGETHER])
 
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> None:
         cache = DynamicCache()

@@ -12,7 +12,7 @@ import json
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,13 @@ class TextFolder:
         """What an interrupted run has written."""
         return self._unfinished.rows
 
-    def refusal(self) -> str | None:
-        """Why nothing may be written here, in a sentence; None where it may."""
-        differences = list(self._differences())
+    def refusal(self, unread: Collection[str] = ()) -> str | None:
+        """Why nothing may be written here, in a sentence; None where it may.
+
+        Args:
+            unread: names of what was not looked at.
+        """
+        differences = list(self._differences(unread))
         if differences:
             return (f"{self._folder} holds text that was made with {'; '.join(differences)}. Choose another "
                     "--save-dir (TEXT_DIR), or remove that folder")
@@ -136,7 +140,7 @@ class TextFolder:
         self._unfinished.remove()
         return summary
 
-    def _differences(self) -> Iterator[str]:
+    def _differences(self, unread: Collection[str]) -> Iterator[str]:
         """How what is there was made otherwise, a clause each."""
         now: dict[str, Any] = dict(self._made_with)
         if self._record:
@@ -145,7 +149,7 @@ class TextFolder:
         else:
             then = self._unfinished.earlier_with or now
         for name in {**then, **now}:
-            if then.get(name) != now.get(name):
+            if name not in unread and then.get(name) != now.get(name):
                 yield _BY_CHECKSUM.get(name) or f"{name} {then.get(name)}, where this run has {now.get(name)}"
 
 

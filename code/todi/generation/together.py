@@ -2,8 +2,10 @@
 
 from transformers import PretrainedConfig
 
+from todi.models.families import FAMILIES
 from todi.models.inputs import ModelInputs
 
+READ_TOGETHER = 32  # prompts; of more the activations would take more memory and hardly less time
 _KEYS_AND_VALUES, _MOST_ROWS = 4 << 30, 256  # of texts that are written together; more rows hardly are faster
 
 
@@ -24,3 +26,9 @@ def rows_written_together(wanted: int, model: ModelInputs, length: int) -> int:
     elsewhere, or beside others, has the same batches as before."""
     of_one = cache_bytes(model.config, 1, length, model.precision.dtype.itemsize)
     return wanted or max(1, min(_MOST_ROWS, _KEYS_AND_VALUES // max(1, of_one)))
+
+
+def prompts_read_together(rows: int, config: PretrainedConfig) -> int:
+    """How many prompts of `rows` texts a model reads at a time: transformers' own cache takes all of them at once."""
+    known = {FAMILIES[name].architecture for name in FAMILIES}
+    return min(rows, READ_TOGETHER) if config.model_type in known else rows

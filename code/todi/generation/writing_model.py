@@ -24,6 +24,8 @@ from todi.settings import DecodingConfig
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = ("model", "adapter")  # by what names `what_writes` has their checksums
+
 
 def read_writing_model(path: str | None, adapter: str | None, precision: str, device: torch.device, max_length: int,
                        trust_remote_code: bool) -> ModelInputs | None:
@@ -70,15 +72,17 @@ def load_writing_model(inputs: ModelInputs, decoding: Decoding, world: World, de
 
 
 def what_writes(inputs: ModelInputs, decoding: Decoding, device: torch.device, template_date: str,
-                trust_remote_code: bool) -> dict[str, Any]:
+                trust_remote_code: bool, of_weights: bool = True) -> dict[str, Any]:
     """Whatever a response depends on besides its prompt and its seed, by name; JSON values.
 
     Args:
         template_date: `TemplateDate.noted`.
+        of_weights: `WEIGHTS` too, which are read for it.
     """
-    return {**dataclasses.asdict(decoding), "precision": inputs.precision.name, "device": device.type,
-            "model": checksum_or_commit(inputs.path, model_checksum, trust_remote_code),
-            "adapter": inputs.adapter and model_checksum(Path(inputs.adapter)), **noted_date(template_date)}
+    weights = {"model": checksum_or_commit(inputs.path, model_checksum, trust_remote_code),
+               "adapter": inputs.adapter and model_checksum(Path(inputs.adapter))} if of_weights else {}
+    return {**dataclasses.asdict(decoding), "precision": inputs.precision.name, "device": device.type, **weights,
+            **noted_date(template_date)}
 
 
 def build_decoding(config: DecodingConfig, max_new_tokens: int, no_repeat_ngram_size: int) -> Decoding:

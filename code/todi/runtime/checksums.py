@@ -5,9 +5,9 @@ What they say is in caches and results that are already on users' disks, so none
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ _WEIGHTS = {".safetensors", ".bin", ".gguf"}
 _DESCRIPTIONS = {"config.json", "adapter_config.json"}
 _MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja"}
 _PIECE = 64 << 20
+
+_States = tuple[tuple[Path, int, int], ...]  # files, each with its size and when it was changed
+_found: dict[_States, str] = {}  # a run asks for a teacher's more than once
 
 
 def file_checksum(path: str | Path) -> str:
@@ -38,20 +41,56 @@ def weights_checksum(model: Path) -> str:
 
     Pieces of a file are read in parallel: weights are tens of gigabytes.
     """
-    files = [model] if model.is_file() else sorted(
-        file for file in model.iterdir() if file.suffix in _WEIGHTS or file.name in _DESCRIPTIONS)
-    return _weights_checksum(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    states = _states(model)
+    if states not in _found:
+        with ThreadPoolExecutor() as pool:
+            _found[states] = _whole(states, pool.map(_piece_digest, *zip(*_pieces(states), strict=True)))
+    return _found[states]
 
 
-@cache  # a run asks for a teacher's more than once
-def _weights_checksum(files: tuple[tuple[Path, int, int], ...]) -> str:
-    whole = hashlib.sha256()
+def read_together(models: Sequence[Path], reader: int | None, readers: int,
+                  gather: Callable[[list[bytes]], list[list[bytes]]]) -> None:
+    """Has several processes that see the same files read a part each, after which `weights_checksum` reads none.
+
+    Args:
+        reader: which of the readers this process is; None for one of the group that is none.
+        gather: gives to all of a group what each has, the readers among them in their order.
+    """
+    known = [_states(model) for model in models] if reader is not None else []
+    pieces = [piece for states in known for piece in _pieces(states)]
     with ThreadPoolExecutor() as pool:
-        for file, size, _ in files:
-            whole.update(f"{file.name} {size}\n".encode("utf-8", "surrogateescape"))
-            for digest in pool.map(_piece_digest, *zip(*_pieces(file), strict=True)):
-                whole.update(digest)
+        parts = gather(list(pool.map(_piece_digest, *zip(*pieces[reader::readers], strict=True))))
+    parts = [part for part in parts if part]  # of who has read nothing there is none
+    digests = (parts[number % readers][number // readers] for number in range(len(pieces)))
+    _found.update({states: _whole(states, digests) for states in known})
+
+
+def _whole(states: _States, digests: Iterator[bytes]) -> str:
+    """The checksum of files, from those of their pieces one after the other."""
+    whole = hashlib.sha256()
+    for state in states:
+        file, size, _ = state
+        whole.update(f"{file.name} {size}\n".encode("utf-8", "surrogateescape"))
+        for digest in islice(digests, len(list(_pieces([state])))):
+            whole.update(digest)
     return whole.hexdigest()
+
+
+def weights_listing(model: Path) -> str:
+    """The names and sizes of the files that `weights_checksum` reads: what tells most models apart unread."""
+    return ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in _weight_files(model))
+
+
+def weights_place(model: Path) -> str:
+    """Of which files `weights_checksum` would read: the same on two machines where both see the same ones, in a folder
+    that they share, which gives each file a number; copies differ in it."""
+    states = [(file.name, file.stat()) for file in _weight_files(model)]
+    return value_checksum([[name, seen.st_size, seen.st_mtime_ns, seen.st_ino] for name, seen in states])
+
+
+def _weight_files(model: Path) -> list[Path]:
+    return [model] if model.is_file() else sorted(
+        file for file in model.iterdir() if file.suffix in _WEIGHTS or file.name in _DESCRIPTIONS)
 
 
 def model_checksum(model: Path) -> str:
@@ -62,8 +101,12 @@ def model_checksum(model: Path) -> str:
     return hashlib.sha256("\n".join(described).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _pieces(file: Path) -> Iterator[tuple[Path, int]]:
-    return ((file, start) for start in range(0, max(1, file.stat().st_size), _PIECE))
+def _states(model: Path) -> _States:
+    return tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in _weight_files(model))
+
+
+def _pieces(states: Iterable[tuple[Path, int, int]]) -> Iterator[tuple[Path, int]]:
+    return ((file, start) for file, size, _ in states for start in range(0, max(1, size), _PIECE))
 
 
 def _piece_digest(file: Path, start: int) -> bytes:

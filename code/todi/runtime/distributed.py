@@ -4,8 +4,8 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -51,6 +51,23 @@ class World:
         tensor = torch.tensor(values, device=device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def largest_later(self, values: Callable[[], Sequence[float]], device: torch.device) -> Callable[[], list[float]]:
+        """The same without waiting: sends what `values` gives now, beside whatever the device has to do, and returns
+        what gives the largest. A process by itself sends nothing, and asks `values` only then."""
+        if self.size == 1:
+            return lambda: list(values())
+        tensor = torch.tensor(values())
+        if device.type == "cuda":
+            tensor = tensor.pin_memory().to(device, non_blocking=True)  # from other memory the copy would wait
+        sent = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+
+        def receive() -> list[float]:
+            # on a stream of its own, which waits for what was sent and not for the work that was queued behind it
+            with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+                sent.wait()
+                return tensor.tolist()
+        return receive
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in the order of ranks, on every rank."""

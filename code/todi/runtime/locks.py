@@ -9,90 +9,22 @@ taken over: on one machine as soon as the process is gone, from another machine 
 import json
 import logging
 import os
-import socket
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from todi.errors import InputError
+from todi.runtime.holders import STALE, Holder, Seen, lock_of, look_at, now_in
 from todi.runtime.storage import writing
 
 logger = logging.getLogger(__name__)
 
 BEAT = 30.0  # seconds between two heartbeats
-STALE = 300.0  # seconds without one, after which another machine's lock is nobody's
 _LOOK = 1.0  # seconds between two looks at another machine's lock
 _TAKEOVER = 30.0  # seconds that taking over a lock can last at most
-_PROC = Path("/proc")
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock.
-
-    Attributes:
-        processes: of which set of processes `pid` is one, where there are several on a host (containers), else "".
-        started: when, in the system's own count; "" where it does not tell.
-        token: what no other holder has.
-    """
-
-    host: str
-    pid: int
-    processes: str
-    started: str
-    token: str
-
-    @classmethod
-    def this_process(cls) -> "Holder":
-        """A new holder."""
-        return cls(socket.gethostname(), os.getpid(), _processes(), _state_and_start(os.getpid())[1], uuid.uuid4().hex)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this machine would know of its process."""
-        return (self.host, self.processes) == (socket.gethostname(), _processes())
-
-    @property
-    def lives(self) -> bool:
-        """Whether the process is there; only for one that is here. A number may have been given to another since."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass  # it is somebody else's
-        state, started = _state_and_start(self.pid)
-        return state not in ("Z", "X") and (not started or not self.started or started == self.started)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A lock file as it was found; `holder` is None where its text is not (yet) what a holder writes."""
-
-    text: str
-    holder: Holder | None
-    age: float  # seconds since the last heartbeat
-
-    @property
-    def is_dead(self) -> bool:
-        if self.holder and self.holder.is_here:
-            return not self.holder.lives
-        return self.age > STALE
-
-    @property
-    def may_be_dead(self) -> bool:
-        """Whether only time can tell."""
-        return not self.is_dead and not (self.holder and self.holder.is_here)
-
-    def __str__(self) -> str:
-        if not self.holder:
-            return "a process that has not said yet which it is"
-        return f"process {self.holder.pid} on {self.holder.host}"
 
 
 class Lock:
@@ -107,7 +39,7 @@ class Lock:
     def take(self) -> bool:
         """Takes it if nobody holds it, from one who is gone too. Raises OSError where no file can be made."""
         while not self._create():
-            seen = _look_at(self.file)
+            seen = look_at(self.file)
             if seen and not seen.is_dead:
                 return False
             if seen:
@@ -141,19 +73,19 @@ class Lock:
             raise
         return True
 
-    def _put_aside(self, seen: _Seen) -> None:
+    def _put_aside(self, seen: Seen) -> None:
         """Removes a lock of one who is gone. One process at a time does: another's new lock must not go with it."""
         gate = self.file.with_name(f"{self.file.name}-takeover")
         try:
             os.close(os.open(gate, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             with suppress(FileNotFoundError):
-                if _now(gate.parent) - gate.stat().st_mtime > _TAKEOVER:  # it was killed here
+                if now_in(gate.parent) - gate.stat().st_mtime > _TAKEOVER:  # it was killed here
                     gate.unlink()
             time.sleep(_LOOK / 20)
             return
         try:
-            again = _look_at(self.file)
+            again = look_at(self.file)
             if again and again.text == seen.text and again.is_dead:
                 self.file.unlink()
                 logger.info("took over %s of %s, which is gone (last heartbeat %.0f s ago)", self.file, seen, seen.age)
@@ -185,7 +117,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(_lock_of(folder))
+    lock = Lock(lock_of(folder))
     with writing(lock.file):
         check_unclaimed(folder)
         taken = lock.take()
@@ -204,53 +136,12 @@ def check_unclaimed(folder: Path) -> None:
     For a process of another machine it waits for the next heartbeat, which shows that it lives, or until it is clear
     that there will be none.
     """
-    file = _lock_of(folder)
-    first = seen = _look_at(file)
+    file = lock_of(folder)
+    first = seen = look_at(file)
     if first and first.may_be_dead:
         logger.info("%s is locked by %s; looking for up to %.0f s whether it lives", folder, first, STALE)
     while seen and first and seen.may_be_dead and seen.text == first.text and seen.age >= first.age:
         time.sleep(_LOOK)
-        first, seen = seen, _look_at(file)
+        first, seen = seen, look_at(file)
     if seen and not seen.is_dead:
         raise InputError(f"another run is writing to {folder}: {seen} (its lock is {file})")
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder / ".lock"
-
-
-def _look_at(file: Path) -> _Seen | None:
-    """None where there is no lock."""
-    try:
-        text, changed = file.read_text(encoding="utf-8", errors="replace"), file.stat().st_mtime
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        holder = Holder(**json.loads(text))
-    except (ValueError, TypeError):
-        holder = None
-    return _Seen(text, holder, _now(file.parent) - changed)
-
-
-def _now(folder: Path) -> float:
-    """What the clock of the folder's file system says, which may be another machine's; ours if none can be asked."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as made:
-            return os.fstat(made.fileno()).st_mtime
-    except OSError:
-        return time.time()
-
-
-def _processes() -> str:
-    with suppress(OSError):  # of two machines of one name only the number that each gives itself as it starts differs
-        return f"{os.readlink(_PROC / 'self/ns/pid')} {(_PROC / 'sys/kernel/random/boot_id').read_text().strip()}"
-    return ""
-
-
-def _state_and_start(pid: int) -> tuple[str, str]:
-    """One letter, and a number; empty where the system does not tell."""
-    try:
-        fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]

@@ -162,12 +162,12 @@ def what_must_agree(settings: Mapping[str, Any], files: Mapping[str, str], world
 def check_ranks(world: World, description: Mapping[str, str]) -> None:
     """Compares what all ranks are about to do, for those that no launcher started. Raises InputError on every rank.
 
-    What a rank says nothing of, it leaves to the first of its node: checksums of weights.
+    What a rank says nothing of, it leaves to another one: checksums of weights.
     """
-    first, *others = world.gather(dict(description))
-    for rank, other in enumerate(others, 1):
-        if different := differing(first, {**first, **other}, "rank 0", f"rank {rank}"):
-            raise InputError(f"the ranks differ: {'; '.join(different)}")
+    first = world.gather(dict(description) if world.is_main else None)[0]
+    mine = differing(first, {**first, **description}, "rank 0", f"rank {world.rank}")
+    for different in filter(None, world.gather(mine)):
+        raise InputError(f"the ranks differ: {'; '.join(different)}")
 
 
 def differing(first: Mapping[str, str], second: Mapping[str, str], one: str, other: str) -> list[str]:

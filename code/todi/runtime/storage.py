@@ -43,13 +43,29 @@ def publish(path: Path) -> None:
 
     An older folder of that name makes way.
     """
+    for entry in unfinished(path).rglob("*"):
+        make_durable(entry)
+    publish_durable(path)
+
+
+def publish_durable(path: Path) -> None:
+    """The same where whoever wrote what lies in a folder has made it durable: nobody need look at all of it."""
     source = unfinished(path)
-    for entry in [*source.rglob("*"), source]:
-        _flush(entry)
+    make_durable(source)
     if path.is_dir():
         discard(path)
     source.rename(path)
-    _flush(path.parent)
+    make_durable(path.parent)
+
+
+def make_durable(path: Path) -> None:
+    """Has the disk hold what was written to a file, or which names a folder has. Another machine cannot see to that
+    for who wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,10 +82,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def discard(folder: Path) -> None:
     """Deletes a folder; halfway through it has no longer its name."""
+    shutil.rmtree(set_aside(folder))
+
+
+def set_aside(folder: Path) -> Path:
+    """Takes a folder's name away; where it lies to be deleted."""
     doomed = folder.with_name(f".{folder.name}{_DISCARDED}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return folder.rename(doomed)
 
 
 def sweep(folder: Path) -> None:
@@ -82,10 +102,3 @@ def sweep(folder: Path) -> None:
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

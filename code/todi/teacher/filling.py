@@ -62,7 +62,7 @@ def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], c
         StorageError: a shard cannot be written; those before it stay.
     """
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
-    started, missing = time.perf_counter(), world.gather(store.missing())[0]
+    started, missing = time.perf_counter(), world.gather(store.missing() if world.is_main else None)[0]
     for start in range(0, len(missing), world.size):
         with at("the cache pass"), teacher.at_own_pace(world):
             for number in missing[start:start + world.size][world.rank::world.size]:

@@ -84,9 +84,29 @@ def describe_choices(specs: Sequence[TeacherSpec], folders: Sequence[Path | None
     return recorded([describe_choice(*pair) for pair in zip(specs, folders, strict=True)])
 
 
+def look_at_choices(specs: Sequence[TeacherSpec], mode: str, earlier: str | Sequence[str] | None) -> (
+        str | list[str] | None):
+    """What `describe_choices` will say of `choose_caches`, as far as no weights are read: under `auto` what it said
+    before, if it did.
+
+    Raises:
+        InputError: there is a cache of something else in the folder that `mode` names, be it of the same weights.
+        CorruptCache: its description is damaged.
+    """
+    if mode == "auto":
+        return earlier
+    if mode not in CACHE_MODES and len(specs) == 1 and (Path(mode) / "cache.json").is_file():
+        store = CacheStore(Path(mode))
+        _refuse(store, store.differences({**store.fingerprint, **specs[0].beside_weights}))
+    return describe_choices(specs, [None if mode == "off" else Path(mode)] * len(specs))
+
+
 def check_match(store: CacheStore, spec: TeacherSpec) -> None:
     """Raises InputError, with every difference, when the cache is of something else than `spec`."""
-    differing = store.differences(spec.fingerprint)
+    _refuse(store, store.differences(spec.fingerprint))
+
+
+def _refuse(store: CacheStore, differing: Sequence[str]) -> None:
     if differing:
         raise InputError(f"the teacher cache {store.folder} is of something else: {'; '.join(differing)}. Name "
                          "another folder, or use --teacher-cache on, which finds its own")

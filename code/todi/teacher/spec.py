@@ -57,10 +57,17 @@ class TeacherSpec:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the hidden states depend on; reads all weights once."""
-        files = [file_checksum(file) for file in self.train_files]
         return {
             "teacher weights": str(checksum_or_commit(self.path, weights_checksum, self.trust_remote_code)),
             "teacher adapter": self.adapter and weights_checksum(Path(self.adapter)),
+            **self.beside_weights,
+        }
+
+    @cached_property
+    def beside_weights(self) -> dict[str, Any]:
+        """The part of it for which no weights are read."""
+        files = [file_checksum(file) for file in self.train_files]
+        return {
             "tokenizer": tokenizer_checksum(self.tokenizer),
             "data": files[0] if len(files) == 1 else value_checksum(files),
             "records": len(self.examples),

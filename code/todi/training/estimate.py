@@ -9,7 +9,7 @@ from torch import nn
 
 from todi.criterions.linear import peak_bytes
 from todi.data.tokenize import Example
-from todi.generation.together import cache_bytes, rows_written_together
+from todi.generation.together import cache_bytes, prompts_read_together, rows_written_together
 from todi.models.adapters import adapter_outline, add_lora
 from todi.models.inputs import ModelInputs
 from todi.models.loading import empty_model
@@ -27,6 +27,7 @@ from todi.training.memory import (
     resident_bytes,
     training_state,
 )
+from todi.training.prefill import prefill_bytes
 from todi.training.train_inputs import TrainInputs, build_loss_terms, longest_sample
 
 
@@ -52,20 +53,28 @@ def estimate_memory(config: TrainConfig, inputs: TrainInputs, student: Shape, ex
                       chunk_size=config.objective.loss_chunk_size, device=device)
     zero = inputs.deepspeed_config["zero_optimization"]
     state = training_state(student, zero["stage"], world.size)
-    written, length = [0], config.data.max_length  # texts at a time
-    if config.run.eval_gen:
-        together = rows_written_together(config.run.eval_batch_size, inputs.student, length)
-        responses = len(inputs.dev) * config.run.eval_gen_repeat_times  # not known of a run that is only simulated
-        written.append(min(together, responses or together))
-    if config.source.on_policy:
-        written.append(rows_written_together(config.source.sample_batch_size, inputs.student, length))
-    forward = max(student.activations + loss, cache_bytes(inputs.student.config, max(written), length, student.width))
+    writing = student.prefill + cache_bytes(inputs.student.config, texts_at_a_time(config, inputs),
+                                            config.data.max_length, student.width)
+    forward = max(student.activations + loss, writing)
     if device.type == "cpu":
         return peak_on_cpu(state, forward=forward, width=student.width, teacher=teacher, base=resident_bytes())
     state, offloaded = offload(state, zero)
     memory = peak(state, forward=forward, accumulates=accumulates(optim, longest - 1, world.size), teacher=teacher,
                   base=0)
     return dataclasses.replace(with_what_a_gpu_adds(memory, student, zero, world), offloaded=offloaded)
+
+
+def texts_at_a_time(config: TrainConfig, inputs: TrainInputs) -> int:
+    """How many texts the student writes together at most, for dev scores and to be trained on; 0 where it writes none.
+    """
+    found, length = [0], config.data.max_length
+    if config.run.eval_gen:
+        together = rows_written_together(config.run.eval_batch_size, inputs.student, length)
+        responses = len(inputs.dev) * config.run.eval_gen_repeat_times  # not known of a run that is only simulated
+        found.append(min(together, responses or together))
+    if config.source.on_policy:
+        found.append(rows_written_together(config.source.sample_batch_size, inputs.student, length))
+    return max(found)
 
 
 def accumulates(optim: OptimConfig, longest: int, ranks: int) -> bool:
@@ -95,13 +104,19 @@ def teacher_bytes(inputs: ModelInputs, rows: int, cached: bool, trust_remote_cod
 
 def student_shape(config: TrainConfig, inputs: TrainInputs, length: int, device: torch.device) -> Shape:
     """Of the student and of what further terms of the loss train, for micro-batches of samples of `length` tokens."""
-    shape = measure_shape(outline(config.student, inputs.student), samples_of(config.optim, length), length, device,
+    model = outline(config.student, inputs.student)
+    shape = measure_shape(model, samples_of(config.optim, length), length, device,
                           config.student.gradient_checkpointing)
+    prompts, prefill = prompts_read_together(texts_at_a_time(config, inputs), inputs.student.config), 0
+    if prompts:
+        read = config.data.max_prompt_length
+        prefill = (prefill_bytes(model, prompts, read, device)
+                   + cache_bytes(inputs.student.config, prompts, read, shape.width))
     with torch.device("meta"):
         terms = build_loss_terms(config.objective, inputs.student, inputs.teachers).values()
     sizes = tuple(parameter.numel() for term in terms for parameter in term.parameters())
     return dataclasses.replace(shape, parameters=shape.parameters + sum(sizes), trained=shape.trained + sum(sizes),
-                               sizes=shape.sizes + sizes)
+                               sizes=shape.sizes + sizes, prefill=prefill)
 
 
 def outline(config: StudentConfig, inputs: ModelInputs) -> nn.Module:

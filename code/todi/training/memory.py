@@ -35,6 +35,8 @@ class Shape:
         vocabulary, hidden: of the head's weight.
         head_trained: whether the head's weight has a gradient.
         sizes: numbers of each tensor of parameters.
+        prefill: bytes that it takes to read prompts, where it writes: those that are read together, with their keys
+            and values before these are put to the others; else 0.
     """
 
     parameters: int
@@ -45,6 +47,7 @@ class Shape:
     hidden: int
     head_trained: bool
     sizes: tuple[int, ...] = ()
+    prefill: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from todi.schedules import SCHEDULES
 
+# Of a group of parameters: what a setting decides, and its name.
+_GROUP_SETTINGS = {"initial_lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
+
 
 class ClippingAdamW(torch.optim.AdamW):
     """AdamW that clips its gradients, and leaves out an update whose gradients are not finite.
@@ -128,3 +131,32 @@ def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, total_steps: 
         return schedule(step, total_steps, warmup_steps, floor)
 
     return LambdaLR(optimizer, factor)
+
+
+class OptimizerSettings:
+    """What the settings say of an engine's optimizer: it is built with that, but a state brings the old ones along."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine):
+        self.engine = engine
+        self.groups = [{name: group[name] for name in _GROUP_SETTINGS} for group in engine.optimizer.param_groups]
+        self.clip_grad = engine.optimizer.clip_grad
+
+    def put_back(self) -> list[str]:
+        """Undoes what loading a state did to them; what differed, as 'lr 0.1 -> 0.01'."""
+        optimizer, schedule, changes = self.engine.optimizer, self.engine.lr_scheduler, []
+        for group, wanted in zip(optimizer.param_groups, self.groups, strict=True):
+            changes += [f"{shown} {group[name]} -> {wanted[name]}" for name, shown in _GROUP_SETTINGS.items()
+                        if group[name] != wanted[name]]
+            group.update(wanted)
+        if optimizer.clip_grad != self.clip_grad:
+            changes.append(f"clip_grad {optimizer.clip_grad} -> {self.clip_grad}")
+            optimizer.clip_grad = self.clip_grad
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        rates = [lr * factor(schedule.last_epoch)
+                 for lr, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        if rates != schedule._last_lr:
+            changes.append(f"lr of the next step {schedule._last_lr[0]} -> {rates[0]}")
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+        return list(dict.fromkeys(changes))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from todi.training.memory import Shape, training_state
 
 _ENTRY = 100  # bytes of state.json for each file of a state, and of what ranks gather of one another: estimated
+_SCORE = 9  # bytes of a number that ranks gather
 _READING = 1.5e9  # bytes a second that checksums take, as training/train_inputs.py says
 
 
@@ -28,13 +29,13 @@ class Duty:
     grows: bool = False
 
 
-def duties(shape: Shape, teachers: Sequence[int], *, stage: int, ranks: int, dev_tokens: int,
+def duties(shape: Shape, teachers: Sequence[int], *, stage: int, ranks: int, dev_responses: int,
            disk: float) -> list[Duty]:
     """What the first rank does alone.
 
     Args:
         teachers: bytes of each teacher's weights on disk.
-        dev_tokens: of all responses on dev, which each rank writes a share of and the first one scores.
+        dev_responses: which each rank writes and scores a share of.
         disk: bytes a second that a process writes.
     """
     weights = shape.parameters * shape.width
@@ -45,9 +46,10 @@ def duties(shape: Shape, teachers: Sequence[int], *, stage: int, ranks: int, dev
     files = ranks * (1 + (stage > 0) + (stage == 3)) + (stage < 3)
     return [
         Duty("start", "checksums of the models", read, read / _READING),
+        Duty("start", "what differs on each rank", ranks * _ENTRY, 0.0, grows=True),
         Duty("state", "its own part; at stages 0 to 2 also the trained weights", own, own / disk),
         Duty("state", "the list of all files", files * _ENTRY, 0.0, grows=True),
         Duty("checkpoint", "the trained model, gathered in its memory and written", saved, saved / disk),
-        Duty("evaluation", "the responses of all ranks", dev_tokens * 8, 0.0),
+        Duty("evaluation", "the scores of all responses", dev_responses * _SCORE, 0.0),
         Duty("evaluation", "an envelope of each rank's", ranks * _ENTRY, 0.0, grows=True),
     ]

@@ -127,7 +127,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
     A student that was only moved counts as a changed setting, another one at its old or new place as another student.
 
-    A setting that an earlier version did not have counts as its default; what else it did not note is passed over.
+    A setting that an earlier version did not have counts as its default; what else one of them did not note is passed
+    over.
     """
     then, files = dict(before["deciding"]), before.get("files")
     if files is None:
@@ -142,7 +143,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     found |= {path: f"{path} is not what it was" for path in files
               if path in now["files"] and files[path] != now["files"][path]}
     student = now["deciding"]["model_path"]
-    if files.get(then["model_path"], now["files"][student]) != now["files"][student]:
+    weights = now["files"].get(student)
+    if weights and files.get(then["model_path"], weights) != weights:
         found.pop(student, None)
         found[_STUDENT] = f"{student} is not what {then['model_path']} was"
     return found

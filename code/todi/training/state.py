@@ -5,42 +5,41 @@ rank<R>.pt with what only that rank knows, and state.json with the rest. It gets
 newest two are kept; a finished run leaves state/finished.json alone.
 """
 
-import copyreg
 import dataclasses
 import json
 import logging
-import pickle
+import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from todi.criterions import LossSums
 from todi.errors import InputError
 from todi.runtime.distributed import World
-from todi.runtime.storage import discard, publish, sweep, unfinished, write_text, writing
+from todi.runtime.storage import (
+    discard,
+    make_durable,
+    publish_durable,
+    set_aside,
+    sweep,
+    unfinished,
+    write_text,
+    writing,
+)
 from todi.training.layouts import FOLDER, SavedOptimizer, Spread, pieces_of, take_over
-from todi.training.optimizer import go_on_at_the_least_loss_scale
+from todi.training.optimizer import OptimizerSettings, go_on_at_the_least_loss_scale
 from todi.training.scores import Kept
+from todi.training.state_files import StateFiles, nothing_executed
 
 logger = logging.getLogger(__name__)
 
-# All that DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled.
-_DEEPSPEED_TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-# Python before 3.11.4 writes an enumeration as a call of getattr, which no file may ask for.
-copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
-# Of a group of parameters: what a setting decides, and its name.
-_GROUP_SETTINGS = {"initial_lr": "lr", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
 _KINDS = ("whole", "groups cut", "groups cut", "parameters cut")  # how the optimizer is laid out, by the stage
 _STREAMS = 1_000_003  # from one seed of random numbers to that after another step
 KEPT_STATES = 2  # the newest, and one more in case its files are damaged
@@ -105,6 +104,7 @@ class StateStore:
         started, position = time.perf_counter(), state.position
         path = self.folder / f"epoch{position.epochs}_step{position.step}"
         draft = unfinished(path)
+        engine.checkpoint_engine = files = StateFiles(draft)
         with writing(path):
             if self.world.is_main:
                 self.folder.mkdir(exist_ok=True)  # not its parents: a run whose folder is gone must say so
@@ -113,30 +113,49 @@ class StateStore:
             engine.save_checkpoint(str(draft), tag=FOLDER, save_latest=False, exclude_frozen_parameters=True)
             own = {"random": _random_states(engine.device), "pieces": pieces_of(engine),
                    "window": {name: value.cpu() for name, value in state.window.items()}}
-            torch.save(own, draft / f"rank{self.world.rank}.pt")
-            self.world.barrier()
+            files.save(own, str(draft / f"rank{self.world.rank}.pt"))
             if self.world.is_main:
-                files = {str(file.relative_to(draft)): file.stat().st_size for file in _files(draft)}
-                record = {"position": dataclasses.asdict(position), "ranks": self.world.size,
-                          "stage": engine.zero_optimization_stage(), "source": state.source,
-                          "schedule": state.schedule, "files": files}
-                (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-                publish(path)
-                for older in self._newest_first()[KEPT_STATES:]:
-                    discard(older)
-        self.world.barrier()
+                for script in draft.glob("*.py"):  # DeepSpeed's, for who has its files without this code
+                    files.note(script)
+            sizes = {name: size for part in self.world.gather(files.sizes) for name, size in part.items()}
+            doomed: list[Path] = []
+            if self.world.is_main:
+                self._complete(path, state, engine.zero_optimization_stage(), sizes)
+                doomed = list(map(set_aside, self._newest_first()[KEPT_STATES:]))
+            for older in self.world.gather(doomed)[0]:
+                self._remove(older)
         seconds = time.perf_counter() - started
-        if self.world.is_main:
-            size = sum(file.stat().st_size for file in _files(path))
-            logger.info("state at step %d: %.1f MB in %.1f s", position.step, size / 1e6, seconds)
+        logger.info("state at step %d: %.1f MB in %.1f s", position.step, sum(sizes.values()) / 1e6, seconds)
         return seconds
+
+    def _complete(self, path: Path, state: SavedState, stage: int, sizes: Mapping[str, int]) -> None:
+        """Gives a state its name; by the first rank, when all have written their files.
+
+        Args:
+            sizes: bytes of each file, by its path in the state.
+        """
+        draft = unfinished(path)
+        record = {"position": dataclasses.asdict(state.position), "ranks": self.world.size, "stage": stage,
+                  "source": state.source, "schedule": state.schedule, "files": dict(sizes)}
+        (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for written in {draft / "state.json", *((draft / name).parent for name in sizes)}:
+            make_durable(written)
+        publish_durable(path)
+
+    def _remove(self, doomed: Path) -> None:
+        """Deletes a state that was set aside; of many files each rank deletes a share."""
+        for name, _ in self._share(doomed):
+            (doomed / name).unlink(missing_ok=True)
+        self.world.barrier()
+        if self.world.is_main:
+            shutil.rmtree(doomed)
 
     def newest(self) -> Path | None:
         """The newest state whose files are all there in full."""
         if self.world.is_main:
             sweep(self.folder)
-        chosen = next((path for path in self._newest_first() if self._is_whole(path)), None)
-        return self.world.gather(chosen)[0]
+        there = self.world.gather(self._newest_first() if self.world.is_main else None)[0]
+        return next((path for path in there if self._is_whole(path)), None)
 
     def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> SavedState:
         """Puts weights, moments of the optimizer, the step of the schedule and random numbers back.
@@ -155,9 +174,9 @@ class StateStore:
         now = Spread(self.world.size, engine.zero_optimization_stage())
         if then.ranks != now.ranks or _KINDS[then.stage] != _KINDS[now.stage]:
             _check_every_rank(path, then)
-        engine.checkpoint_engine = _SafeCheckpointEngine()
+        engine.checkpoint_engine = StateFiles(path)
         settings = OptimizerSettings(engine)
-        with _nothing_executed(path):
+        with nothing_executed(path):
             own = self._own_files(path, then)
             if self._is_laid_out_alike(then, now, own, engine):
                 engine.load_checkpoint(str(path), tag=FOLDER, load_module_strict=False)
@@ -217,62 +236,17 @@ class StateStore:
                       reverse=True)
 
     def _is_whole(self, path: Path) -> bool:
-        damaged = [name for name, size in _read(path)["files"].items()
-                   if not (path / name).is_file() or (path / name).stat().st_size != size]
+        """Whether all files are there in full; each rank looks at a share of them."""
+        wrong = [name for name, size in self._share(path)
+                 if not (path / name).is_file() or (path / name).stat().st_size != size]
+        damaged = list(chain(*self.world.gather(wrong)))
         if damaged:
             logger.warning("%s is damaged (%s); going back to the state before it", path, ", ".join(damaged))
         return not damaged
 
-
-class OptimizerSettings:
-    """What the settings say of an engine's optimizer: it is built with that, but a state brings the old ones along."""
-
-    def __init__(self, engine: deepspeed.DeepSpeedEngine):
-        self.engine = engine
-        self.groups = [{name: group[name] for name in _GROUP_SETTINGS} for group in engine.optimizer.param_groups]
-        self.clip_grad = engine.optimizer.clip_grad
-
-    def put_back(self) -> list[str]:
-        """Undoes what loading a state did to them; what differed, as 'lr 0.1 -> 0.01'."""
-        optimizer, schedule, changes = self.engine.optimizer, self.engine.lr_scheduler, []
-        for group, wanted in zip(optimizer.param_groups, self.groups, strict=True):
-            changes += [f"{shown} {group[name]} -> {wanted[name]}" for name, shown in _GROUP_SETTINGS.items()
-                        if group[name] != wanted[name]]
-            group.update(wanted)
-        if optimizer.clip_grad != self.clip_grad:
-            changes.append(f"clip_grad {optimizer.clip_grad} -> {self.clip_grad}")
-            optimizer.clip_grad = self.clip_grad
-        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        rates = [lr * factor(schedule.last_epoch)
-                 for lr, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        if rates != schedule._last_lr:
-            changes.append(f"lr of the next step {schedule._last_lr[0]} -> {rates[0]}")
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        schedule._last_lr = rates
-        return list(dict.fromkeys(changes))
-
-
-class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's reader, which otherwise unpickles whatever a file holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zipfile_serialization = True  # as DeepSpeed's own writes; without it files cannot be mapped
-
-    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
-@contextmanager
-def _nothing_executed(path: Path) -> Iterator[None]:
-    """Within it files may hold what DeepSpeed writes; InputError for one that holds anything else."""
-    try:
-        with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
-            yield
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} holds more than tensors and numbers, so it was not written by a run; nothing of it "
-                         "was executed") from None
+    def _share(self, path: Path) -> list[tuple[str, int]]:
+        """Of the files of a state, those that this rank looks after: their names and sizes."""
+        return list(_read(path)["files"].items())[self.world.rank::self.world.size]
 
 
 def _check_every_rank(path: Path, then: Spread) -> None:
@@ -313,10 +287,6 @@ def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reads and checks everything that a training run needs, before any weights are loaded."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -165,10 +165,13 @@ def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) 
     if inputs.teacher_function:
         code.append(config.teacher.teacher_callable.rpartition(":")[0])
     found = {str(file): file_checksum(file) for file in (*inputs.train_files, *inputs.dev_files, *code)}
-    for model in (inputs.student, *inputs.teachers) if of_models else ():
-        for path in filter(None, (model.path, model.adapter)):
-            found[path] = str(checksum_or_commit(path, weights_checksum, config.student.trust_remote_code))
-    return found
+    return found | (said_of_models(config, inputs, weights_checksum) if of_models else {})
+
+
+def said_of_models(config: TrainConfig, inputs: TrainInputs, say: Callable[[Path], str]) -> dict[str, str]:
+    """What `say` says of the student, the teachers and their adapters, by path; of a model on the Hub, its commit."""
+    paths = [path for model in (inputs.student, *inputs.teachers) for path in (model.path, model.adapter) if path]
+    return {path: str(checksum_or_commit(path, say, config.student.trust_remote_code)) for path in paths}
 
 
 def longest_sample(config: TrainConfig, examples: Sequence[Example]) -> tuple[int, int]:

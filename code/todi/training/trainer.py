@@ -126,6 +126,8 @@ class Trainer:
             self.at.step += 1
             logs = self.at.step == self.pace.max_steps or self.at.step % self.pace.log_interval == 0
             lr = self.step.lr  # the schedule moves on within the step
+            # sent before the step and read after it, so that no rank waits for another on its account
+            wishes = self.world.largest_later(self._wishes, self.step.engine.device)
             with at(f"step {self.at.step}"), self.meter.step():
                 result = self.step(plan, with_diagnostics=logs)
             self.window = add(self.window, result.sums)
@@ -138,7 +140,7 @@ class Trainer:
             if logs:
                 self._log_train(epoch, means(self.window, self.world), lr, result)
                 self.window = {}
-            self._heed_signals_and_clock()
+            self._heed_signals_and_clock(*wishes())
 
     def _note_bad_step(self, plan: StepPlan, finite: Sequence[bool]) -> None:
         """DeepSpeed left out a step whose gradients were not finite: says which samples it was made of."""
@@ -160,14 +162,17 @@ class Trainer:
                                 "them are kept. Go on with a lower learning rate (--lr, with --resume force), or look "
                                 "at the records named above")
 
-    def _heed_signals_and_clock(self) -> None:
-        """Saves the state when it is due or when a signal asks to stop: all ranks at the same step."""
-        due = self.pace.cadence.is_due(self.at.step)
-        signal, due = self.world.largest([self.signals.received, due], self.step.engine.device)
+    def _wishes(self) -> list[float]:
+        """The signal that asks this rank to stop, or 0, and whether a state is due after this step."""
+        return [self.signals.received, self.pace.cadence.is_due(self.at.step)]
+
+    def _heed_signals_and_clock(self, signal: float, due: float) -> None:
+        """Saves the state when it is due or when a signal asks to stop: all ranks at the same step. Of several ranks it
+        is the first step that began after the signal came."""
         if signal or due:
             self._save_state()
         if signal:
-            raise Interrupted(signal)
+            raise Interrupted(int(signal))
 
     def _stop_if_asked(self) -> None:
         """Heeds a signal that came during an evaluation; the state has just been saved."""
