@@ -7,7 +7,10 @@ import time
 
 import pytest
 from launching import ROOT, free_port
-from todi.runtime.lost import LOST
+from todi.runtime.lost import LOST, PeersLost
+from todi.runtime.waiting import MeetingPlace
+from todi.runtime.whereabouts import RANKS_FOLDER, Whereabouts, record_path
+from torch.distributed import HashStore
 
 # The ranks meet three times. The first one works for some seconds before each; one may stay away from the second.
 WORK = """
@@ -79,3 +82,18 @@ def test_a_rank_that_dies(killed):
     dying.communicate()
     assert left.returncode == (1 if killed else LOST)  # the first keeps the store, so that the other notices at once
     assert output.splitlines()[-1].startswith("error: rank ") and "Traceback" not in output
+
+
+def test_one_of_this_node_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    said = Whereabouts()
+    said.keep_in(record_path(tmp_path, 1))
+    said.record.pid = ended.pid
+    said.tick()
+    monkeypatch.setenv(RANKS_FOLDER, str(tmp_path))
+    place = MeetingPlace(HashStore(), rank=0, size=2, limit=60)
+    started = time.monotonic()
+    with pytest.raises(PeersLost, match="^rank 1, which rank 0 waits for, has ended$"):
+        place.meet()
+    assert time.monotonic() - started < 30

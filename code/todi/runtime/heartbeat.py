@@ -23,11 +23,10 @@ from todi.runtime.distributed import World
 from todi.runtime.hangs import Hang, HangWatch, timeout_from_environment
 from todi.runtime.parent import GRACE, Parent, parent_from_environment
 from todi.runtime.signals import Interrupted
-from todi.runtime.whereabouts import HERE
+from todi.runtime.whereabouts import HERE, RANKS_FOLDER, record_path
 
 logger = logging.getLogger(__name__)
 
-RANKS_FOLDER = "TODI_RANKS"  # variable: where the parent of the ranks of this node finds what they say of themselves
 DUMP_SIGNAL = signal.SIGUSR2  # has a rank write its stacks
 _SECOND = 1.0
 _FILE_EVERY = 15  # seconds
@@ -51,11 +50,6 @@ def start_heart(world: World) -> None:
     parent = parent_from_environment()
     alone = HangWatch(timeout_from_environment()) if parent and not folder else None
     threading.Thread(target=_beat, args=(world.rank, parent, alone), name="heart", daemon=True).start()
-
-
-def record_path(folder: Path, rank: int) -> Path:
-    """Where a rank says where it stands."""
-    return folder / f"rank{rank}"
 
 
 def stacks_path(folder: Path, rank: int) -> Path:

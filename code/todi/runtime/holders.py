@@ -43,14 +43,8 @@ class Holder:
     @property
     def lives(self) -> bool:
         """Whether the process is there; only for one that is here. A number may have been given to another since."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass  # it is somebody else's
-        state, started = _state_and_start(self.pid)
-        return state not in ("Z", "X") and (not started or not self.started or started == self.started)
+        started = _state_and_start(self.pid)[1]
+        return runs(self.pid) and (not started or not self.started or started == self.started)
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,17 @@ class Seen:
         if not self.holder:
             return "a process that has not said yet which it is"
         return f"process {self.holder.pid} on {self.holder.host}"
+
+
+def runs(pid: int) -> bool:
+    """Whether a process of that number is there and has not ended, also where nobody has asked for its exit code."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is somebody else's
+    return _state_and_start(pid)[0] not in ("Z", "X")
 
 
 def lock_of(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from todi.runtime.hangs import Hang, HangWatch
 from todi.runtime.heartbeat import DUMP_SIGNAL, stacks_path
 from todi.runtime.parent import GRACE, Parent
-from todi.runtime.whereabouts import Record, read_record
+from todi.runtime.whereabouts import Record, read_records
 
 _SECOND = 1.0
 _DUMP_SECONDS = 2.0  # for a rank to write its stacks, which takes milliseconds
@@ -64,9 +64,7 @@ class Nurse:
                 return
 
     def _records(self) -> dict[int, Record]:
-        names = {int(path.name.removeprefix("rank")): path for path in self.folder.glob("rank*") if not path.suffix}
-        read = {rank: read_record(path) for rank, path in sorted(names.items())}
-        return {rank: record for rank, record in read.items() if record}
+        return read_records(self.folder)
 
     def _end(self, hangs: Sequence[Hang], records: Mapping[int, Record]) -> None:
         """Has all ranks write their stacks, kills them, and shows what they wrote."""

@@ -6,6 +6,8 @@ No signal tells a child of its parent's end, but on Linux, so it looks.
 import os
 from dataclasses import dataclass
 
+from todi.runtime.holders import runs
+
 PARENT = "TODI_PARENT"  # variable: process id of the launcher, or of the parent of all ranks of this node
 
 GRACE = 60  # seconds that a process without one has to end by itself; torchrun's agent would give its ranks 30
@@ -26,13 +28,7 @@ class Parent:
         """Whether it has ended, also where nobody has asked for its exit code yet."""
         if self.is_direct:
             return os.getppid() != self.pid
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # another user's, so it is there
-            return False
-        return False
+        return not runs(self.pid)
 
 
 def parent_from_environment() -> Parent | None:

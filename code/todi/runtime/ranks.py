@@ -21,10 +21,9 @@ from torch.distributed.run import parse_args, run
 from todi.errors import RunError, run_main
 from todi.runtime.endings import Ending, cause_of, lost_line
 from todi.runtime.hangs import timeout_from_environment
-from todi.runtime.heartbeat import RANKS_FOLDER, record_path
 from todi.runtime.nursing import Nurse
 from todi.runtime.parent import PARENT, parent_from_environment
-from todi.runtime.whereabouts import Record, read_record
+from todi.runtime.whereabouts import RANKS_FOLDER, Record, read_record, record_path
 
 
 def main() -> None:

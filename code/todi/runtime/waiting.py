@@ -13,11 +13,12 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from todi.errors import RunError
 from todi.runtime.lost import PeersLost
-from todi.runtime.whereabouts import waiting
+from todi.runtime.whereabouts import ended_ranks, waiting
 
 logger = logging.getLogger(__name__)
 
-_REPORT = 30.0  # seconds between two lines about who is missing
+_LOOK = 1.0  # seconds between two looks at whether one that is missing has ended
+_REPORT = 30.0  # and between two lines about who is missing
 
 
 @dataclass
@@ -39,7 +40,8 @@ class MeetingPlace:
         """Returns when every rank has called it as often as this one.
 
         Raises:
-            PeersLost: whoever keeps the store has ended: rank 0, or the first node's torchrun.
+            PeersLost: a rank of this node that has not come has ended, or whoever keeps the store: rank 0, or the first
+            node's torchrun.
             RunError: a rank does not come in time.
         """
         try:
@@ -56,9 +58,13 @@ class MeetingPlace:
             self.store.set(_complete(self.meetings), "")
             self.store.delete_key(_complete(self.meetings - 1))  # all have left it
             return
-        started = time.monotonic()
-        while not self._is_complete(min(_REPORT, self.limit)):
-            self._report(time.monotonic() - started)
+        started, said = time.monotonic(), 0.0
+        while not self._is_complete(min(_LOOK, _REPORT, self.limit)):
+            self._look_for_ended_ranks()
+            waited = time.monotonic() - started
+            if waited >= min(said + _REPORT, self.limit):
+                self._report(waited)
+                said = waited
 
     def _is_complete(self, seconds: float) -> bool:
         """Whether this meeting is, within so many seconds."""
@@ -67,6 +73,12 @@ class MeetingPlace:
         except DistStoreError:
             return False
         return True
+
+    def _look_for_ended_ranks(self) -> None:
+        """One that never comes need not be waited for until torchrun's agent ends this process, half a minute later."""
+        for rank in ended_ranks():
+            if self._meetings_of(rank) < self.meetings:
+                raise PeersLost(f"rank {rank}, which rank {self.rank} waits for, has ended")
 
     def _report(self, seconds: float) -> None:
         """Says who is missing: the first of those that wait does. Raises RunError when the time is over."""

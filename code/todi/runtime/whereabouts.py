@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from todi.errors import RunError
+from todi.runtime.holders import runs
 from todi.runtime.lost import peers_are_lost
 
+RANKS_FOLDER = "TODI_RANKS"  # variable: where the parent of the ranks of this node finds what they say of themselves
 START = "its start"
 _RECORD_BYTES, _PULSE_BYTES = 8192, 32
 _LONGEST_TROUBLE = 500  # characters
@@ -120,6 +122,24 @@ def waiting() -> Iterator[None]:
         yield
     finally:
         HERE.set_waiting(False)
+
+
+def record_path(folder: Path, rank: int) -> Path:
+    """Where a rank says where it stands."""
+    return folder / f"rank{rank}"
+
+
+def read_records(folder: Path) -> dict[int, Record]:
+    """What the ranks of this node have said, by rank."""
+    paths = {int(path.name.removeprefix("rank")): path for path in folder.glob("rank*") if not path.suffix}
+    read = {rank: read_record(path) for rank, path in sorted(paths.items())}
+    return {rank: record for rank, record in read.items() if record}
+
+
+def ended_ranks() -> list[int]:
+    """The ranks of this node whose process has ended; none is known of where no parent looks after them."""
+    folder = os.environ.get(RANKS_FOLDER)
+    return [rank for rank, record in read_records(Path(folder)).items() if not runs(record.pid)] if folder else []
 
 
 def read_record(path: Path) -> Record | None:
