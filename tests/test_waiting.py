@@ -32,6 +32,7 @@ def main():
             if meeting == 1 and world.rank == stays_away:
                 time.sleep(3600)
             print(meeting, world.gather(world.rank), flush=True)
+            assert world.from_main({"of rank": world.rank}) == {"of rank": 0}
             world.barrier()
             print("all of them have passed", meeting, flush=True)
 

@@ -31,6 +31,9 @@ class ThreadWorld:
         self.barrier()
         return said
 
+    def from_main(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
 
 def on_ranks(count: int, work: Callable[[ThreadWorld], Any]) -> list[Any]:
     """What `work` returns on each of so many ranks, or the error of the run that it raises there, which ends all."""

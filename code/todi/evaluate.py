@@ -86,14 +86,14 @@ def evaluate(config: EvalConfig, world: World, device: torch.device) -> dict[str
         check_same_date(inputs.template_date, world)
         layout = layout_of(config, inputs, world)
         stores = open_stores(config, inputs, device, layout) if world.is_main else {}
-        done = world.gather({name: store.done(config.streams) for name, store in stores.items()})[0]
+        done = world.from_main({name: store.done(config.streams) for name, store in stores.items()})
         left = {name: [seed for seed in config.streams if seed not in done[name].seeds] for name in inputs.sets}
         if any(left.values()):
             write_sets(config, inputs, {name: seeds for name, seeds in left.items() if seeds}, done, stores, world,
                        device)
         else:
             logger.info("every set and seed is there already, made with the same settings")
-        return world.gather(report(config, inputs, stores) if world.is_main else None)[0]
+        return world.from_main(report(config, inputs, stores) if world.is_main else None)
 
 
 def layout_of(config: EvalConfig, inputs: EvalInputs, world: World) -> Layout:

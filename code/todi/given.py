@@ -106,7 +106,7 @@ def on_first_rank(world: World, make: Callable[[], Any]) -> Any:
             outcome = make()
         except InputError as error:
             outcome = error
-    outcome = world.gather(outcome)[0]
+    outcome = world.from_main(outcome)
     if isinstance(outcome, InputError):
         raise outcome
     return outcome

@@ -126,7 +126,7 @@ def _assemble(job: Job, dev: DevSet, run: Mapping[str, Any], caches: Sequence[Pa
         cached = [cache is not None and rounds is None for cache in caches]
         report = examine(config, inputs, job.examples, world, device, cached)
         report.log()
-    spread = world.gather(report and report.teacher_spread)[0]
+    spread = world.from_main(report and report.teacher_spread)
     meter = build_meter(config.run, inputs.student.precision, folder, world, device)
     # before the student is there: a pass that fills a cache needs room for the teacher
     teacher = build_teacher(config, inputs, job.specs, caches, teacher_layers(job.terms), rounds, meter, world, device,

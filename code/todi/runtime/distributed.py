@@ -78,6 +78,15 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def from_main(self, value: Any) -> Any:
+        """The first rank's `value`, on every rank. A `gather` would send as many bytes for each of the others, too."""
+        if self.size == 1:
+            return value
+        _meet()
+        sent = [value if self.is_main else None]
+        dist.broadcast_object_list(sent, src=0)
+        return sent[0]
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
@@ -116,7 +125,8 @@ def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) 
         timeout: seconds that ranks wait for one another.
 
     Raises:
-        RunError: a rank did not come in time, here or in `World.gather` or `World.barrier`.
+        RunError: a rank did not come in time, here or in `World.gather`, `World.from_main` or
+            `World.barrier`.
         PeersLost: another rank has ended, whatever error of the block says so.
     """
     global _place

@@ -164,7 +164,7 @@ def check_ranks(world: World, description: Mapping[str, str]) -> None:
 
     What a rank says nothing of, it leaves to another one: checksums of weights.
     """
-    first = world.gather(dict(description) if world.is_main else None)[0]
+    first = world.from_main(dict(description))
     mine = differing(first, {**first, **description}, "rank 0", f"rank {world.rank}")
     for different in filter(None, world.gather(mine)):
         raise InputError(f"the ranks differ: {'; '.join(different)}")

@@ -40,7 +40,7 @@ def filling_alone(folder: Path, world: World) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
     try:
         waiting = False
-        while not world.gather(world.is_main and _taken(lock))[0]:
+        while not world.from_main(world.is_main and _taken(lock)):
             if not waiting:
                 logger.info("another run is filling the teacher cache %s; waiting for it", folder)
             waiting = True
@@ -62,7 +62,7 @@ def fill(store: CacheStore, teacher: LiveTeacher, examples: Sequence[Example], c
         StorageError: a shard cannot be written; those before it stay.
     """
     batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
-    started, missing = time.perf_counter(), world.gather(store.missing() if world.is_main else None)[0]
+    started, missing = time.perf_counter(), world.from_main(world.is_main and store.missing())
     for start in range(0, len(missing), world.size):
         with at("the cache pass"), teacher.at_own_pace(world):
             for number in missing[start:start + world.size][world.rank::world.size]:

@@ -168,10 +168,10 @@ def open_live(spec: TeacherSpec, device: torch.device, layers: Sequence[int] = (
 
 def fill_cache(spec: TeacherSpec, folder: Path, world: World, device: torch.device, spread: bool = False) -> None:
     """Makes a cache, or what is missing of it; writes nothing when there is nothing missing."""
-    if world.gather(is_complete(folder))[0]:
+    if world.from_main(is_complete(folder)):
         return
     with filling_alone(folder, world):
-        if world.gather(is_complete(folder))[0]:
+        if world.from_main(is_complete(folder)):
             return  # another run has filled it meanwhile
         new = not (folder / "cache.json").is_file()
         if world.is_main and new and spec.layout.bytes > free_bytes(folder):

@@ -57,7 +57,7 @@ class RoundTeacher:
         if not wanted:
             return
         path, checksums = self._path(number), {name: examples_checksum([one]) for name, one in wanted.items()}
-        if not self.world.gather(self.world.is_main and self._has(path, checksums))[0]:
+        if not self.world.from_main(self.world.is_main and self._has(path, checksums)):
             self._write(path, list(wanted.values()), checksums)
         store = self._stores[number] = CacheStore(path)
         self._places |= {int(name): (number, place) for place, name in enumerate(store.made_from) if name in wanted}

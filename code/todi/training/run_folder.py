@@ -71,7 +71,7 @@ class RunFolder:
             with collecting(problems):
                 stack.enter_context(claimed(self.path))
                 clear_heartbeats(self.path)
-        if problems := self.world.gather(problems)[0]:
+        if problems := self.world.from_main(problems):
             raise InputError(problems)
 
     def start_run(self, run: Mapping[str, Any], anew: bool) -> bool:
@@ -83,7 +83,7 @@ class RunFolder:
         """
         if self.world.is_main and anew and self.states.folder.is_dir():
             discard(self.states.folder)
-        finished = self.world.gather(self.states.finished)[0]
+        finished = self.world.from_main(self.states.finished)
         if self.world.is_main and finished is None:
             write_text(self.path / "args.json", json.dumps(run, indent=2) + "\n")
         elif self.world.is_main:  # it may have been killed while it tidied up

@@ -122,7 +122,7 @@ class StateStore:
             if self.world.is_main:
                 self._complete(path, state, engine.zero_optimization_stage(), sizes)
                 doomed = list(map(set_aside, self._newest_first()[KEPT_STATES:]))
-            for older in self.world.gather(doomed)[0]:
+            for older in self.world.from_main(doomed):
                 self._remove(older)
         seconds = time.perf_counter() - started
         logger.info("state at step %d: %.1f MB in %.1f s", position.step, sum(sizes.values()) / 1e6, seconds)
@@ -154,7 +154,7 @@ class StateStore:
         """The newest state whose files are all there in full."""
         if self.world.is_main:
             sweep(self.folder)
-        there = self.world.gather(self._newest_first() if self.world.is_main else None)[0]
+        there = self.world.from_main(self.world.is_main and self._newest_first())
         return next((path for path in there if self._is_whole(path)), None)
 
     def load(self, path: Path, engine: deepspeed.DeepSpeedEngine) -> SavedState:
