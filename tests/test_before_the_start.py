@@ -3,20 +3,22 @@
 import dataclasses
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from threads import ThreadWorld, on_ranks
 from tiny import tiny_model
 from todi.errors import InputError
-from todi.job import _read_weights, prepare
+from todi.job import _read_weights, meet, prepare
 from todi.options import parse
 from todi.runtime import checksums
-from todi.runtime.checksums import read_together, weights_checksum, weights_listing, weights_place
+from todi.runtime.checksums import read_together, weights_checksum, weights_place, weights_sizes
 from todi.runtime.distributed import World
 from todi.settings import TrainConfig
 from todi.teacher.opening import look_at_choices
 from todi.train import train
+from todi.training.train_inputs import checksums as checksums_of_inputs
 
 CPU, ALONE = torch.device("cpu"), World(0, 1, 0, 1)
 
@@ -56,9 +58,9 @@ def test_what_a_check_refuses(spec, filled, unread):
 
 def test_what_it_says_of_files(tmp_path):
     one, same, other = (tiny_model(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
-    listed = weights_listing(one)
-    assert f"model.safetensors of {(one / 'model.safetensors').stat().st_size} bytes" in listed
-    assert listed == weights_listing(same) == weights_listing(other)
+    sizes, file = weights_sizes(one), one / "model.safetensors"
+    assert sizes[str(file)] == f"{file.stat().st_size} bytes" and sizes.keys() == {str(file), str(one / "config.json")}
+    assert [*sizes.values()] == [*weights_sizes(same).values()] == [*weights_sizes(other).values()]
     assert weights_checksum(one) == weights_checksum(same) != weights_checksum(other)
     (tmp_path / "link").symlink_to(one)
     assert weights_place(one) == weights_place(tmp_path / "link") != weights_place(same)
@@ -68,7 +70,7 @@ def test_what_it_says_of_files(tmp_path):
 
 
 def test_several_read_a_part_each(tmp_path, monkeypatch):
-    """The first ranks of two nodes; the second ones hear nothing of it, and need not."""
+    """The first ranks of two nodes."""
     models = [tiny_model(tmp_path / name, layers=layers) for name, layers in (("a", 1), ("b", 2))]
     monkeypatch.setattr(checksums, "_PIECE", 10_000)
     expected, given = [weights_checksum(model) for model in models], {}
@@ -78,28 +80,71 @@ def test_several_read_a_part_each(tmp_path, monkeypatch):
         def gather(digests: list[bytes]) -> list[list[bytes]]:
             given[world.rank] = digests
             return world.gather(digests)
-        read_together(models, {0: 0, 2: 1}.get(world.rank), 2, gather)
+        read_together(models, world.rank, 2, gather)
 
-    assert on_ranks(4, read) == [None] * 4
+    assert on_ranks(2, read) == [None] * 2
     monkeypatch.setattr(checksums, "_piece_digest", None)
     assert [weights_checksum(model) for model in models] == expected
-    assert given[1] == given[3] == [] and 0 <= len(given[0]) - len(given[2]) <= 1
+    assert 0 <= len(given[0]) - len(given[1]) <= 1
     assert len(given[0]) > 10
 
 
-@pytest.mark.parametrize(("shared", "expected"), [
-    (True, {0: (0, 2), 1: (None, 2), 2: (1, 2), 3: (None, 2)}),
-    (False, {0: (0, 1), 1: (None, 1), 2: (None, 1), 3: (None, 1)})])
-def test_who_reads(words, monkeypatch, shared, expected):
-    """Two nodes of two ranks."""
+@pytest.mark.parametrize(("folders", "fellows", "sent"), [
+    ("aa", {0: (0, 2), 2: (0, 2)}, True),  # one folder of two nodes
+    ("ab", {}, False),  # a copy each
+    ("aba", {0: (0, 4), 4: (0, 4)}, True)])
+def test_who_reads(words, monkeypatch, folders, fellows, sent):
+    """Nodes of two ranks. One that has files of its own reads all and sends nothing; where all have, nothing is sent."""
     job, found, here = prepare(parse(TrainConfig, words), ALONE, CPU), {}, threading.local()
-    monkeypatch.setattr("todi.job.weights_place", lambda model: "one folder" if shared else f"of node {here.node}")
-    monkeypatch.setattr("todi.job.read_together",
-                        lambda models, reader, readers, gather: found.update({here.rank: (reader, readers)}))
+    monkeypatch.setattr("todi.job.weights_place", lambda model: folders[here.world.rank // 2])
+
+    def note(models, reader, readers, gather) -> None:
+        rank = here.world.rank
+        gathered = gather([rank])
+        found[rank] = (tuple(one for one, in gathered), reader, readers, len(models), here.told[1:])
 
     def read(world: ThreadWorld) -> None:
-        here.rank, here.node, world.local_rank = world.rank, world.rank // 2, world.rank % 2
+        here.world, here.told, gather = world, [], world.gather
+        told, world.local_rank = here.told, world.rank % 2
+        world.gather = lambda value: told.append(value) or gather(value)
         _read_weights(dataclasses.replace(job, world=world))
 
-    assert on_ranks(4, read) == [None] * 4
-    assert found == expected
+    monkeypatch.setattr("todi.job.read_together", note)
+    ranks = 2 * len(folders)
+    assert on_ranks(ranks, read) == [None] * ranks
+    for rank in range(ranks):
+        group, models = fellows.get(rank, (rank,)), 2 if rank % 2 == 0 else 0
+        own = [[rank] if len(group) > 1 else []]
+        assert found[rank] == (group, group.index(rank), len(group), models, own if sent else []), rank
+
+
+def met(monkeypatch, job) -> tuple[dict[str, str], list]:
+    """What `meet` compares, and the folders of caches that it has looked at."""
+    said = []
+    monkeypatch.setattr("todi.job.agree", lambda nodes, description: said.append(description))
+    monkeypatch.setattr("todi.job.check_same_folders", lambda config, caches, party: said.append(caches))
+    meet(job, None)
+    return tuple(said)
+
+
+@pytest.mark.parametrize(("teachers", "mode", "looked_at"), [
+    (1, "{folder}", True), (1, "auto", False),
+    (2, "{folder}", False)])  # it holds a folder of each, and is itself no cache
+def test_which_caches_the_nodes_look_for(words, tmp_path, monkeypatch, teachers, mode, looked_at):
+    more = ["--teacher-model-path", words[3], words[1]] if teachers == 2 else []
+    config = parse(TrainConfig, [*words, *more, "--teacher-cache", mode.format(folder=tmp_path / "cache")])
+    job = prepare(config, ALONE, CPU)
+    assert len(job.specs) == teachers
+    assert met(monkeypatch, job)[1] == ([tmp_path / "cache"] if looked_at else [])
+
+
+def test_the_commit_of_a_model_on_the_hub(words, monkeypatch, unread):
+    """It takes no reading, so a check has it; the nodes tell models that lie there by the size of each file."""
+    job = prepare(parse(TrainConfig, words), ALONE, CPU)
+    student = dataclasses.replace(job.inputs.student, path="someone/student")
+    job = dataclasses.replace(job, inputs=dataclasses.replace(job.inputs, student=student))
+    monkeypatch.setattr("todi.models.loading.load_config", lambda *_: SimpleNamespace(_commit_hash="c0ffee"))
+    said = checksums_of_inputs(job.config, job.inputs, of_models=False)
+    assert said["someone/student"] == "c0ffee" and words[3] not in said
+    description = met(monkeypatch, job)[0]
+    assert description["someone/student"] == "c0ffee" and f"{words[3]}/model.safetensors" in description

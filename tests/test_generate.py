@@ -1,5 +1,6 @@
 """Teacher text: what todi.generate writes, killed and started again, over ranks, refused, and trained on."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -18,8 +19,9 @@ from todi.generation.decoding import Decoding, Response, stop_ids, to_training_t
 from todi.generation.decoding import generate as decode
 from todi.generation.sampling import stream_key
 from todi.generation.text_files import Selection, TextFolder
+from todi.generation.writer import Layout
 from todi.options import parse
-from todi.runtime.checksums import file_checksum
+from todi.runtime.checksums import UNREAD, file_checksum
 from todi.runtime.locks import claimed
 from todi.runtime.storage import write_bytes, write_text
 from todi.settings import GenerateConfig, TrainConfig
@@ -306,6 +308,14 @@ class TestRefusals:
                 written("text")
         assert written("text", model=other) == 2
         assert "text holds text that was made with another model. Choose" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("then", "now", "said"), [
+        ("abc", UNREAD, None), (None, None, None), (None, UNREAD, "another adapter"), ("abc", None, "another adapter")])
+    def test_what_is_seen_of_an_adapter_that_is_not_read(self, tmp_path, then, now, said):
+        write(tmp_path / "made_with.json", {"made_with": {"model": "abc", "adapter": then}, "files": {},
+                                            "selection": dataclasses.asdict(Selection())})
+        refusal = TextFolder(tmp_path, {"model": UNREAD, "adapter": now}, Selection(), b"", Layout(1, 1)).refusal()
+        assert (said in refusal) if said else refusal is None
 
     def test_data_that_was_not_written_here(self, written, prompts, no_weights, capsys):
         before = files(prompts)

@@ -20,7 +20,7 @@ from todi.generation.text_files import Selection, TextFolder, describe
 from todi.generation.text_inputs import TextInputs, read_inputs
 from todi.generation.together import rows_written_together
 from todi.generation.writer import Layout, Row, Writer, progress_bar
-from todi.generation.writing_model import WEIGHTS, build_decoding, load_writing_model, what_writes
+from todi.generation.writing_model import build_decoding, load_writing_model, what_writes
 from todi.options import parse
 from todi.runtime.allocator import settle_allocator
 from todi.runtime.checksums import bytes_checksum, value_checksum
@@ -56,8 +56,8 @@ def generate(config: GenerateConfig, world: World, device: torch.device) -> None
     with refusals_told(nodes):
         inputs = read_inputs(config, device)
         if config.check_only:
-            # another model is found by the run, which reads the weights anyway
-            check_folder(open_folder(config, inputs, device, world, of_weights=False).refusal(unread=WEIGHTS))
+            # other weights are found by the run, which reads them anyway
+            check_folder(open_folder(config, inputs, device, world, of_weights=False).refusal())
             check_unclaimed(folder)
     description = what_must_agree(vars(config), data_checksums(inputs), world)
     if config.check_only:
@@ -69,10 +69,10 @@ def generate(config: GenerateConfig, world: World, device: torch.device) -> None
         check_same_date(inputs.template_date, world)
         with claimed(folder) if world.is_main else nullcontext():
             text = open_folder(config, inputs, device, world) if world.is_main else None
-            check_folder(world.gather(text and text.refusal())[0])
+            check_folder(world.from_main(text and text.refusal()))
             if text:
                 text.begin()
-            finished, written = world.gather((text.finished, text.rows) if text else None)[0]
+            finished, written = world.from_main((text.finished, text.rows) if text else None)
             if finished:
                 logger.info("%s is there already, made with the same settings", folder)
                 return

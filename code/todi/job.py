@@ -16,7 +16,7 @@ from todi.criterions import LossTerm
 from todi.data.plans import StepShape
 from todi.data.tokenize import Example, encode_examples, examples_checksum
 from todi.errors import InputError, collecting
-from todi.runtime.checksums import read_together, weights_listing, weights_place
+from todi.runtime.checksums import read_together, value_checksum, weights_place, weights_sizes
 from todi.runtime.distributed import World
 from todi.runtime.locks import check_unclaimed
 from todi.runtime.nodes import Nodes, agree, what_must_agree
@@ -30,6 +30,7 @@ from todi.training.train_inputs import (
     TrainInputs,
     build_loss_terms,
     checksums,
+    model_paths,
     read_inputs,
     said_of_models,
     teacher_layers,
@@ -95,9 +96,9 @@ def decide_together(job: Job) -> tuple[dict[str, Any], list[Path | None]]:
     if job.world.is_main:
         with collecting(problems):
             decided = decide(job)
-    if problems := job.world.gather(problems)[0]:
+    if problems := job.world.from_main(problems):
         raise InputError(problems)
-    return job.world.gather(decided)[0]
+    return job.world.from_main(decided)
 
 
 def look(job: Job) -> None:
@@ -111,9 +112,12 @@ def meet(job: Job, nodes: Nodes) -> None:
     """Compares what all nodes are about to do, before any of them starts its ranks. Weights are told by their files'
     names and sizes; the ranks compare them."""
     files = checksums(job.config, job.inputs, of_models=False)
-    listed = said_of_models(job.config, job.inputs, weights_listing)
-    meeting, mode = agree(nodes, _description(job, files | listed)), _cache_mode(job)
-    check_same_folders(job.config, [] if mode in CACHE_MODES else [Path(mode)], meeting)
+    for model in _models_here(job):
+        files |= weights_sizes(model)
+    meeting, mode = agree(nodes, _description(job, files)), _cache_mode(job)
+    # several have a folder each in the one that is named, called by their checksums: the run looks at those
+    named = mode not in CACHE_MODES and len(job.specs) == 1
+    check_same_folders(job.config, [Path(mode)] if named else [], meeting)
 
 
 def about_to_do(job: Job, run: Mapping[str, Any]) -> dict[str, str]:
@@ -131,15 +135,25 @@ def check_same_folders(config: TrainConfig, caches: Sequence[Path | None], party
 
 
 def _read_weights(job: Job) -> None:
-    """Takes the checksums of all weights: the first rank, and that of each node that sees the same files, in a folder
-    that they share, read a part of them each. Where others are, the first rank of the node reads all by itself, later.
-    """
-    world, places = job.world, said_of_models(job.config, job.inputs, weights_place)
-    same = world.gather(places if world.is_main else None)[0] == places
-    reads = same and world.local_rank == 0
-    readers = [rank for rank, one in enumerate(world.gather(reads)) if one]
-    here = [path for path in map(Path, sorted(places)) if path.exists()]  # of one on the Hub the commit is known
-    read_together(here, readers.index(world.rank) if reads else None, len(readers), world.gather)
+    """Takes the checksums of all weights: the first ranks of all nodes at the same time. Those that see the same files,
+    in a folder that they share, read a part of them each."""
+    world, reads = job.world, job.world.local_rank == 0
+    place = value_checksum(said_of_models(job.config, job.inputs, weights_place)) if reads else f"rank {world.rank}"
+    places = world.gather(place)
+    fellows = [rank for rank, one in enumerate(places) if one == place]
+
+    def of_fellows(own: list[bytes]) -> list[list[bytes]]:
+        if len(set(places)) == len(places):  # nobody shares
+            return [own]
+        told = world.gather(own if len(fellows) > 1 else [])  # the longest has its length sent for every rank
+        return [own if rank == world.rank else told[rank] for rank in fellows]
+
+    read_together(_models_here(job) if reads else [], fellows.index(world.rank), len(fellows), of_fellows)
+
+
+def _models_here(job: Job) -> list[Path]:
+    """The models and adapters that lie here; of one on the Hub the commit is known."""
+    return [path for path in map(Path, model_paths(job.inputs)) if path.exists()]
 
 
 def _check_run(job: Job, teacher: str | list[str] | None, of_models: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from todi.errors import RunError
 from todi.generation.decoding import Response, to_training_texts
 from todi.generation.unfinished import UnfinishedFile, made_with_before, read_record
 from todi.generation.writer import Layout, Row
-from todi.runtime.checksums import file_checksum
+from todi.runtime.checksums import UNREAD, file_checksum
 from todi.runtime.storage import sweep, write_bytes, write_text
 
 logger = logging.getLogger(__name__)
@@ -80,13 +80,9 @@ class TextFolder:
         """What an interrupted run has written."""
         return self._unfinished.rows
 
-    def refusal(self, unread: Collection[str] = ()) -> str | None:
-        """Why nothing may be written here, in a sentence; None where it may.
-
-        Args:
-            unread: names of what was not looked at.
-        """
-        differences = list(self._differences(unread))
+    def refusal(self) -> str | None:
+        """Why nothing may be written here, in a sentence; None where it may."""
+        differences = list(self._differences())
         if differences:
             return (f"{self._folder} holds text that was made with {'; '.join(differences)}. Choose another "
                     "--save-dir (TEXT_DIR), or remove that folder")
@@ -140,8 +136,8 @@ class TextFolder:
         self._unfinished.remove()
         return summary
 
-    def _differences(self, unread: Collection[str]) -> Iterator[str]:
-        """How what is there was made otherwise, a clause each."""
+    def _differences(self) -> Iterator[str]:
+        """How what is there was made otherwise, a clause each; of what is `UNREAD`, that it was not there at all."""
         now: dict[str, Any] = dict(self._made_with)
         if self._record:
             then = self._record["made_with"] | self._record["selection"]
@@ -149,7 +145,7 @@ class TextFolder:
         else:
             then = self._unfinished.earlier_with or now
         for name in {**then, **now}:
-            if name not in unread and then.get(name) != now.get(name):
+            if then.get(name) != now.get(name) and not (then.get(name) and now.get(name) == UNREAD):
                 yield _BY_CHECKSUM.get(name) or f"{name} {then.get(name)}, where this run has {now.get(name)}"
 
 

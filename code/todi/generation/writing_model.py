@@ -17,14 +17,12 @@ from todi.models.inputs import ModelInputs, read_model
 from todi.models.loading import checksum_or_commit, load_model
 from todi.models.probe import check_model
 from todi.runtime.allocator import who_allocates
-from todi.runtime.checksums import model_checksum
+from todi.runtime.checksums import UNREAD, model_checksum
 from todi.runtime.device import choose_precision
 from todi.runtime.distributed import World
 from todi.settings import DecodingConfig
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = ("model", "adapter")  # by what names `what_writes` has their checksums
 
 
 def read_writing_model(path: str | None, adapter: str | None, precision: str, device: torch.device, max_length: int,
@@ -77,12 +75,12 @@ def what_writes(inputs: ModelInputs, decoding: Decoding, device: torch.device, t
 
     Args:
         template_date: `TemplateDate.noted`.
-        of_weights: `WEIGHTS` too, which are read for it.
+        of_weights: those that lie here too, which are read for it; else `UNREAD` stands for their checksums.
     """
-    weights = {"model": checksum_or_commit(inputs.path, model_checksum, trust_remote_code),
-               "adapter": inputs.adapter and model_checksum(Path(inputs.adapter))} if of_weights else {}
-    return {**dataclasses.asdict(decoding), "precision": inputs.precision.name, "device": device.type, **weights,
-            **noted_date(template_date)}
+    checksum = model_checksum if of_weights else lambda _: UNREAD
+    return {**dataclasses.asdict(decoding), "precision": inputs.precision.name, "device": device.type,
+            "model": checksum_or_commit(inputs.path, checksum, trust_remote_code),
+            "adapter": inputs.adapter and checksum(Path(inputs.adapter)), **noted_date(template_date)}
 
 
 def build_decoding(config: DecodingConfig, max_new_tokens: int, no_repeat_ngram_size: int) -> Decoding:

@@ -15,6 +15,7 @@ _WEIGHTS = {".safetensors", ".bin", ".gguf"}
 _DESCRIPTIONS = {"config.json", "adapter_config.json"}
 _MODEL_FILES = {".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja"}
 _PIECE = 64 << 20
+UNREAD = "not read"  # in place of a checksum that was not taken
 
 _States = tuple[tuple[Path, int, int], ...]  # files, each with its size and when it was changed
 _found: dict[_States, str] = {}  # a run asks for a teacher's more than once
@@ -48,19 +49,18 @@ def weights_checksum(model: Path) -> str:
     return _found[states]
 
 
-def read_together(models: Sequence[Path], reader: int | None, readers: int,
+def read_together(models: Sequence[Path], reader: int, readers: int,
                   gather: Callable[[list[bytes]], list[list[bytes]]]) -> None:
     """Has several processes that see the same files read a part each, after which `weights_checksum` reads none.
 
     Args:
-        reader: which of the readers this process is; None for one of the group that is none.
-        gather: gives to all of a group what each has, the readers among them in their order.
+        reader: which of the readers this process is.
+        gather: gives to each of them what all have, in their order.
     """
-    known = [_states(model) for model in models] if reader is not None else []
+    known = [_states(model) for model in models]
     pieces = [piece for states in known for piece in _pieces(states)]
     with ThreadPoolExecutor() as pool:
         parts = gather(list(pool.map(_piece_digest, *zip(*pieces[reader::readers], strict=True))))
-    parts = [part for part in parts if part]  # of who has read nothing there is none
     digests = (parts[number % readers][number // readers] for number in range(len(pieces)))
     _found.update({states: _whole(states, digests) for states in known})
 
@@ -76,9 +76,9 @@ def _whole(states: _States, digests: Iterator[bytes]) -> str:
     return whole.hexdigest()
 
 
-def weights_listing(model: Path) -> str:
-    """The names and sizes of the files that `weights_checksum` reads: what tells most models apart unread."""
-    return ", ".join(f"{file.name} of {file.stat().st_size} bytes" for file in _weight_files(model))
+def weights_sizes(model: Path) -> dict[str, str]:
+    """The size of each file that `weights_checksum` reads, by path: what tells most models apart unread."""
+    return {str(file): f"{file.stat().st_size} bytes" for file in _weight_files(model)}
 
 
 def weights_place(model: Path) -> str:

@@ -159,18 +159,29 @@ def checksums(config: TrainConfig, inputs: TrainInputs, of_models: bool = True) 
     """Of all that a run reads and what it computes follows from, by path; of a model on the Hub it is the commit.
 
     Args:
-        of_models: their weights too, which takes a second for each gigabyte or two.
+        of_models: the weights that lie here too, which takes a second for each gigabyte or two.
     """
     code = list(config.run.plugins)
     if inputs.teacher_function:
         code.append(config.teacher.teacher_callable.rpartition(":")[0])
     found = {str(file): file_checksum(file) for file in (*inputs.train_files, *inputs.dev_files, *code)}
-    return found | (said_of_models(config, inputs, weights_checksum) if of_models else {})
+    return found | said_of_models(config, inputs, weights_checksum, here=of_models)
 
 
-def said_of_models(config: TrainConfig, inputs: TrainInputs, say: Callable[[Path], str]) -> dict[str, str]:
-    """What `say` says of the student, the teachers and their adapters, by path; of a model on the Hub, its commit."""
-    paths = [path for model in (inputs.student, *inputs.teachers) for path in (model.path, model.adapter) if path]
+def model_paths(inputs: TrainInputs) -> list[str]:
+    """Of the student, the teachers and their adapters, each once; names, of those on the Hub."""
+    models = (inputs.student, *inputs.teachers)
+    return list(dict.fromkeys(path for model in models for path in (model.path, model.adapter) if path))
+
+
+def said_of_models(config: TrainConfig, inputs: TrainInputs, say: Callable[[Path], str],
+                   here: bool = True) -> dict[str, str]:
+    """What `say` says of the models, by path; of one on the Hub, its commit.
+
+    Args:
+        here: of those that lie here too.
+    """
+    paths = [path for path in model_paths(inputs) if here or not Path(path).exists()]
     return {path: str(checksum_or_commit(path, say, config.student.trust_remote_code)) for path in paths}
 
 
