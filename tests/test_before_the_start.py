@@ -94,7 +94,7 @@ def test_several_read_a_part_each(tmp_path, monkeypatch):
     ("ab", {}, False),  # a copy each
     ("aba", {0: (0, 4), 4: (0, 4)}, True)])
 def test_who_reads(words, monkeypatch, folders, fellows, sent):
-    """Nodes of two ranks. One that has files of its own reads all and sends nothing; where all have, nothing is sent."""
+    """Nodes of two ranks. Who has files of its own reads all and sends nothing; where all have, nothing is sent."""
     job, found, here = prepare(parse(TrainConfig, words), ALONE, CPU), {}, threading.local()
     monkeypatch.setattr("todi.job.weights_place", lambda model: folders[here.world.rank // 2])
 
