@@ -75,7 +75,7 @@ def what_writes(inputs: ModelInputs, decoding: Decoding, device: torch.device, t
 
     Args:
         template_date: `TemplateDate.noted`.
-        of_weights: those that lie here too, which are read for it; else `UNREAD` stands for their checksums.
+        of_weights: whether a model that lies here is read; else `UNREAD` stands for its checksum.
     """
     checksum = model_checksum if of_weights else lambda _: UNREAD
     return {**dataclasses.asdict(decoding), "precision": inputs.precision.name, "device": device.type,

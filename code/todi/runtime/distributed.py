@@ -85,6 +85,7 @@ class World:
         _meet()
         sent = [value if self.is_main else None]
         dist.broadcast_object_list(sent, src=0)
+        dist.barrier()  # the first rank may end, or write what the others look at, once all of them have it
         return sent[0]
 
     def barrier(self) -> None:
@@ -125,8 +126,7 @@ def process_group(world: World, device: torch.device, timeout: float = TIMEOUT) 
         timeout: seconds that ranks wait for one another.
 
     Raises:
-        RunError: a rank did not come in time, here or in `World.gather`, `World.from_main` or
-            `World.barrier`.
+        RunError: a rank did not come in time, here or in `gather`, `from_main` or `barrier` of a `World`.
         PeersLost: another rank has ended, whatever error of the block says so.
     """
     global _place
