@@ -45,7 +45,7 @@ def duties(shape: Shape, teachers: Sequence[int], *, stage: int, ranks: int, dev
     read = weights + sum(teachers)
     files = ranks * (1 + (stage > 0) + (stage == 3)) + (stage < 3)
     return [
-        Duty("start", "checksums of the models; of files that nodes share, a part", read, read / _READING),
+        Duty("start", "checksums of the models; less where nodes share the files", read, read / _READING),
         Duty("start", "what differs on each rank", ranks * _ENTRY, 0.0, grows=True),
         Duty("state", "its own part; at stages 0 to 2 also the trained weights", own, own / disk),
         Duty("state", "the list of all files", files * _ENTRY, 0.0, grows=True),
