@@ -217,11 +217,9 @@ def measure(rows: Sequence[Row], folder: Path, limit: float) -> int:
     """Prints a line of the table for each row; how many are not as they should be."""
     settings, bases, wrong = steady(Workshop(folder / "workshop")), {}, 0
     for number, row in enumerate(rows):
-        base = row.base
-        if base.name not in bases:
-            bases[base.name] = base.run(folder / f"base {len(bases)}", settings)
         try:
-            found = differences(row.run(folder / str(number), settings), bases[base.name])
+            base = base_of(row, bases, folder, settings)
+            found = differences(row.run(folder / str(number), settings), base)
         except (RunFailed, ValueError) as error:
             print(f"| {row.name} | FAILED: {error.args[0]} | | | |", flush=True)
             print(*error.args[1:], file=sys.stderr)
@@ -230,6 +228,24 @@ def measure(rows: Sequence[Row], folder: Path, limit: float) -> int:
             print(line(row, found, limit), flush=True)
             wrong += not found.are_within(limit)
     return wrong
+
+
+def base_of(row: Row, bases: dict[str, Path | None], folder: Path, settings: Mapping[str, object]) -> Path:
+    """The folder of a row's base, which runs once; `bases` has those that have run, and None for one that failed.
+
+    Raises:
+        RunFailed: it failed, now or for an earlier row.
+    """
+    base = row.base
+    if base.name not in bases:
+        bases[base.name] = None
+        try:
+            bases[base.name] = base.run(folder / f"base {len(bases)}", settings)
+        except RunFailed as error:
+            raise RunFailed(f"its base: {error.args[0]}", *error.args[1:]) from None
+    if (found := bases[base.name]) is None:
+        raise RunFailed("its base has failed, see above")
+    return found
 
 
 def line(row: Row, found: Differences, limit: float) -> str:

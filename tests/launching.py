@@ -63,7 +63,8 @@ def run_on_nodes(launcher: str, settings: Mapping[str, object],
     common = {**settings, "NNODES": len(changes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [start(launcher, **common | {"NODE_RANK": rank} | change) for rank, change in enumerate(changes)]
     try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
+        with ThreadPoolExecutor(len(processes)) as pool:  # at the same time: a pipe that nobody reads is full at 64 kB
+            outputs = list(pool.map(lambda process: process.communicate(timeout=600)[0], processes))
     finally:
         for process in processes:
             process.kill()

@@ -129,6 +129,8 @@ def test_a_stage_that_would_train_differently(tmp_path, caplog):
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast has no effect here; use --precision"),
     ({"sequence_parallel_size": 2}, "sequence_parallel_size has no effect here"),
     ({"activation_checkpointing": {"partition_activations": True}}, "use --gradient-checkpointing"),
+    ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint has no effect here; use --save-state-every"),
+    ({"datastates": {"enabled": True}}, "datastates has no effect here"),
     ({"communication_data_type": "fp16"}, "gradients travel in the type of --precision"),
     ({"gradient_clipping": None}, "gradient_clipping must be a number of at least 0, got null"),
     ({"gradient_clipping": True}, "gradient_clipping must be a number"),

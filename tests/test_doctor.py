@@ -1,5 +1,6 @@
 """The check before a run: memory by arithmetic, disk space, and what it says."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -153,6 +154,13 @@ class TestPrefill:
     def test_a_mixture_of_experts_has_a_rule_of_thumb(self, tmp_path):
         model = empty_model(load_config(str(tiny_model(tmp_path, "mixtral", layers=3))), dtype=torch.float32)
         assert prefill_bytes(model, 2, 30, CPU) == 17 * 2 * 30 * 32 * 4 + 2 * 300 * 4
+
+    def test_a_forward_that_fails_has_it_too_and_says_so(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("todi"), "propagate", True)
+        model = empty_model(load_config(str(tiny_model(tmp_path, "llama"))), dtype=torch.float32)
+        model.model.layers[0].mlp.down_proj = torch.nn.Linear(7, 32, device="meta")
+        assert prefill_bytes(model, 2, 30, CPU) == 17 * 2 * 30 * 32 * 4 + 2 * 300 * 4
+        assert "is by a rule of thumb: a forward without numbers fails (" in caplog.text
 
     @pytest.mark.parametrize(("words", "read"), [
         ([], 4), (["--eval-gen-repeat-times", "9"], 32), (["--no-eval-gen"], 0), (["--eval-batch-size", "3"], 3),

@@ -62,6 +62,28 @@ def test_each_row_is_one_of_its_own(benchmark):
     assert {feature for row in benchmark.ROWS for feature in row.features} == benchmark.FEATURES.keys()
 
 
+def test_rows_whose_base_fails_are_rows_all_the_same(benchmark, tmp_path, monkeypatch, capsys):
+    """The others go on, and it is not run again."""
+    started = []
+
+    def run(row, folder, settings):
+        started.append(row.name)
+        if row.is_base and row.features:
+            raise benchmark.RunFailed("ended with 1", "its output")
+        return a_run(folder)
+
+    monkeypatch.setattr(benchmark.Row, "run", run)
+    monkeypatch.setattr(benchmark, "steady", lambda workshop: {})
+    world = benchmark.World(batch=1)
+    rows = [benchmark.Row([world], ["LoRA"]), benchmark.Row([world]), benchmark.Row([world, world], ["LoRA"])]
+    assert benchmark.measure(rows, tmp_path, 0) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"| {rows[0].name} | FAILED: its base: ended with 1 | | | |", f"| {rows[1].name} | 0 | 0 | 0 | 0 |",
+        f"| {rows[2].name} | FAILED: its base has failed, see above | | | |"]
+    assert said.err.strip() == "its output" and len(started) == 3
+
+
 @pytest.mark.slow
 def test_a_row(benchmark, tmp_path, capsys):
     row = next(row for row in benchmark.ROWS if row.name == "1 rank by 3, ZeRO 1")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from todi.errors import InputError
 from todi.finding import best_checkpoint
 from todi.launch import evaluation_options, generation_options, read_values, training_options
 from todi.options import Option, declared, option, parse
-from todi.runtime.holders import Holder
+from todi.runtime.holders import BEAT, Holder
 from todi.settings import EvalConfig, GenerateConfig, TrainConfig
 
 GPT2 = {"FAMILY": "gpt2", "CKPT_NAME": "gpt2-base", "TEACHER_NAME": "gpt2-xlarge", "CRITERION": "vanilla_kd"}
@@ -171,7 +172,7 @@ class TestSweeps:
         (tmp_path / before / "state" / "finished.json").touch()
         assert train(**now).run.save_dir == named
 
-    def test_a_run_that_is_going_on_is_passed_over_for_one_at_rest(self, tmp_path, monkeypatch):
+    def test_a_run_that_is_going_on_is_passed_over_for_one_at_rest(self, tmp_path, monkeypatch, capsys):
         """Alone it is named, and refused with its process and what begins another."""
         monkeypatch.chdir(tmp_path)
         going_on, at_rest = (Path(train(NPROC=devices).run.save_dir) for devices in "24")
@@ -182,6 +183,14 @@ class TestSweeps:
         (at_rest / "state/epoch0_step2").mkdir(parents=True)
         os.utime(at_rest / "state/epoch0_step2", (0.1, 0.1))  # it wrote long before
         assert train(NPROC="8").run.save_dir == str(at_rest)
+        note = f"note: {going_on} is being written by process {os.getpid()} on "
+        assert note in capsys.readouterr().err
+        lock.write_text(json.dumps(vars(Holder.this_process()) | {"host": "elsewhere"}))
+        assert train(NPROC="8").run.save_dir == str(at_rest)
+        os.utime(lock, (time.time() - 2 * BEAT - 1,) * 2)  # its heart has missed a beat
+        capsys.readouterr()
+        assert train(NPROC="8").run.save_dir == str(going_on)
+        assert note not in capsys.readouterr().err
         lock.unlink()
         assert train(NPROC="8").run.save_dir == str(going_on)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from todi.errors import InputError, StorageError
 from todi.runtime import locks
+from todi.runtime.holders import BEAT, writer_of
 from todi.runtime.locks import STALE, Holder, Lock, check_unclaimed, claimed
 
 
@@ -119,6 +120,26 @@ def test_a_lock_that_says_nothing(folder, monkeypatch):
     os.utime(folder / ".lock", (time.time() - STALE - 1,) * 2)
     with claimed(folder):
         pass
+
+
+def test_a_look_at_who_writes_without_waiting(folder, gone, monkeypatch):
+    """Of another machine's process an overdue heartbeat tells; what cannot be read tells nothing."""
+    assert writer_of(folder) is None
+    left_by(gone, folder)
+    assert writer_of(folder) is None
+    elsewhere = changed(gone, host="elsewhere")
+    left_by(elsewhere, folder, age=BEAT)
+    assert str(writer_of(folder)) == f"process {gone.pid} on elsewhere"
+    left_by(elsewhere, folder, age=2 * BEAT + 1)
+    assert writer_of(folder) is None
+    left_by(Holder.this_process(), folder)
+    assert writer_of(folder).holder.pid == os.getpid()
+
+    def closed(path: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    assert writer_of(folder) is None
 
 
 def test_the_heart_beats_and_another_holder_is_seen(folder, monkeypatch, caplog):

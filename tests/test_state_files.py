@@ -1,10 +1,12 @@
 """The files of a resume state of several ranks, which are threads here: each sees to its own, and one names it."""
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +85,29 @@ def test_the_newest_two_stay_and_each_rank_deletes_a_share_of_the_rest(tmp_path,
         write(step)
     assert sorted(os.listdir(tmp_path / "state")) == ["epoch0_step2", "epoch0_step3"]
     assert len(deleted) == 2 * RANKS + 2 and len(set(deleted.values())) == RANKS
+
+
+def test_an_old_state_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch, write, caplog):
+    """The others' view of the folder is late, and the first rank finds a file that does not go."""
+    def late(path: Path) -> dict[str, Any]:
+        if path.name.endswith("discarded"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return json.loads((path / "state.json").read_text())
+
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(logging.getLogger("todi"), "propagate", True)
+    monkeypatch.setattr(state, "_read", late)
+    assert all(isinstance(took, float) for step in (1, 2, 3) for took in write(step))
+    assert sorted(os.listdir(tmp_path / "state")) == ["epoch0_step2", "epoch0_step3"]
+    monkeypatch.setattr(state, "shutil", SimpleNamespace(rmtree=busy))
+    assert all(isinstance(took, float) for took in write(4))
+    assert "cannot delete an old state: [Errno 16] Device or resource busy" in caplog.text
+    monkeypatch.setattr(state, "set_aside", busy)
+    assert all(isinstance(took, float) for took in write(5))
+    assert "cannot set aside an old state" in caplog.text
+    assert newest(tmp_path) == [tmp_path / "state/epoch0_step5"] * RANKS
 
 
 def test_a_disk_that_is_full_on_one_rank(tmp_path, monkeypatch, write):

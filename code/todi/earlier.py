@@ -1,12 +1,12 @@
 """The folder of a run that goes on with other devices, or spread over them otherwise, so that its name differs now."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from todi.runtime.holders import held_here
+from todi.runtime.holders import writer_of
 
 # Parts of a run's name that say how it is spread, not what it computes.
 SPREAD = ("zero_stage", "offload", "global_batch_size")
@@ -36,15 +36,28 @@ class Shape(NamedTuple):
         return self.total or self.batch * self.accumulation * self.devices
 
 
-def folder_to_go_on_in(named: str) -> str:
+class Found(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        folder: of the run.
+        busy: a sentence for each run that a process is writing to and that would else come first, or that is taken all
+            the same, because there is no other.
+    """
+
+    folder: str
+    busy: Sequence[str] = ()
+
+
+def folder_to_go_on_in(named: str) -> Found:
     """Of a run that would be in the folder `named`, the one that it goes on in.
 
     It is that one if it is there. Else it may be one beside it, of a run that has states but no end, and whose name
-    differs only in how it is spread: the one that wrote last, of those that no process of this machine is writing to
-    where there is such a one. A name so long that it was cut off is only found as it is.
+    differs only in how it is spread: the one that wrote last, of those that no process is writing to where there is
+    such a one. A name so long that it was cut off is only found as it is.
     """
     if Path(named).exists():
-        return named
+        return Found(named)
     what, shape = _read(Path(named).name)
     found = {}
     for folder in Path(named).parent.glob("*__bsz=*"):
@@ -52,8 +65,12 @@ def folder_to_go_on_in(named: str) -> str:
         if shape and then and there == what and shape.goes_on(then) and (wrote := _wrote(folder)):
             found[wrote] = folder
     newest_first = [found[wrote] for wrote in sorted(found, reverse=True)]
-    at_rest = [folder for folder in newest_first if not held_here(folder)]
-    return str((at_rest or newest_first or [named])[0])
+    busy = []
+    for folder in newest_first:
+        if not (writer := writer_of(folder)):
+            return Found(str(folder), busy)
+        busy.append(f"{folder} is being written by {writer}")
+    return Found(str([*newest_first, named][0]), busy)
 
 
 def _read(name: str) -> tuple[Mapping[str, str], Shape | None]:
@@ -66,9 +83,9 @@ def _read(name: str) -> tuple[Mapping[str, str], Shape | None]:
 
 
 def _wrote(folder: Path) -> float:
-    """When a run wrote its newest state; 0 where it has none, or has finished."""
-    if (folder / "state" / "finished.json").exists():
-        return 0
-    with suppress(FileNotFoundError):  # a run that is going on has removed an older one
+    """When a run wrote its newest state; 0 where it has none, or has finished, or cannot be looked at."""
+    with suppress(OSError):  # a run that is going on has removed an older one; another user's may be closed
+        if (folder / "state" / "finished.json").exists():
+            return 0
         return max((state.stat().st_mtime for state in (folder / "state").glob("epoch*_step*")), default=0)
     return 0

@@ -258,10 +258,12 @@ def _find_run(given: Given, variables: Mapping[str, str], said: Collection[str],
     if given.get("resume") == ["never"] or re.search("--resume[ =]never", " ".join(words)):
         return named
     found = folder_to_go_on_in(named)
-    if found != named:
-        print(f"note: the run in {found} goes on, which was spread over devices otherwise (SAVE_DIR or RESUME=never "
-              "begins another)", file=sys.stderr)
-    return found
+    for busy in found.busy:
+        print(f"note: {busy}", file=sys.stderr)
+    if found.folder != named:
+        print(f"note: the run in {found.folder} goes on, which was spread over devices otherwise (SAVE_DIR or "
+              "RESUME=never begins another)", file=sys.stderr)
+    return found.folder
 
 
 def name_text(given: Given, variables: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from todi.models.families import FAMILIES
+from todi.models.families import is_tested
 from todi.models.packing import ATTENTION as PACKED
 
 
@@ -128,8 +128,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def plain_attention(model: PreTrainedModel, *besides: str) -> bool:
     """Whether the tests go through the model's architecture, and its attention is sdpa or one of those `besides`."""
-    known = {FAMILIES[name].architecture for name in FAMILIES}
-    return model.config.model_type in known and model.config._attn_implementation in ("sdpa", PACKED, *besides)
+    return is_tested(model.config.model_type) and model.config._attn_implementation in ("sdpa", PACKED, *besides)
 
 
 def windows_of(config: PretrainedConfig) -> list[int | None]:

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from todi.models.families import FAMILIES
+from todi.models.families import is_tested
 from todi.models.inputs import ModelInputs
 
 READ_TOGETHER = 32  # prompts; of more the activations would take more memory and hardly less time
@@ -30,5 +30,4 @@ def rows_written_together(wanted: int, model: ModelInputs, length: int) -> int:
 
 def prompts_read_together(rows: int, config: PretrainedConfig) -> int:
     """How many prompts of `rows` texts a model reads at a time: transformers' own cache takes all of them at once."""
-    known = {FAMILIES[name].architecture for name in FAMILIES}
-    return min(rows, READ_TOGETHER) if config.model_type in known else rows
+    return min(rows, READ_TOGETHER) if is_tested(config.model_type) else rows

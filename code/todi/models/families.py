@@ -124,6 +124,11 @@ def other_name(family: str, name: str) -> str | None:
     return FAMILIES[family].published.get(name) if own == name else own
 
 
+def is_tested(model_type: str) -> bool:
+    """Whether the tests go through an architecture, by the `model_type` of its config: it is that of a record."""
+    return any(FAMILIES[name].architecture == model_type for name in FAMILIES)
+
+
 def family_of(model_type: str, architecture: str) -> Family:
     """The family that `--model-type` names, or under "auto" the first one with this architecture.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class World:
         sent = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
 
         def receive() -> list[float]:
-            # on a stream of its own, which waits for what was sent and not for the work that was queued behind it
-            with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+            # on another stream, which waits for what was sent and not for the work that was queued behind it
+            with torch.cuda.stream(_reading_stream(device)) if device.type == "cuda" else nullcontext():
                 sent.wait()
                 return tensor.tolist()
         return receive
@@ -93,6 +94,13 @@ class World:
         if self.size > 1:
             _meet()
             dist.barrier()
+
+
+@cache
+def _reading_stream(device: torch.device) -> torch.cuda.Stream:
+    """For what is read while the device works. One for all steps: torch has a pool of streams, and hands out in turn
+    what others may be using too."""
+    return torch.cuda.Stream(device)
 
 
 def _meet() -> None:

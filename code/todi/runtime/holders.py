@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+BEAT = 30.0  # seconds between two heartbeats
 STALE = 300.0  # seconds without a heartbeat, after which another machine's lock is nobody's
 _PROC = Path("/proc")
 
@@ -66,6 +67,13 @@ class Seen:
         """Whether only time can tell."""
         return not self.is_dead and not (self.holder and self.holder.is_here)
 
+    @property
+    def seems_alive(self) -> bool:
+        """What a look tells without waiting: of another machine's, whether no heartbeat is overdue."""
+        if self.holder and self.holder.is_here:
+            return self.holder.lives
+        return self.age < 2 * BEAT
+
     def __str__(self) -> str:
         if not self.holder:
             return "a process that has not said yet which it is"
@@ -88,11 +96,13 @@ def lock_of(folder: Path) -> Path:
     return folder / ".lock"
 
 
-def held_here(folder: Path) -> bool:
-    """Whether a process of this machine, which lives, writes to the folder. What another machine's does takes time to
-    find out: `todi.runtime.locks.check_unclaimed`."""
-    seen = look_at(lock_of(folder))
-    return bool(seen and seen.holder and seen.holder.is_here and seen.holder.lives)
+def writer_of(folder: Path) -> Seen | None:
+    """The lock of whoever seems to be writing to the folder now; None where nobody does, or the lock cannot be read.
+    `todi.runtime.locks.check_unclaimed` makes sure, which may take minutes."""
+    with suppress(OSError):
+        seen = look_at(lock_of(folder))
+        return seen if seen and seen.seems_alive else None
+    return None
 
 
 def look_at(file: Path) -> Seen | None:

@@ -17,12 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from todi.errors import InputError
-from todi.runtime.holders import STALE, Holder, Seen, lock_of, look_at, now_in
+from todi.runtime.holders import BEAT, STALE, Holder, Seen, lock_of, look_at, now_in
 from todi.runtime.storage import writing
 
 logger = logging.getLogger(__name__)
 
-BEAT = 30.0  # seconds between two heartbeats
 _LOOK = 1.0  # seconds between two looks at another machine's lock
 _TAKEOVER = 30.0  # seconds that taking over a lock can last at most
 

@@ -101,4 +101,5 @@ def gather_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     if not keep:
         return {}
     # what is no parameter is whole on each rank
-    return {name: whole.get(id(one), one.detach()) for name, one in model.state_dict(keep_vars=True).items()}
+    return {name: whole[id(one)] if isinstance(one, nn.Parameter) else one.detach()
+            for name, one in model.state_dict(keep_vars=True).items()}

@@ -1,5 +1,6 @@
 """How much memory it takes to read the prompts of texts that are written together, from the shape of a model alone."""
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -7,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from todi.models.backbone import backbone_and_head
+
+logger = logging.getLogger(__name__)
+
+_BY_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)  # the model's way depends on the numbers
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,7 +66,11 @@ def prefill_bytes(model: nn.Module, prompts: int, length: int, device: torch.dev
     backbone, head = backbone_and_head(model.eval())
     try:
         activations = _peak(backbone, prompts, length, device)
-    except RuntimeError:  # a way that depends on the numbers: as `measure_shape` has it, for one layer
+    except RuntimeError as error:
+        if not isinstance(error, _BY_NUMBERS):  # also of an operation whose shapes torch knows for some types only
+            logger.warning("the memory for reading prompts is by a rule of thumb: a forward without numbers fails (%s)",
+                           str(error).partition("\n")[0])
+        # as `measure_shape` has it, for one layer
         activations = 17 * prompts * length * backbone.config.hidden_size * head.weight.element_size()
     return activations + prompts * head.weight.shape[0] * head.weight.element_size()
 

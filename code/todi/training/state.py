@@ -10,7 +10,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -104,6 +105,7 @@ class StateStore:
         started, position = time.perf_counter(), state.position
         path = self.folder / f"epoch{position.epochs}_step{position.step}"
         draft = unfinished(path)
+        # in place of DeepSpeed's default; a DeepSpeed file that asks for another writer is refused (deepspeed_keys.py)
         engine.checkpoint_engine = files = StateFiles(draft)
         with writing(path):
             if self.world.is_main:
@@ -118,12 +120,9 @@ class StateStore:
                 for script in draft.glob("*.py"):  # DeepSpeed's, for who has its files without this code
                     files.note(script)
             sizes = {name: size for part in self.world.gather(files.sizes) for name, size in part.items()}
-            doomed: list[Path] = []
             if self.world.is_main:
                 self._complete(path, state, engine.zero_optimization_stage(), sizes)
-                doomed = list(map(set_aside, self._newest_first()[KEPT_STATES:]))
-            for older in self.world.from_main(doomed):
-                self._remove(older)
+        self._drop_old()
         seconds = time.perf_counter() - started
         logger.info("state at step %d: %.1f MB in %.1f s", position.step, sum(sizes.values()) / 1e6, seconds)
         return seconds
@@ -138,17 +137,30 @@ class StateStore:
         record = {"position": dataclasses.asdict(state.position), "ranks": self.world.size, "stage": stage,
                   "source": state.source, "schedule": state.schedule, "files": dict(sizes)}
         (draft / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for written in {draft / "state.json", *((draft / name).parent for name in sizes)}:
+        for written in {draft / "state.json", *((draft / name).parent for name in sizes)} - {draft}:
             make_durable(written)
         publish_durable(path)
 
+    def _drop_old(self) -> None:
+        """Deletes the states that are too old. The new one is there already, so that a run need not end for what goes
+        wrong here; what is left lies under a name that is swept."""
+        doomed: list[Path] = []
+        if self.world.is_main:
+            with _noted("set aside"):
+                for older in self._newest_first()[KEPT_STATES:]:
+                    doomed.append(set_aside(older))
+        for older in self.world.from_main(doomed):
+            self._remove(older)
+
     def _remove(self, doomed: Path) -> None:
-        """Deletes a state that was set aside; of many files each rank deletes a share."""
-        for name, _ in self._share(doomed):
-            (doomed / name).unlink(missing_ok=True)
+        """Deletes a state that was set aside; of many files each rank deletes a share, and the first what is left."""
+        with suppress(OSError):  # another machine may not see the new name yet, or not have let go of the old one
+            for name, _ in self._share(doomed):
+                (doomed / name).unlink(missing_ok=True)
         self.world.barrier()
         if self.world.is_main:
-            shutil.rmtree(doomed)
+            with _noted("delete"):
+                shutil.rmtree(doomed)
 
     def newest(self) -> Path | None:
         """The newest state whose files are all there in full."""
@@ -247,6 +259,15 @@ class StateStore:
     def _share(self, path: Path) -> list[tuple[str, int]]:
         """Of the files of a state, those that this rank looks after: their names and sizes."""
         return list(_read(path)["files"].items())[self.world.rank::self.world.size]
+
+
+@contextmanager
+def _noted(what: str) -> Iterator[None]:
+    """That it could not be done is a line of the log."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("cannot %s an old state: %s", what, error)
 
 
 def _check_every_rank(path: Path, then: Spread) -> None:
