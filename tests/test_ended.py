@@ -67,9 +67,8 @@ def test_a_killed_rank_and_its_run_goes_on_by_itself(settings, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs(settings, tmp_path):
-    started = time.monotonic()
     lines, code = hit(settings, tmp_path, "step", 1, STOPS, HANG_TIMEOUT=5)
-    assert code == 1 and time.monotonic() - started < 5 + SOON
+    assert code == 1 and time.time() - (tmp_path / "killer.hit").stat().st_mtime < 5 + SOON
     assert lines[-1].startswith("error: rank 1 has been in step 5 for ") and "does not answer at all" in lines[-1]
     log = (tmp_path / "run" / "train.log").read_text()
     assert "rank 0 (pid " in log and "in all_reduce" in log and "in tick_or_die" in log

@@ -93,9 +93,9 @@ class TestEvaluate:
         plugin = killer(tmp_path / "killer.py", "generation", processes - 1,
                         when=f"(file := Path({str(unfinished)!r})).is_file() and len(file.open().readlines()) > 2")
         words = ["--save-dir", str(killed), "--max-length", "200"]
-        seeds = range(1, 1 + 4 * processes)  # so that the second set takes two rounds
-        settings = {"DATA_DIR": data, "SETS": "dolly sinst/11_", "SEEDS": " ".join(map(str, seeds)),
-                    "NPROC": processes, **SETTINGS}
+        settings = {"DATA_DIR": data, "SETS": "dolly sinst/11_", "SEEDS": "1 2", "NPROC": processes, **SETTINGS}
+        records = [{"prompt": f"Write {index}.", "output": f"{index}"} for index in range(4 * processes)]  # two rounds
+        (data / "sinst/11_/valid.jsonl").write_text("\n".join(map(json.dumps, records)))
         half = launching.run("eval/run_eval", str(checkpoint), "1", *words, **settings, PLUGINS=plugin)
         assert half.returncode == 128 + signal.SIGKILL, half.stdout
         unfinished.write_text(unfinished.read_text() + "\n[[1, 0, [3")  # as a kill in the middle of a line leaves it
@@ -106,12 +106,12 @@ class TestEvaluate:
         assert re.search(r"\d+%.*<", done.stdout), "progress with the time left"
         assert " dolly: rouge-l" not in done.stdout, "the set that was finished"
         assert run_evaluate(monkeypatch, checkpoint, data, tmp_path / "whole", "--sets", "dolly", "sinst/11_",
-                            "--seeds", *seeds, "--batch-size", 1, "--max-length", 200) == 0
+                            "--seeds", 1, 2, "--batch-size", 1, "--max-length", 200) == 0
         assert responses(killed) == responses(tmp_path / "whole")
         then, now = (json.loads((folder / "eval/results.json").read_text()) for folder in (tmp_path / "whole", killed))
         assert then["sets"] == now["sets"]
         if processes == 1:  # what was written in which batches is the same too
-            for name in ("results.json", "dolly/seed4.jsonl", "sinst/11_/seed1.jsonl", "sinst/11_/made_with.json"):
+            for name in ("results.json", "dolly/seed2.jsonl", "sinst/11_/seed1.jsonl", "sinst/11_/made_with.json"):
                 assert (killed / "eval" / name).read_bytes() == (tmp_path / "whole/eval" / name).read_bytes()
         assert not unfinished.exists()
 

@@ -148,7 +148,8 @@ def test_ranks_have_equal_prompts_together_and_as_long_ones():
     prompts = [[1, 2, 3], [1, 2, 3], [4, 5], [6, 7], [6, 7], [8]]
     assert dealt(prompts, 2) == [[0, 1, 3, 4], [2, 5]]
     assert dealt(prompts, 1) == [[*range(6)]]
-    assert dealt(prompts[:2], 3) == [[0, 1], [], []]
+    assert dealt(prompts[:2], 3) == [[0], [1], []]
+    assert dealt([(1,)] * 5, 2) == [[0, 1, 2], [3, 4]]
 
 
 class TestPlaces:

@@ -91,9 +91,11 @@ class Writer:
 
 
 def dealt(prompts: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
-    """Places of `prompts` for each rank: equal ones that follow one another go to one, which reads them once, and the
-    groups of them go around, so that ranks have as long ones."""
-    groups = [list(group) for _, group in groupby(range(len(prompts)), key=lambda place: prompts[place])]
+    """Places of `prompts` for each rank: equal ones that follow one another go to one, which reads them once, unless
+    others would have nothing to do; and the groups of them go around, so that ranks have as long ones."""
+    most = -(-len(prompts) // ranks)
+    equal = [list(group) for _, group in groupby(range(len(prompts)), key=lambda place: prompts[place])]
+    groups = [group[start:start + most] for group in equal for start in range(0, len(group), most)]
     return [[place for group in groups[rank::ranks] for place in group] for rank in range(ranks)]
 
 

@@ -7,9 +7,8 @@ them (checksums, a checkpoint, scores) may take longer than that, so the ranks m
 import logging
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 
-from torch.distributed import DistNetworkError, DistStoreError, Store
+from torch.distributed import DistNetworkError, Store
 
 from todi.errors import RunError
 from todi.runtime.lost import PeersLost
@@ -17,8 +16,9 @@ from todi.runtime.whereabouts import ended_ranks, waiting
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 1.0  # seconds between two looks at whether one that is missing has ended
-_REPORT = 30.0  # and between two lines about who is missing
+_PAUSE = 0.001, 1.0  # seconds between two looks at who has come, the shortest and the longest
+_LATER = 0.1  # of the time that a rank has waited, until it looks again
+_REPORT = 30.0  # seconds between two lines about who is missing
 
 
 @dataclass
@@ -59,20 +59,15 @@ class MeetingPlace:
             self.store.delete_key(_complete(self.meetings - 1))  # all have left it
             return
         started, said = time.monotonic(), 0.0
-        while not self._is_complete(min(_LOOK, _REPORT, self.limit)):
-            self._look_for_ended_ranks()
+        # the store could be waited for, but says on the screen when it was in vain
+        while not self.store.check([_complete(self.meetings)]):
             waited = time.monotonic() - started
+            time.sleep(min(max(waited * _LATER, _PAUSE[0]), _PAUSE[1]))
+            if waited > _PAUSE[1]:
+                self._look_for_ended_ranks()
             if waited >= min(said + _REPORT, self.limit):
                 self._report(waited)
                 said = waited
-
-    def _is_complete(self, seconds: float) -> bool:
-        """Whether this meeting is, within so many seconds."""
-        try:
-            self.store.wait([_complete(self.meetings)], timedelta(seconds=seconds))
-        except DistStoreError:
-            return False
-        return True
 
     def _look_for_ended_ranks(self) -> None:
         """One that never comes need not be waited for until torchrun's agent ends this process, half a minute later."""
