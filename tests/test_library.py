@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import todi
 import torch
-from launching import ROOT, Workshop, write_data
+from launching import ROOT, Workshop, exhaustive, write_data
 from todi.errors import InputError
 from todi.given import data_folders, model_path, rows_of, sets_folder
 from todi.options import from_keywords, parse
@@ -94,7 +94,7 @@ def test_a_row_of_a_result_has_no_losses_of_an_earlier_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own_group", [False, True], ids=["no group", "a group of the host's"])
+@pytest.mark.parametrize("own_group", [exhaustive(False), True], ids=["no group", "a group of the host's"])
 def test_two_ranks_under_torchrun(workshop, tmp_path, own_group):
     """Twice in a process: a group that the host has made is used and stays; else there is none afterwards."""
     found = run_program("guest", host_plan(workshop, tmp_path, own_group), tmp_path, ranks=2)
@@ -119,7 +119,7 @@ def of_divergence(run: dict) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, exhaustive(2)])
 def test_every_door_gives_the_same_losses(workshop, tmp_path, ranks):
     """A notebook, a script, ToDiTrainer, by itself and with ZeRO-3, and the launcher: fp32, to 1e-6 of the value."""
     from evaluating import add_adapter  # imports DeepSpeed

@@ -316,7 +316,7 @@ def without_speed(outcome):
 
 
 @pytest.mark.parametrize("more", [exhaustive({}), slow({"SAMPLES": "mixed", "REPLAY": 0.5, "REPLAY_SIZE": 8}),
-                                  slow(TWO_RANKS)])
+                                  exhaustive(TWO_RANKS)])
 def test_a_run_that_is_stopped_in_a_round_goes_on_bit_by_bit(settings, tmp_path, more):
     settings = settings | ON_POLICY | {"ROUND_STEPS": 3} | more
     stopped(tmp_path / "stopped", settings)  # after the fifth step, the second of a round
