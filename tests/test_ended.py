@@ -34,7 +34,7 @@ def test_a_killed_rank_is_named(settings, tmp_path):
 
 
 @pytest.mark.parametrize(("where", "rank", "said"), [
-    pytest.param("save", 0, "a save", marks=pytest.mark.slow),
+    pytest.param("save", 0, "a save", marks=pytest.mark.exhaustive),
     pytest.param("generation", 1, "generation", marks=pytest.mark.exhaustive),
     pytest.param("cache pass", 0, "the cache pass", marks=pytest.mark.exhaustive)])
 def test_where_it_was_killed(where, rank, said, settings, tmp_path):

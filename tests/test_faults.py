@@ -97,7 +97,7 @@ BAD_STEP_SHAPES = {"ZeRO-1": {}, "ZeRO-0": {"ZERO_STAGE": 0}, "ZeRO-0, bf16": {"
 
 
 @pytest.mark.parametrize("shape", in_tiers(BAD_STEP_SHAPES, always={"ZeRO-1"}, slowly={
-    "ZeRO-0, bf16", "2 ranks, ZeRO-2, fp32", "2 ranks, ZeRO-3, bf16"}))
+    "ZeRO-0, bf16", "2 ranks, ZeRO-3, bf16"}))
 def test_a_bad_step_is_skipped_and_named(shape, poisoned, tmp_path):
     settings = poison(poisoned, tmp_path / "data", [7]) | BAD_STEP_SHAPES[shape]
     assert finished(tmp_path / "run", **settings)["skipped"] == 2  # once an epoch

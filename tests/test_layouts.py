@@ -44,7 +44,7 @@ WORLDS = {
 }
 
 
-@pytest.mark.parametrize("name", in_tiers(WORLDS, slowly=[*list(WORLDS)[:1], "stage 1 to 3, offloaded"]))
+@pytest.mark.parametrize("name", in_tiers(WORLDS, slowly=["stage 1 to 3, offloaded"]))
 def test_the_world_may_change(name, of_eight, undisturbed, tmp_path):
     """The same command with other devices: steps stay of 8 samples, which are those of the first two ranks or one."""
     more, then, now = WORLDS[name]

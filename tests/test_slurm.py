@@ -20,10 +20,12 @@ SRUN = f"""#!{sys.executable}
 import itertools, os, signal, subprocess, sys
 options = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
 count, = (word.partition("=")[2] for word in options if word.startswith("--ntasks="))
-tasks = [subprocess.Popen(sys.argv[len(options) + 1:], start_new_session=True, env=os.environ | {{
-         "SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": count}}) for number in range(int(count))]
+tasks = []
 for name in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(name, lambda number, frame: [os.killpg(task.pid, number) for task in tasks if task.poll() is None])
+for number in range(int(count)):
+    tasks.append(subprocess.Popen(sys.argv[len(options) + 1:], start_new_session=True, env=os.environ | {{
+        "SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": count}}))
 sys.exit(max(task.wait() for task in tasks))
 """
 SCONTROL = """#!/usr/bin/env bash

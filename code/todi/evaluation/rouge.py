@@ -8,8 +8,6 @@ from itertools import repeat
 from multiprocessing import get_context
 from types import SimpleNamespace
 
-from rouge_score.rouge_scorer import RougeScorer
-
 from todi.evaluation.rouge_tokens import choose_tokenizer, tokenize_by
 from todi.settings import AUTO_TOKENIZER
 
@@ -58,6 +56,8 @@ def exact_match(responses: Sequence[str], references: Sequence[Sequence[str]]) -
 
 
 def _scores(responses: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str) -> list[float]:
+    from rouge_score.rouge_scorer import RougeScorer  # with nltk and scipy, a second of every start
+
     scorer = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=tokenize_by(tokenizer)))
     return [100 * scorer.score_multi(list(texts), response)["rougeL"].fmeasure
             for response, texts in zip(responses, references, strict=True)]

@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 
-from rouge_score.tokenizers import DefaultTokenizer
-
 from todi.settings import AUTO_TOKENIZER, ROUGE_TOKENIZERS
 
 logger = logging.getLogger(__name__)
@@ -28,7 +26,13 @@ Tokenize = Callable[[str], list[str]]
 
 def tokenize_by(name: str) -> Tokenize:
     """What cuts a text by the tokeniser of that name, which is not `auto`."""
-    return {PUBLISHED: DefaultTokenizer(use_stemmer=True).tokenize, WORDS: words, CHARACTERS: characters}[name]
+    return {PUBLISHED: _published, WORDS: lambda: words, CHARACTERS: lambda: characters}[name]()
+
+
+def _published() -> Tokenize:
+    from rouge_score.tokenizers import DefaultTokenizer  # with nltk and scipy, a second of every start
+
+    return DefaultTokenizer(use_stemmer=True).tokenize
 
 
 def choose_tokenizer(wanted: str, references: Sequence[Sequence[str]], source: str) -> str:
