@@ -154,8 +154,8 @@ def check_compiled(name: str | None, temperature: float | torch.Tensor = 1.0) ->
 
 @pytest.mark.parametrize("name", ["ToDi", "js_divergence", None,
                                   *map(slow, ("adaptive_kl", "sampled_reverse_kl")),
-                                  *map(exhaustive, ("amid", "EOPD", "gkd", "abkd", "amid_qr", "top_k_forward_kl", "SE_KD",
-                                                    "skewed_reverse_kl_detached"))])
+                                  *map(exhaustive, ("amid", "EOPD", "gkd", "abkd", "amid_qr", "top_k_forward_kl",
+                                                    "SE_KD", "skewed_reverse_kl_detached"))])
 def test_compiled_twin_is_the_eager_one(name):
     check_compiled(name)
 

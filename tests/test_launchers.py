@@ -28,8 +28,8 @@ LORA = {*LORA_SFT, KD[2], *OTHERS} - {"qwen2.5/sft_qwen2.5", "qwen2.5/vanilla_kd
 
 
 # Cuts of a step of eight samples, but for the plain one.
-SHAPES = ("1x8", "8 by 3", exhaustive("4x1x2, ZeRO-0"), exhaustive("4x1x2, ZeRO-1"), slow("4x1x2, ZeRO-2"), "4x1x2, ZeRO-3",
-          exhaustive("4x1x2, ZeRO-2, offload"), slow("4x1x2, ZeRO-3, offload"))
+SHAPES = ("1x8", "8 by 3", exhaustive("4x1x2, ZeRO-0"), exhaustive("4x1x2, ZeRO-1"), slow("4x1x2, ZeRO-2"),
+          "4x1x2, ZeRO-3", exhaustive("4x1x2, ZeRO-2, offload"), slow("4x1x2, ZeRO-3, offload"))
 
 
 @pytest.fixture(scope="session")
