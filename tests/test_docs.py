@@ -25,7 +25,7 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 SECTIONS = dict(text.split("\n", 1) for text in (DOCS / "extending.md").read_text().split("\n## ")[1:])
-SOON = ("A divergence", "A model family")  # run with the short tests
+SOON = ("A divergence",)  # run with the short tests
 # No more than that: paths, and what they name, are the page's own.
 SMALL = {"EPOCH": 4, "MAX_STEPS": 12, "BATCH_SIZE": 4, "GRAD_ACC": 2, "MAX_LENGTH": 64, "MAX_PROMPT_LENGTH": 48,
          "PRECISION": "fp32", "EVAL_GEN": 0, "LOG_INTERVAL": 1, "LR": 1e-2, "LORA_RANK": 4, "KD_RATE": 1}
@@ -145,6 +145,7 @@ def test_a_hidden_state_term(runs):
     assert lines[0]["loss"] == pytest.approx(lines[0]["kd"] + 0.1 * lines[0]["hidden_states"] + lines[0]["cosine"])
 
 
+@pytest.mark.slow
 def test_a_model_family(runs):
     run = runs("A model family")
     assert run.folder.parents[1].name == "qwen3-0.6b"
@@ -252,6 +253,7 @@ def typed_in(workshop, follow, request) -> dict[str, Future[subprocess.Completed
     return {name: workshop.pool.submit(follow, name) for name in asked}
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(follow):
     done = follow(QUICKLY)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -86,7 +86,7 @@ class TestEvaluate:
         results = json.loads((tmp_path / "out/eval/results.json").read_text())
         assert results["sets"]["dolly"]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
-    @pytest.mark.parametrize("processes", [1, launching.slow(2), launching.exhaustive(4)])
+    @pytest.mark.parametrize("processes", [launching.slow(1), launching.slow(2), launching.exhaustive(4)])
     def test_a_killed_run_goes_on_where_it_was(self, monkeypatch, checkpoint, data, tmp_path, processes):
         killed = tmp_path / "killed"
         unfinished = killed / "eval/sinst/11_/.unfinished.jsonl"

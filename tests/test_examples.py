@@ -104,6 +104,7 @@ for beta in (0.2, 0.5, 0.9):  # as TRL has it
 """
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page(models, tmp_path):
     """docs/library.md, from its top to its end in one process."""
     page = (ROOT / "docs" / "library.md").read_text()

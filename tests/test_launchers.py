@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Run, exhaustive, run, slow, write_data
+from launching import ROOT, Run, exhaustive, in_tiers, run, slow, write_data
 from peft import PeftModel
 from stopping import TIMINGS
 from tiny import tiny_tokenizer
@@ -60,7 +60,7 @@ def runs(workshop, models):
     return run
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "gpt2/sft_gpt2_xlarge" else name for name in SFT])
+@pytest.mark.parametrize("name", in_tiers(SFT, always={"gpt2/sft_gpt2_base"}, slowly=SFT))
 def test_sft(runs, name):
     done = runs(name)
     assert_checkpoint_loads(done.checkpoint)
@@ -68,7 +68,7 @@ def test_sft(runs, name):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", LORA_SFT)
+@pytest.mark.parametrize("name", in_tiers(LORA_SFT, always={"tinyllama/sft_tinyllama"}, slowly=LORA_SFT))
 def test_lora_sft(runs, name, models):
     done = runs(name)
     base = AutoModelForCausalLM.from_pretrained(models["llama-teacher"])

@@ -123,6 +123,7 @@ def test_a_run_that_breaks_off_goes_on_by_itself(shape, killed, settings, tmp_pa
     assert outcome(tmp_path / "run") == finished(tmp_path / "whole", **settings | shape)
 
 
+@pytest.mark.slow
 def test_it_does_so_no_more_often_than_it_is_told(killed):
     """And from its last state, not from the beginning."""
     once = run(KD, **killed, MAX_RESTARTS=1)

@@ -79,6 +79,7 @@ def test_what_deepspeed_sends_and_holds(counted, ranks):
                 assert real == pytest.approx(said, rel=TOLERANCE, abs=1000), (way, name)
 
 
+@pytest.mark.slow
 def test_the_first_rank_holds_less_with_more_ranks(counted):
     """Real files and real tensors: nothing of its grows with the world."""
     few, many = counted(2), counted(32)

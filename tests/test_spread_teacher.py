@@ -34,11 +34,13 @@ def test_its_logits_are_those_of_a_whole_one(found, model, precision):
         assert on_rank["left"] == 0
 
 
+@pytest.mark.slow
 def test_ranks_with_other_shards_fill_the_same_cache(found):
     assert found["caches"]["shards"] == 3
     assert found["caches"]["difference"] <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("model", MODELS)
 def test_a_student_learns_the_same_of_it(found, model, stage):
