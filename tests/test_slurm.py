@@ -211,5 +211,8 @@ def test_a_launcher_that_srun_starts_several_times():
 def test_scripts_are_quoted():
     """A path with a space is handed on as one word by follow.sh."""
     command = shlex.join(["bash", "scripts/lib/follow.sh", "printf", "%s|", "a b", "c"])
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, input="A=1\n", text=True, capture_output=True)
-    assert done.stdout == "a b|c|"
+    with subprocess.Popen(["bash", "-c", command], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        process.stdin.write("A=1\n")
+        process.stdin.flush()  # and stays open: its end would end the command
+        assert process.stdout.read() == "a b|c|"
