@@ -1,5 +1,6 @@
 """Looks after the ranks of a node while they run: ends them when one hangs, or when their launcher has gone."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -79,7 +80,8 @@ class Nurse:
 
     def _have_stacks_written_and_kill(self, records: Mapping[int, Record], frozen: Collection[int]) -> None:
         """A process that was stopped writes its stacks when it is continued: when the others have gone."""
-        _send(DUMP_SIGNAL, records.values())
+        for record in records.values():
+            _ask_for_stacks(record.pid)
         time.sleep(_DUMP_SECONDS)
         _send(signal.SIGKILL, [record for rank, record in records.items() if rank not in frozen])
         for rank in frozen:
@@ -102,6 +104,16 @@ def _wait_for_text(path: Path) -> None:
         before, size = size, path.stat().st_size if path.is_file() else 0
         if size and size == before:
             return
+
+
+def _ask_for_stacks(pid: int) -> None:
+    """Asks the first thread, which does the work. A signal for the whole process may come to any thread, and while that
+    one writes, the first one of a process that was stopped has gone on."""
+    try:
+        ctypes.CDLL(None).tgkill(pid, pid, DUMP_SIGNAL)
+    except AttributeError:  # the system's library has no such call
+        with suppress(ProcessLookupError):
+            os.kill(pid, DUMP_SIGNAL)
 
 
 def _send(number: int, records: Iterable[Record]) -> None:
