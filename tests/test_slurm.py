@@ -15,18 +15,24 @@ from stopping import KD, finished, outcome
 from todi.errors import InputError
 from todi.runtime.sole_process import check_sole_process
 
-# Starts the tasks of a step here, hands signals on to them, and ends with the highest exit code, as srun does.
+# Starts the tasks of a step here, hands signals on to them, and ends with the highest exit code, as srun does. A task
+# may say something before this process knows that it runs: so a signal is handed on when all of them are known to run.
 SRUN = f"""#!{sys.executable}
-import itertools, os, signal, subprocess, sys
+import itertools, os, signal, subprocess, sys, time
 options = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
 count, = (word.partition("=")[2] for word in options if word.startswith("--ntasks="))
-tasks = []
+received = []
 for name in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(name, lambda number, frame: [os.killpg(task.pid, number) for task in tasks if task.poll() is None])
-for number in range(int(count)):
-    tasks.append(subprocess.Popen(sys.argv[len(options) + 1:], start_new_session=True, env=os.environ | {{
-        "SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": count}}))
-sys.exit(max(task.wait() for task in tasks))
+    signal.signal(name, lambda number, frame: received.append(number))
+tasks = [subprocess.Popen(sys.argv[len(options) + 1:], start_new_session=True, env=os.environ | {{
+    "SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": count}}) for number in range(int(count))]
+while running := [task for task in tasks if task.poll() is None]:
+    while received:
+        number = received.pop()
+        for task in running:
+            os.killpg(task.pid, number)
+    time.sleep(0.02)
+sys.exit(max(task.returncode for task in tasks))
 """
 SCONTROL = """#!/usr/bin/env bash
 case "$1 $2" in
