@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 from launching import ROOT, free_port
 from todi.runtime.lost import LOST, PeersLost
 from todi.runtime.waiting import MeetingPlace
-from todi.runtime.whereabouts import RANKS_FOLDER, Whereabouts, record_path
+from todi.runtime.whereabouts import RANKS_FOLDER, Whereabouts, record_path, wait_for_an_end
 from torch.distributed import HashStore
 
 # The ranks meet three times. The first one works for some seconds before each; one may stay away from the second.
@@ -85,16 +86,34 @@ def test_a_rank_that_dies(killed):
     assert output.splitlines()[-1].startswith("error: rank ") and "Traceback" not in output
 
 
-def test_one_of_this_node_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+@pytest.fixture
+def rank_1(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
+    """A rank of this node, which waits until its standard input is closed."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     said = Whereabouts()
     said.keep_in(record_path(tmp_path, 1))
-    said.record.pid = ended.pid
+    said.record.pid = process.pid
     said.tick()
     monkeypatch.setenv(RANKS_FOLDER, str(tmp_path))
+    yield process
+    process.communicate()
+
+
+def test_one_of_this_node_that_has_ended_is_not_waited_for(rank_1):
+    rank_1.communicate()
     place = MeetingPlace(HashStore(), rank=0, size=2, limit=60)
     started = time.monotonic()
     with pytest.raises(PeersLost, match="^rank 1, which rank 0 waits for, has ended$"):
         place.meet()
     assert time.monotonic() - started < 30
+
+
+def test_others_are_left_time_for_their_last_words_until_one_has_ended(rank_1, monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    wait_for_an_end(5)
+    assert sum(slept) == pytest.approx(5)
+    slept.clear()
+    monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), rank_1.communicate()))
+    wait_for_an_end(5)
+    assert len(slept) == 1

@@ -3,7 +3,6 @@
 import itertools
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import torch.distributed as dist
 from todi.runtime.lost import PeersLost, peers_are_lost
 from todi.runtime.sole_process import check_sole_process
 from todi.runtime.waiting import MeetingPlace
-from todi.runtime.whereabouts import HERE
+from todi.runtime.whereabouts import HERE, wait_for_an_end
 
 TIMEOUT = 7200  # seconds that ranks wait for one another, where no setting says otherwise
-# Seconds that a rank which has lost the others leaves them to say why: its own end has torchrun's agent end them.
+# Seconds that a rank which has lost the others leaves them to say why: its own end has torchrun's agent end them. Once
+# one has ended the agent does that anyway.
 _LAST_WORDS = 5.0
 
 _place: MeetingPlace | None = None  # of the process group, as torch has one for all
@@ -172,7 +172,7 @@ def _lost_peers_named(world: World) -> Iterator[None]:
         if world.size == 1 or not peers_are_lost(error):
             raise
         if _agent_keeps_store():
-            time.sleep(_LAST_WORDS)
+            wait_for_an_end(_LAST_WORDS)
         raise PeersLost(f"rank {world.rank} lost the others in {HERE.record.place}") from None
 
 

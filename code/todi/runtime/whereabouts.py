@@ -8,6 +8,7 @@ A parent process (runtime/ranks.py) reads it from a file that outlives a SIGKILL
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ RANKS_FOLDER = "TODI_RANKS"  # variable: where the parent of the ranks of this n
 START = "its start"
 _RECORD_BYTES, _PULSE_BYTES = 8192, 32
 _LONGEST_TROUBLE = 500  # characters
+_LOOK_SECONDS = 0.1
 
 
 @dataclass
@@ -140,6 +142,14 @@ def ended_ranks() -> list[int]:
     """The ranks of this node whose process has ended; none is known of where no parent looks after them."""
     folder = os.environ.get(RANKS_FOLDER)
     return [rank for rank, record in read_records(Path(folder)).items() if not runs(record.pid)] if folder else []
+
+
+def wait_for_an_end(seconds: float) -> None:
+    """Returns when a rank of this node has ended; after so many seconds where none does, or none would be known of."""
+    for _ in range(round(seconds / _LOOK_SECONDS)):
+        if ended_ranks():
+            return
+        time.sleep(_LOOK_SECONDS)
 
 
 def read_record(path: Path) -> Record | None:
